@@ -1,0 +1,45 @@
+# Everything runs from a bare clone: the first target makes .venv with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all check check-style types bench mutations clean
+
+demo: $(INSTALLED)            # a Mixtral folded over 8 processes, next to the same model in one
+	$(BIN)/python -m foldcc
+
+test: $(INSTALLED)            # all tests that are not marked slow
+	$(PYTEST)
+
+test-all: $(INSTALLED)        # all tests
+	$(PYTEST) -m ""
+
+check: check-style test       # what a change must pass
+
+check-style: $(INSTALLED) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy wants the packages where imports say they are, so it reads a tree of links.
+types: $(INSTALLED)
+	rm -rf build/types && mkdir -p build/types/foldcc
+	ln -s $(CURDIR)/foldcc/* $(CURDIR)/passes $(CURDIR)/codegen build/types/foldcc
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p foldcc
+
+bench: $(INSTALLED)
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit; done
+
+mutations: $(INSTALLED)       # plants every mistake and tables which checker finds it; half an hour
+	$(BIN)/python -m tests.mutations
+
+# torch comes first and alone, so that nothing else chooses its version.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf,testing,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info foldcc-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
