@@ -1,0 +1,65 @@
+"""foldcc's own operators, one record each."""
+
+from foldcc.ops.attention import attention, local_attention
+from foldcc.ops.collectives import (
+    all_gather,
+    all_gather_v,
+    all_reduce,
+    all_reduce_max,
+    all_to_all,
+    all_to_all_v,
+    axis_index,
+    once,
+    pad,
+    reduce_scatter,
+    reduce_scatter_v,
+    retype,
+    shard,
+)
+from foldcc.ops.experts import (
+    by_expert,
+    count,
+    each_expert,
+    experts,
+    experts_node,
+    gather_rows,
+    grouped_linear,
+    permute,
+    splits,
+    unpermute,
+)
+from foldcc.ops.loss import local_token_loss, token_loss
+from foldcc.ops.operator import Operator, record, records
+
+__all__ = [
+    "Operator",
+    "all_gather",
+    "all_gather_v",
+    "all_reduce",
+    "all_reduce_max",
+    "all_to_all",
+    "all_to_all_v",
+    "attention",
+    "axis_index",
+    "by_expert",
+    "count",
+    "each_expert",
+    "experts",
+    "experts_node",
+    "gather_rows",
+    "grouped_linear",
+    "local_attention",
+    "local_token_loss",
+    "once",
+    "pad",
+    "permute",
+    "record",
+    "records",
+    "reduce_scatter",
+    "reduce_scatter_v",
+    "retype",
+    "shard",
+    "splits",
+    "token_loss",
+    "unpermute",
+]

@@ -1,0 +1,132 @@
+"""One record per operator: its meaning, types, transpose, simulation and cost, registered with `torch.library`.
+
+    retype = operator("retype(Tensor x, str axes, str src, str dst) -> Tensor", meaning=..., types=..., eager=..., ...)
+
+The record is the only place where something is known about an operator. `torch.export`, AOTAutograd and Inductor see an
+ordinary operator of the namespace `foldcc`; the simulator and the reports read the record back with `record(target)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foldcc.errors import FoldError
+
+LIBRARY = torch.library.Library("foldcc", "DEF")
+_RECORDS: dict[Any, Operator] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What is known about one operator of the namespace `foldcc`.
+
+    Attributes:
+        overload: the registered operator, `torch.ops.foldcc.<name>.default`.
+        meaning: one sentence.
+        eager: what it does on one rank, in plain PyTorch.
+        types: the change of type on the axes named by the argument `axes`, for example `"V -> R"`, or `""` when the
+            operator acts on each rank alone.
+        transpose: `(grad, *arguments) -> gradient of each tensor argument`; None for a function without a gradient.
+        simulate: `(arguments of every rank of a group) -> results of every rank`; None when ranks do not communicate.
+        sent: `(elements of the first argument on a rank, elements of the result, ranks of a group) -> elements that one
+            rank sends`; None when nothing is sent.
+    """
+
+    overload: Any
+    meaning: str
+    eager: Callable[..., Any]
+    types: str
+    transpose: Callable[..., Any] | None
+    simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None
+    sent: Callable[[Any, Any, int], Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.overload._schema.name.split("::")[1]
+
+    @property
+    def communicates(self) -> bool:
+        return self.simulate is not None and self.sent is not None
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name, defaults filled in."""
+        named = {}
+        for position, argument in enumerate(self.overload._schema.arguments):
+            if position < len(args):
+                named[argument.name] = args[position]
+            else:
+                named[argument.name] = kwargs.get(argument.name, argument.default_value)
+        return named
+
+
+def operator(
+    schema: str,
+    *,
+    meaning: str,
+    types: str = "",
+    eager: Callable[..., Any],
+    shape: Callable[..., Any],
+    transpose: Callable[..., Any] | None = None,
+    simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
+    sent: Callable[[Any, Any, int], Any] | None = None,
+) -> Operator:
+    """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"foldcc::{name}", shape, lib=LIBRARY)
+    if transpose is None:
+        without_gradient(name)
+    else:
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+            ctx.holes = [isinstance(x, torch.Tensor) for x in inputs]
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            tensors = iter(ctx.saved_tensors)
+            arguments = [next(tensors) if hole else x for hole, x in zip(ctx.holes, ctx.rest, strict=True)]
+            found = transpose(*grads, *arguments)
+            found = iter(found if isinstance(found, tuple) else (found,))
+            return tuple(next(found, None) if hole else None for hole in ctx.holes)
+
+        torch.library.register_autograd(f"foldcc::{name}", backward, setup_context=setup, lib=LIBRARY)
+    found = Operator(
+        overload=getattr(torch.ops.foldcc, name).default,
+        meaning=meaning,
+        eager=eager,
+        types=types,
+        transpose=transpose,
+        simulate=simulate,
+        sent=sent,
+    )
+    _RECORDS[found.overload] = found
+    return found
+
+
+def without_gradient(name: str) -> None:
+    """Makes a gradient that is asked of an operator an error, where PyTorch would warn and leave it out."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise FoldError(f"A gradient was asked of foldcc.{name}, which has none.")
+
+    torch.library.register_autograd(f"foldcc::{name}", refuse, lib=LIBRARY)
+
+
+def record(target: Any) -> Operator | None:
+    """The record of an fx node's target, or None for an operator that is not ours."""
+    return _RECORDS.get(target)
+
+
+def records() -> tuple[Operator, ...]:
+    """Every operator of the family, in the order of definition."""
+    return tuple(_RECORDS.values())

@@ -1,0 +1,148 @@
+"""Program: what passes take and return.
+
+The main graph is a straight line of calls of blocks; a block that repeats (the layers of a transformer) stands once and is
+called many times. Parameters, buffers and inputs are placeholders of the main graph; blocks receive all that they use.
+
+Every node carries in `node.meta`:
+    val     a fake tensor: global shape and dtype (of one rank, once the program is localized)
+    dims    its dimensions as products of factors, after `annotate`
+    layout  its Layout, after `shard`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from foldcc.layout import Layout
+from foldcc.mesh import FoldedMesh
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One placeholder of the main graph.
+
+    Attributes:
+        name: the placeholder's name.
+        kind: "parameter", "buffer", "constant" or "input".
+        names: the names under which the module tree holds a parameter or buffer (several, when tied), or the path of an
+            input in the call, such as `["input_ids"]`.
+    """
+
+    name: str
+    kind: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as graphs, on its way from one rank's module to every rank's program.
+
+    Attributes:
+        name: of the model's class.
+        graph: the main graph; forward only, after `differentiate`.
+        slots: one for each placeholder.
+        out_spec: structure of what the model returns.
+        literals: what the model returns that is no tensor, by its position among all that it returns.
+        constants: values of the slots of that kind.
+        sizes: size of each factor.
+        backward: the main backward graph, for gradients of all outputs.
+        backward_for: makes the main backward graph for the outputs whose gradients are given.
+    """
+
+    graph: fx.GraphModule
+    slots: tuple[Slot, ...]
+    out_spec: pytree.TreeSpec
+    constants: dict[str, Any]
+    mesh: FoldedMesh
+    properties: frozenset[str] = frozenset()
+    sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
+    backward: fx.GraphModule | None = None
+    backward_for: Callable[[tuple[bool, ...]], fx.GraphModule] | None = None
+    literals: Mapping[int, Any] = field(default_factory=dict)
+    name: str = "program"
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.graph.graph.find_nodes(op="placeholder"))
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(self.graph.graph.find_nodes(op="output")))
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        """The calls of blocks, in order."""
+        return _calls(self.graph)
+
+    @property
+    def blocks(self) -> dict[str, fx.GraphModule]:
+        """Each distinct block once, in order of first use."""
+        return {str(n.target): getattr(self.graph, str(n.target)) for n in _calls(self.graph)}
+
+    def count(self, block: str) -> int:
+        """How often a block is called in one forward pass."""
+        return sum(n.target == block for n in _calls(self.graph))
+
+    def nodes(self) -> Iterator[tuple[str, fx.Node]]:
+        """Every node of every distinct block."""
+        for name, block in self.blocks.items():
+            for node in block.graph.nodes:
+                yield name, node
+
+    def node_count(self) -> int:
+        """Nodes of the whole program, repeated blocks counted as often as they are called."""
+        total = sum(self.count(name) * len(block.graph.nodes) for name, block in self.blocks.items())
+        if self.backward is not None:
+            blocks = [getattr(self.backward, str(n.target)) for n in _calls(self.backward)]
+            total += sum(len(block.graph.nodes) for block in blocks)
+        return total
+
+    def copied(self) -> Program:
+        """The same program with graphs of its own, which a pass may rewrite in place; fake tensors are shared."""
+        return replace(self, graph=copied(self.graph), backward=copied(self.backward) if self.backward is not None else None)
+
+    def returned(self, outputs: Sequence[Any]) -> Any:
+        """What the model returns, made of what the main graph returns."""
+        tensors = iter(outputs)
+        count = len(outputs) + len(self.literals)
+        leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(count)]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def slot(self, name: str) -> Slot:
+        return next(s for s in self.slots if s.name == name)
+
+    def layouts(self) -> dict[str, Layout]:
+        """Layout of every placeholder of the main graph."""
+        return {n.name: n.meta["layout"] for n in self.placeholders}
+
+    def with_property(self, *names: str, **changes: Any) -> Program:
+        return replace(self, properties=self.properties | set(names), **changes)
+
+
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph and, once each, of the blocks that it calls."""
+    new = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        mapped[node] = new.node_copy(node, lambda n: mapped[n])
+    root = torch.nn.Module()
+    for name, block in graph.named_children():
+        setattr(root, name, copied(block))  # type: ignore[arg-type]
+    return fx.GraphModule(root, new)
+
+
+def _calls(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.op == "call_module"]
+
+
+def where(node: fx.Node) -> str | None:
+    """The module that a node came from."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else None

@@ -1,0 +1,1 @@
+"""Factor rules for ATen operators."""
