@@ -1,0 +1,253 @@
+"""Capturing with `torch.export`: its non-strict tracer, or Dynamo, torch.compile's front end."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch._dynamo.exc
+import torch.fx.experimental.symbolic_shapes
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from foldcc.capture import modules, normalize, packing, regions, transformers
+from foldcc.capture.unchanged import unchanged
+from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+from foldcc.program import Program, Slot
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+TRACERS = ("export", "dynamo")
+# What the tracers raise when the graph would depend on the values in a tensor. Dynamo raises some of it for all that it
+# cannot trace.
+_DATA_DEPENDENT = (
+    torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+    torch._dynamo.exc.UserError,
+    torch._dynamo.exc.Unsupported,
+    torch._dynamo.exc.TorchRuntimeError,
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+)
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mesh: FoldedMesh,
+    *,
+    device: torch.device,
+    tracer: str = "export",
+) -> Program:
+    """Traces `model(*args, **kwargs)` into a Program over global shapes. The model is left as it was.
+
+    Args:
+        model: any module; a `torch.fx.GraphModule` is one.
+        args, kwargs: example inputs with global shapes; tensors give only their shape, dtype and device.
+        mesh: the mesh that the program is for.
+        device: where the program will run; the model may be on `meta`.
+        tracer: "export" for torch.export's non-strict tracer, "dynamo" for Dynamo.
+
+    Raises:
+        FoldError: the model's graph depends on the values in a tensor, or it changes its own buffers.
+    """
+    if tracer not in TRACERS:
+        raise FoldError(f"There is no tracer {tracer!r}.", valid=", ".join(TRACERS))
+    for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
+        if not isinstance(leaf, (torch.Tensor, bool, int, float, str, type(None))):
+            raise FoldError(
+                f"Input {pytree.keystr(path[1:])} is a {type(leaf).__name__}, which no program takes.",
+                valid="tensors, numbers, strings and None, in tuples, lists and dicts",
+            )
+    args, kwargs = _as_exported(model, args, kwargs)
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        modules.adapt(model)
+        stack.enter_context(transformers.adapted(model))
+        exported = _exported(model, args, dict(kwargs), tracer)
+    sources = _sources(exported)
+    regions.detach_no_grad(exported)
+    exported = exported.run_decompositions({})
+    for node in exported.graph.nodes:
+        _keep_source(node, sources)
+    _refuse_mutation(exported)
+    regions.refuse_unknown(exported.graph_module)
+    graph = fx.GraphModule(nn.Module(), _renamed(exported.graph))
+    slots = _tied(graph, _slots(model, exported, graph, args, kwargs))
+    _drop_constants(graph, slots)
+    _put_on(graph, device)
+    packing.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
+    normalize.normalize(graph)
+    literals = _without_literals(graph)
+    return Program(
+        graph=graph,
+        slots=slots,
+        out_spec=exported.call_spec.out_spec,
+        literals=literals,
+        constants={s.name: exported.constants[s.names[0]] for s in slots if s.kind == "constant"},
+        mesh=mesh,
+        properties=frozenset({"captured"}),
+        name=type(model).__name__,
+    )
+
+
+def _as_exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The `.module()` of an exported program takes by position what it was exported with by position."""
+    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    if args or not isinstance(codegen, _PyTreeCodeGen):
+        return args, kwargs
+    count = codegen.pytree_info.in_spec.child(0).num_children
+    first = list(inspect.signature(model.forward).parameters)[:count]
+    return tuple(kwargs[name] for name in first), {name: x for name, x in kwargs.items() if name not in first}
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
+    except _DATA_DEPENDENT as error:
+        if tracer == "dynamo":
+            # Dynamo says that something was raised, not what. The other tracer runs the same code and raises it itself.
+            _exported(model, args, kwargs, "export")
+            raise FoldError(
+                f"Dynamo cannot trace the forward of {type(model).__name__}: {_first_line(error)}",
+                at=_user_frame(error),
+                valid='capture="export", whose tracer can',
+            ) from error
+        raise FoldError(
+            f"The forward of {type(model).__name__} depends on the values in a tensor, so it cannot be captured: "
+            f"{_first_line(error)}",
+            at=_user_frame(error),
+            valid=regions.STATIC,
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _user_frame(error: Exception) -> str | None:
+    """The last line of the model's own code that the error went through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__]
+    return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}" if frames else None
+
+
+def _sources(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """File and line of the model's own code for each node, before decomposition replaces them by its own."""
+    found = {}
+    for node in exported.graph.nodes:
+        frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/" not in f[0]]
+        if frames:
+            path, line = frames[-1]
+            found[node.name] = f"{path.rpartition('/')[2]}:{line}"
+    return found
+
+
+def _keep_source(node: fx.Node, sources: Mapping[str, str]) -> None:
+    """`node.meta["source"]`, such as `modeling_mixtral.py:118`, through the chain of nodes that the node came from."""
+    origin = list(node.meta.get("from_node", ()))
+    while origin:
+        step = origin.pop()
+        if step.name in sources:
+            node.meta["source"] = sources[step.name]
+            return
+        origin += step.from_node
+
+
+def _renamed(exported: fx.Graph) -> fx.Graph:
+    """The graph with names that every later copy keeps; exported placeholders may be called `input`, like a builtin."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported, {}))
+    return graph
+
+
+def _slots(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    graph: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Slot, ...]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    paths = [pytree.keystr(path[1:]) for path, _ in pytree.tree_leaves_with_path((args, dict(kwargs)))]
+    inputs = iter(paths)
+    slots = []
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for spec, node in zip(exported.graph_signature.input_specs, placeholders, strict=True):
+        name = node.name
+        if spec.kind == InputKind.PARAMETER:
+            slots.append(Slot(name, "parameter", tuple(names[id(held[spec.target])])))
+        elif spec.kind == InputKind.BUFFER:
+            slots.append(Slot(name, "buffer", tuple(names[id(held[spec.target])])))
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            slots.append(Slot(name, "constant", (str(spec.target),)))
+        else:
+            path = next(inputs)
+            if isinstance(spec.arg, TensorArgument):
+                slots.append(Slot(name, "input", (path,)))
+    return tuple(slots)
+
+
+def _tied(graph: fx.GraphModule, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """A tensor that the module tree holds under several names is one placeholder, so that it has one layout."""
+    nodes = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
+    first: dict[tuple[str, ...], str] = {}
+    kept = []
+    for slot in slots:
+        if slot.kind not in ("parameter", "buffer") or first.setdefault(slot.names, slot.name) == slot.name:
+            kept.append(slot)
+        else:
+            nodes[slot.name].replace_all_uses_with(nodes[first[slot.names]])
+    return tuple(kept)
+
+
+def _drop_constants(graph: fx.GraphModule, slots: tuple[Slot, ...]) -> None:
+    """Inputs that are no tensors are part of the program, not placeholders of it."""
+    known = {slot.name for slot in slots}
+    for node in list(graph.graph.find_nodes(op="placeholder")):
+        if node.name not in known:
+            graph.graph.erase_node(node)
+
+
+def _without_literals(graph: fx.GraphModule) -> dict[int, Any]:
+    """Takes outputs that are no tensors, such as None, out of the graph; returns them by their position."""
+    (output,) = graph.graph.find_nodes(op="output")
+    literals = {i: x for i, x in enumerate(output.args[0]) if not isinstance(x, fx.Node)}
+    output.args = (tuple(x for x in output.args[0] if isinstance(x, fx.Node)),)
+    return literals
+
+
+def _put_on(graph: fx.GraphModule, device: torch.device) -> None:
+    """A model built on `meta` is traced there; its program runs on a device."""
+    for node in graph.graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.kwargs = {**node.kwargs, "device": device}
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map_only(torch.Tensor, lambda v: _moved(v, device), node.meta["val"])
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if value.device.type == device.type:
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def _refuse_mutation(exported: torch.export.ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise FoldError(
+                f"The forward pass changes {spec.target}, and a folded program has no state of its own.",
+                valid="a forward that returns what it computes; model.eval() if the change is made in training only",
+            )

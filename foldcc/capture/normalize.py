@@ -1,0 +1,143 @@
+"""Normalizing a captured graph: what says nothing goes, and what hides a sum over tokens is written out.
+
+    loss = cross_entropy_loss(logits, target)                    # mean over valid tokens
+becomes
+    loss = sum(token_loss(logits, target)) / sum(target != ignore_index)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from foldcc import ops
+from foldcc.errors import FoldError
+from foldcc.rules.aten import argument
+
+aten = torch.ops.aten
+MEAN, SUM = 1, 2
+_SAME = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.detach_.default}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+
+
+def normalize(graph: fx.GraphModule) -> None:
+    """Rewrites the graph in place."""
+    for node in list(graph.graph.nodes):
+        if node.target in REWRITES:
+            _replace(node, REWRITES[node.target](node))
+        elif node.target in _SAME:
+            _replace(node, node.args[0])
+        elif node.target in _RESHAPES:
+            node.target, node.args = aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+        elif node.op == "call_function":
+            _check_random(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def emit(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Inserts a call before a node, with its fake value and the node's provenance."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "source", "nn_module_stack")}
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    modes = [v.fake_mode for v in torch.utils._pytree.tree_leaves(values) if hasattr(v, "fake_mode")]
+    with modes[0]:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _replace(node: fx.Node, new: Any) -> None:
+    if new is not node:
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+
+
+def _cross_entropy(node: fx.Node) -> fx.Node:
+    logits, target = argument(node, "self"), argument(node, "target")
+    plain = argument(node, "weight") is None and not argument(node, "label_smoothing")
+    if not plain or logits.meta["val"].dim() != 2 or target.meta["val"].dim() != 1:
+        return node
+    ignore = argument(node, "ignore_index")
+    each = emit(node, ops.token_loss, logits, target, ignore)
+    if argument(node, "reduction") not in (MEAN, SUM):
+        return each
+    total = emit(node, aten.sum.default, each)
+    if argument(node, "reduction") == SUM:
+        return total
+    return emit(node, aten.div.Tensor, total, emit(node, aten.sum.default, emit(node, aten.ne.Scalar, target, ignore)))
+
+
+def _attention(node: fx.Node) -> fx.Node:
+    if argument(node, "dropout_p"):
+        raise FoldError(
+            f"Attention drops out with p={argument(node, 'dropout_p')}; random masks are not supported yet.",
+            at=node.meta.get("stack_trace", "").strip().splitlines()[-1:] or None,
+            valid="dropout_p=0.0",
+        )
+    if argument(node, "attn_mask") is not None:
+        return node
+    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+    if q.meta["val"].dim() != 4:
+        return node
+    scale = argument(node, "scale")
+    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    y = emit(node, ops.attention, q, k, v, None, None, scale, argument(node, "is_causal"), 0)
+    return emit(node, aten.transpose.int, y, 1, 2)
+
+
+def _dropout(node: fx.Node) -> fx.Node:
+    if argument(node, "train") and argument(node, "p"):
+        raise FoldError(
+            f"The model drops out with p={argument(node, 'p')}; random masks are not supported yet.",
+            valid="p=0.0, or model.eval()",
+        )
+    found: fx.Node = argument(node, "input")
+    if isinstance(node.meta["val"], (tuple, list)):  # the result and its mask, which nothing reads
+        for item in list(node.users):
+            item.replace_all_uses_with(found)
+            node.graph.erase_node(item)
+    return found
+
+
+def _copy(node: fx.Node) -> fx.Node:
+    """What is left of `self.copy_(src)`: the source, in the shape and dtype of the destination."""
+    to = node.args[0].meta["val"]
+    source: fx.Node = node.args[1]
+    if source.meta["val"].dtype != to.dtype:
+        found = emit(node, aten._to_copy.default, source)
+        found.kwargs = {"dtype": to.dtype}
+        found.meta["val"] = found.meta["val"].to(to.dtype)
+        source = found
+    if source.meta["val"].shape != to.shape:
+        source = emit(node, aten.expand.default, source, list(to.shape))
+    return source
+
+
+def _contiguous(node: fx.Node) -> fx.Node:
+    found: fx.Node = node.args[0]
+    return found
+
+
+REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
+    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.dropout.default: _dropout,
+    aten.native_dropout.default: _dropout,
+    aten.contiguous.default: _contiguous,
+    aten.copy.default: _copy,
+}
+
+
+def _check_random(node: fx.Node) -> None:
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:
+        raise FoldError(
+            f"The model draws random numbers with {node.target}, which is not supported yet.",
+            valid="a model without dropout, jitter or noise, or model.eval()",
+        )
