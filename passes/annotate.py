@@ -1,0 +1,134 @@
+"""Annotate: name the factors. Every dimension of every value becomes a product of factors that the whole program shares.
+
+%q : f32[4, 16, 64]        becomes        %q : f32[batch, seq, (kv_heads group head_dim)]
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from foldcc.factors import Dims, Factors
+from foldcc.passes.manager import Pass
+from foldcc.program import Program
+from foldcc.rules.aten import operands, rule_of
+from foldcc.rules.notation import Pattern, Rule
+
+
+class UnknownOperator(UserWarning):
+    """An operator without a rule: its operands are replicated where they would be sharded. Slow, never wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotate(Pass):
+    requires = frozenset({"outlined"})
+    provides = frozenset({"annotated"})
+
+    def run(self, program: Program) -> Program:
+        inference = _Inference()
+        for node in program.placeholders:
+            inference.fresh(node)
+        for block in program.blocks.values():
+            for node in block.graph.nodes:
+                inference.visit(node)
+        for node in program.graph.graph.nodes:
+            inference.connect(program, node)
+        factors = inference.factors
+        _name_inputs(program, inference)
+        for node, dims in inference.dims.items():
+            node.meta["dims"] = tuple(factors.symbols(dim) for dim in dims)
+        return replace(program, sizes=factors.sizes)
+
+
+class _Inference:
+    """Union-find over the rules of all blocks, then over what the main graph passes to them."""
+
+    def __init__(self) -> None:
+        self.factors = Factors()
+        self.dims: dict[fx.Node, Dims] = {}
+        self.unknown: set[str] = set()
+
+    def fresh(self, node: fx.Node) -> None:
+        self.dims[node] = tuple((self.factors.new(int(n)),) for n in node.meta["val"].shape)
+
+    def visit(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem or node.op == "output":
+            return
+        if node.op == "placeholder":
+            self.fresh(node)
+            return
+        results = [node]
+        if isinstance(value, (tuple, list)):
+            results = [u for u in node.users if u.target is operator.getitem]
+        for r in results:
+            if isinstance(r.meta["val"], torch.Tensor):
+                self.fresh(r)
+        rule = rule_of(node)
+        node.meta["rule"] = rule
+        if rule is None:
+            name = str(node.target)
+            if name not in self.unknown and operands(node):
+                self.unknown.add(name)
+                warnings.warn(f"{name} has no factor rule; its operands are replicated.", UnknownOperator, stacklevel=2)
+            return
+        letters = {x: self.factors.new(n, rule.wishes.get(x, "")) for x, n in rule.sizes.items()}
+        pairs: list[tuple[fx.Node | None, Pattern | None]] = list(zip(operands(node), rule.operands, strict=False))
+        if isinstance(value, (tuple, list)):
+            pairs += [(r, rule.results[r.args[1]]) for r in results]
+        else:
+            pairs.append((node, rule.results[0]))
+        for member, pattern in pairs:
+            if member is not None and pattern is not None:
+                for dim, product in zip(self.dims[member], pattern, strict=True):
+                    if not self.factors.unify(dim, [letters[x] for x in product]):
+                        # The sizes do not nest, so the two have no factor in common that could be sharded.
+                        node.meta["rule"] = None
+
+    def connect(self, program: Program, node: fx.Node) -> None:
+        if node.op != "call_module":
+            return
+        block: fx.GraphModule = getattr(program.graph, str(node.target))
+        formals = list(block.graph.find_nodes(op="placeholder"))
+        (output,) = block.graph.find_nodes(op="output")
+        for user in node.users:
+            self.fresh(user)
+        returned = output.args[0]
+        pairs = [*zip(formals, node.args, strict=True), *((returned[u.args[1]], u) for u in node.users)]
+        for inner, outer in pairs:
+            for a, b in zip(self.dims[inner], self.dims[outer], strict=True):
+                self.factors.unify(a, b)
+
+
+def _name_inputs(program: Program, inference: _Inference) -> None:
+    """The first two dimensions of an input are called batch and seq."""
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "input":
+            for dim, name in zip(inference.dims[node], ("batch", "seq"), strict=False):
+                new = inference.factors.new(inference.factors.size(dim), name)
+                inference.factors.unify(dim, (new,))
+
+
+def letter_factors(rule: Rule, factors: list[tuple[tuple[object, ...], ...] | None], sizes: dict) -> dict:
+    """The factors that each letter of a rule stands for, read off the dimensions of operands and results.
+
+    Returns a dict from letter to a tuple of factors; a letter whose factors cannot be told apart from its neighbours'
+    is missing.
+    """
+    found: dict[str, tuple[object, ...]] = {}
+    for pattern, dims in zip([*rule.operands, *rule.results], factors, strict=True):
+        for product, dim in zip(pattern or (), dims or (), strict=False):
+            rest = list(dim)
+            for x in product:
+                taken, size = [], 1
+                while rest and size < rule.sizes[x]:
+                    size *= sizes[rest[0]]
+                    taken.append(rest.pop(0))
+                if size != rule.sizes[x]:
+                    break
+                found.setdefault(x, tuple(taken))
+    return found

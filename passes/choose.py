@@ -1,0 +1,373 @@
+"""Choose: on one mesh axis, a strategy for each operator and a state for each value between blocks, at the least cost.
+
+A small integer program: one binary choice per distinct operator, a cost for each move between states. Blocks that repeat
+share their choices, and so do the values that the main graph passes between blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from foldcc import ops
+from foldcc.errors import FoldError, divides, divisors, listed
+from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
+from foldcc.passes import costs
+from foldcc.passes.interface import interface, returns
+from foldcc.passes.milp import IntegerProgram
+from foldcc.passes.strategies import Strategist, Strategy, results_of, runs
+from foldcc.program import Program, where
+from foldcc.rules.aten import name_of, operands
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen on one axis: a strategy for each node, a state for each value that enters or leaves a block."""
+
+    strategies: dict[fx.Node, Strategy]
+    slots: dict[Any, State]
+
+
+class _AxisProblem:
+    def __init__(
+        self,
+        program: Program,
+        axis: str,
+        chosen: dict[str, Choice],
+        taken: dict[fx.Node, dict[Any, int]],
+        kept: Mapping[str, Layout],
+    ):
+        self.program, self.axis, self.chosen, self.kept = program, axis, chosen, kept
+        self.ranks = program.mesh.size(axis)
+        self.model = IntegerProgram()
+        self.slot_of = interface(program)
+        self.hidden = _hidden(program)
+        self.batch = _batch(program)
+        # Samples are dp's, and dp takes nothing else; what the other axes take is a question of cost.
+        self.takes = _factors(program) - {self.batch} if axis != "dp" else {self.batch}
+        self.strategist = Strategist(program.sizes, self.ranks, taken, self.takes)
+        self.scale = self._reference()
+        self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
+        self.slots: dict[fx.Node, dict[State, int]] = {}
+        # For each value inside a block: the states it is left in and, for each reader, those it is needed in.
+        self.made: dict[fx.Node, dict[State, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.needed: dict[fx.Node, list[dict[State, list[int]]]] = defaultdict(list)
+
+    def _reference(self) -> float:
+        """The factor by which the batch is scaled so that each data-parallel rank holds the reference load."""
+        tokens = 1
+        for node in self.program.placeholders:
+            if self.program.slot(node.name).kind == "input":
+                tokens = max(tokens, int(np.prod([int(n) for n in node.meta["val"].shape[:2]])))
+        return costs.TOKENS * self.hidden * self.program.mesh.size("dp") / tokens
+
+    def elements(self, node: fx.Node) -> float:
+        """Elements of a value at the reference load, with what earlier axes have divided."""
+        count = float(np.prod([int(n) for n in node.meta["val"].shape]) or 1.0)
+        if any(self.batch in dim for dim in node.meta["dims"]):
+            count *= self.scale
+        for axis, choice in self.chosen.items():
+            state = choice.slots.get(self.slot_of.get(node)) if node in self.slot_of else _state_of(choice, node)
+            if isinstance(state, Shard):
+                count /= self.program.mesh.size(axis)
+        return count
+
+    def work(self, node: fx.Node) -> float:
+        rule = node.meta["rule"]
+        passes = 3.0 if node.meta["grad"] else 1.0
+        results = [r for r in results_of(node) if r is not None]
+        traffic = costs.TRAFFIC * sum(self.elements(r) for r in results)
+        flops = 0.0
+        if rule is not None and node.target is not ops.experts_node and node.target is not ops.token_loss:
+            contracted = [x for x in rule.letters() if rule.summed(x) and len(rule.operands) > 1]
+            if contracted and name_of(node.target) != "aten.embedding":
+                product = float(np.prod([rule.sizes[x] for x in contracted]))
+                flops = 2 * product * sum(self.elements(r) for r in results)
+        return passes * (traffic + costs.FLOPS * flops / self.hidden)
+
+    def build(self) -> None:
+        program = self.program
+        for name, block in program.blocks.items():
+            times = program.count(name)
+            for node in block.graph.nodes:
+                if node.op == "placeholder":
+                    self._slot(self.slot_of[node])
+                elif node.op == "call_function" and node.target is not operator.getitem:
+                    self._node(node, times)
+        for node in program.placeholders:
+            if node.users:
+                self._slot(self.slot_of.setdefault(node, node))
+        self._returned()
+        self._outputs()
+        self._moves()
+
+    def _node(self, node: fx.Node, times: int) -> None:
+        options = self.strategist.of(node)
+        if not node.meta["grad"]:
+            options = [s for s in options if REPLICATED not in s.results or s.operands == ()]
+        if not options:
+            self._infeasible(node)
+        if self.axis == "tp" and "kv_heads" in node.meta.get("letters", ()):
+            self._check_heads(node, options)
+        work = self.work(node) * times
+        found = []
+        for s in options:
+            found.append((s, self.model.variable(work * s.share, integer=True)))
+        self.model.row([v for _, v in found], [1.0] * len(found), 1, 1)
+        self.strategies[node] = found
+        for i, x in enumerate(operands(node)):
+            if x is None:
+                continue
+            wanted: dict[State, list[int]] = defaultdict(list)
+            for s, v in found:
+                state = s.operands[i]
+                if state is not None:
+                    wanted[self._plain(x, state)].append(v)
+            self.needed[x].append(wanted)
+        for k, r in enumerate(results_of(node)):
+            if r is not None:
+                for s, v in found:
+                    self.made[r][self._plain(r, s.results[k])].append(v)
+
+    def _plain(self, node: fx.Node, state: State) -> State:
+        """Where no gradient flows, replicated and invariant are the same."""
+        return INVARIANT if state == REPLICATED and not node.meta["grad"] else state
+
+    def _slot(self, slot: fx.Node) -> dict[State, int]:
+        if slot in self.slots:
+            return self.slots[slot]
+        states = self._slot_states(slot)
+        holding = sum(self._holding(node) for node in self.program.placeholders if self.slot_of.get(node) is slot)
+        found = {}
+        for state in states:
+            cost = holding / self.ranks if isinstance(state, Shard) else holding
+            found[state] = self.model.variable(cost, integer=True)
+        self.model.row(list(found.values()), [1.0] * len(found), 1, 1)
+        self.slots[slot] = found
+        return found
+
+    def _slot_states(self, slot: fx.Node) -> list[State]:
+        kind = None
+        if slot.op == "placeholder" and slot.graph is self.program.graph.graph:
+            kind = self.program.slot(slot.name).kind
+        if kind == "parameter":
+            before = self.kept.get(self.program.slot(slot.name).names[0])
+            if before is not None and before.view == "attention":
+                return [before.states[self.axis]]
+        if self.axis == "dp":
+            if kind == "input":
+                return [self._batch_state(slot)]
+            if kind is not None:
+                return [INVARIANT]
+        elif kind is not None and kind != "parameter":
+            return [INVARIANT]
+        found: list[State] = [INVARIANT]
+        for d, dim in enumerate(slot.meta["dims"]):
+            sizes = [self.program.sizes[f] for f in dim]
+            for axis, choice in self.chosen.items():
+                state = choice.slots.get(slot)
+                if isinstance(state, Shard) and state.dim == d:
+                    left = self.program.mesh.size(axis)
+                    for i in range(state.start, state.stop):
+                        share = min(left, sizes[i])
+                        sizes[i], left = sizes[i] // share, left // share
+            found += [Shard(d, a, b) for a, b in runs(sizes, self.ranks) if self.takes.issuperset(dim[a:b])]
+        return found
+
+    def _batch_state(self, node: fx.Node) -> State:
+        for d, dim in enumerate(node.meta["dims"]):
+            if self.batch in dim:
+                at = dim.index(self.batch)
+                divides("samples", self.program.sizes[self.batch], self.axis, self.ranks, mesh=str(self.program.mesh))
+                return Shard(d, at, at + 1)
+        return INVARIANT
+
+    def _holding(self, slot: fx.Node) -> float:
+        """What holding a whole weight matrix costs; vectors are too small to count."""
+        if self.axis == "dp" or self.program.slot(slot.name).kind != "parameter":
+            return 0.0
+        if sum(bool(dim) for dim in slot.meta["dims"]) < 2:
+            return 0.0
+        tokens = costs.TOKENS * self.hidden
+        return costs.HOLDING * tokens * float(np.prod([int(n) for n in slot.meta["val"].shape])) / self.hidden
+
+    def _returned(self) -> None:
+        done = set()
+        for inner, outer in returns(self.program):
+            slot = self.slot_of[outer]
+            if (inner, slot) in done:
+                continue
+            done.add((inner, slot))
+            self.needed[inner].append({self._plain(inner, s): [v] for s, v in self._slot(slot).items()})
+
+    def _outputs(self) -> None:
+        """What the model returns is this rank's samples, whole on every other axis."""
+        for node in self.program.output.all_input_nodes:
+            slot = self.slot_of[node]
+            wanted = self._batch_state(node) if self.axis == "dp" else INVARIANT
+            self._needed_at_exit(slot, wanted)
+
+    def _needed_at_exit(self, slot: fx.Node, wanted: State) -> None:
+        if slot.op == "placeholder":
+            return
+        variable = self._slot(slot).get(wanted)
+        if variable is None:
+            raise FoldError(f"Output {slot.name} cannot be brought to {wanted} on {self.axis}.")
+        self.model.row([variable], [1.0], 1, 1)
+
+    def _moves(self) -> None:
+        """A cost for every pair of a state in which a value is left and one in which it is needed."""
+        for name, block in self.program.blocks.items():
+            times = self.program.count(name)
+            for x in block.graph.nodes:
+                if x not in self.needed:
+                    continue
+                made: dict[State, list[int]]
+                if x.op == "placeholder":
+                    made = {s: [v] for s, v in self.slots[self.slot_of[x]].items()}
+                    made = {self._plain(x, s): v for s, v in made.items()}
+                else:
+                    made = self.made[x]
+                size = self.elements(x)
+                # A move is paid once, however many consumers share it; each consumer's own plan keeps the bound tight.
+                paid: dict[tuple[State, State], int] = {}
+                for wanted in self.needed[x]:
+                    into: dict[State, list[int]] = defaultdict(list)
+                    for source, variables in made.items():
+                        out = []
+                        for target in wanted:
+                            cost = self._move(x, source, target, size)
+                            if cost is None:
+                                continue
+                            moved = self.model.variable()
+                            if cost:
+                                if (source, target) not in paid:
+                                    paid[source, target] = self.model.variable(cost * times)
+                                self.model.row([moved, paid[source, target]], [1.0, -1.0], -np.inf, 0)
+                            out.append(moved)
+                            into[target].append(moved)
+                        self.model.row([*out, *variables], [*[1.0] * len(out), *[-1.0] * len(variables)], -np.inf, 0)
+                    for target, needs in wanted.items():
+                        self.model.row([*needs, *into[target]], [*[1.0] * len(needs), *[-1.0] * len(into[target])], -np.inf, 0)
+
+    def _move(self, x: fx.Node, source: State, target: State, size: float) -> float | None:
+        """Cost of a move. A parameter is used where it is kept: gathering it for use is another pass's business."""
+        if x.meta.get("parameter") and isinstance(source, Shard) and source != target:
+            return None
+        start = 0.0 if x.meta.get("parameter") else costs.START * costs.TOKENS * self.hidden**2
+        return costs.move(source, target, size, self.ranks, x.meta["grad"], start)
+
+    def _check_heads(self, node: fx.Node, options: list[Strategy]) -> None:
+        """Attention that cannot be divided would run whole on every rank, which nobody means who asks for tp."""
+
+        def divided(strategies: list[Strategy]) -> bool:
+            return any(isinstance(state, Shard) for s in strategies for state in s.results)
+
+        first, second = (node.meta["letters"][x] for x in ("kv_heads", "group"))
+        if divided(options) or not self.takes.issuperset(first + second):
+            return
+        shared, each = (int(np.prod([self.program.sizes[f] for f in x])) for x in (first, second))
+        heads = shared * each
+        taken = self.strategist.taken
+        possible = [
+            d for d in divisors(heads) if d > 1 and divided(Strategist(self.program.sizes, d, taken, self.takes).of(node))
+        ]
+        raise FoldError(
+            f"{heads} attention heads, {each} to each of {shared} key/value heads, do not divide over tp={self.ranks}.",
+            at=where(node),
+            mesh=str(self.program.mesh),
+            valid=f"tp: {listed([1, *possible])}",
+        )
+
+    def _infeasible(self, node: fx.Node) -> None:
+        tokens = operands(node)[0]
+        assert tokens is not None
+        dims = " ".join(f"{f}={self.program.sizes[f]}" for f in tokens.meta["dims"][0])
+        raise FoldError(
+            f"The tokens of {name_of(node.target)} do not divide over {self.axis}={self.ranks}: {dims}.",
+            at=where(node),
+            mesh=str(self.program.mesh),
+            valid=f"a sequence length that is a multiple of {self.ranks}",
+        )
+
+
+def _state_of(choice: Choice, node: fx.Node) -> State | None:
+    producer = node.args[0] if node.target is operator.getitem else node
+    strategy = choice.strategies.get(producer)
+    if strategy is None:
+        return None
+    return strategy.results[node.args[1] if node.target is operator.getitem else 0]
+
+
+def _hidden(program: Program) -> int:
+    """The width of the residual stream: the factor that most parameters share."""
+    votes: dict[Symbol, int] = defaultdict(int)
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "parameter":
+            for f in {f for dim in node.meta["dims"] if len(dim) == 1 for f in dim}:
+                votes[f] += 1
+    return program.sizes[max(votes, key=lambda f: votes[f])] if votes else 1
+
+
+def _factors(program: Program) -> set[Symbol]:
+    """The factors that are worth dividing: those of weight matrices and of inputs."""
+    found = set()
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "input" or sum(bool(dim) for dim in node.meta["dims"]) > 1:
+            found |= {f for dim in node.meta["dims"] for f in dim}
+    return found
+
+
+def _batch(program: Program) -> Symbol | None:
+    """The factor of the first dimension of the inputs."""
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "input" and node.meta["dims"] and node.meta["dims"][0]:
+            first: Symbol = node.meta["dims"][0][0]
+            return first
+    return None
+
+
+def choose(
+    program: Program,
+    axis: str,
+    chosen: dict[str, Choice],
+    taken: dict[fx.Node, dict[Any, int]],
+    kept: Mapping[str, Layout],
+) -> Choice:
+    problem = _AxisProblem(program, axis, chosen, taken, kept)
+    problem.build()
+    x = problem.model.solve()
+    if x is None:
+        raise FoldError(f"No layout over {axis}={problem.ranks} satisfies every operator.", mesh=str(program.mesh))
+    strategies = {n: max(found, key=lambda sv: x[sv[1]])[0] for n, found in problem.strategies.items()}
+    states = {slot: max(found, key=lambda s: x[found[s]]) for slot, found in problem.slots.items()}
+    for node, strategy in strategies.items():
+        _take(node, strategy, problem.ranks, program.sizes, taken)
+    return Choice(strategies, states)
+
+
+def _take(
+    node: fx.Node, strategy: Strategy, ranks: int, sizes: dict[Symbol, int], taken: dict[fx.Node, dict[Any, int]]
+) -> None:
+    """Notes which part of which letter an axis has divided, for the axes after it."""
+    rule = node.meta["rule"]
+    if rule is None:
+        return
+    patterns = [*zip(rule.operands, strategy.operands, strict=False), *zip(rule.results, strategy.results, strict=True)]
+    for pattern, state in patterns:
+        if pattern is None or not isinstance(state, Shard):
+            continue
+        flat = [(x, i) for x in pattern[state.dim] for i in range(len(node.meta["letters"].get(x, ())))]
+        left = ranks
+        for key in flat[state.start : state.stop]:
+            size = sizes[node.meta["letters"][key[0]][key[1]]] // taken[node].get(key, 1)
+            share = min(left, size)
+            taken[node][key] = taken[node].get(key, 1) * share
+            left //= share
+        return

@@ -1,0 +1,298 @@
+"""Differentiate: one forward and one backward graph for each distinct block, and a main graph for each direction.
+
+    y = block(x, w)                     forward:   y, saved = block_forward(x, w)
+becomes                                 backward:  dx, dw   = block_backward(saved, dy)
+
+AOTAutograd traces each block once. Every collective has its transpose registered, so gradient synchronisation appears in
+the backward graph by itself: where a parameter enters as I and is used as R, the transpose of that step is its reduction.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses import FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from foldcc.layout import Layout
+from foldcc.passes.manager import Pass
+from foldcc.program import Program
+from foldcc.runtime.groups import active
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differentiate(Pass):
+    requires = frozenset({"localized"})
+    provides = frozenset({"differentiated"})
+    in_place = False
+
+    def run(self, program: Program) -> Program:
+        with active(program.mesh):
+            joints = {name: _split(block, _trace(block)) for name, block in program.blocks.items()}
+        backward = Backward(program, joints)
+        return replace(program, graph=_forward(program, joints), backward=backward.main(None), backward_for=backward.main)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The two directions of one block.
+
+    Attributes:
+        forward: formals -> (results, saved values).
+        backward: (saved values, gradients of the results that have one) -> gradients of the formals, None without one.
+        grads: which results have a gradient.
+        results: how many results the block has.
+        saved: names of the saved values, for the main graphs.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    grads: tuple[bool, ...]
+    results: int
+    saved: int
+    variants: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
+
+
+def _trace(block: fx.GraphModule) -> fx.GraphModule | None:
+    """The joint graph of a block, None when nothing in it has a gradient."""
+    (output,) = block.graph.find_nodes(op="output")
+    if not any(n.meta["grad"] for n in output.args[0]):
+        return None
+    for node in block.graph.nodes:
+        # What tracing keeps of a node's meta, for the operators that it becomes and for their transposes.
+        node.meta["custom"] = {k: node.meta[k] for k in ("nn_module_stack", "source") if k in node.meta} | {"origin": node.name}
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode, fx_traceback.preserve_node_meta():
+        inputs = tuple(
+            torch.empty(
+                n.meta["layout"].shape,
+                dtype=n.meta["val"].dtype,
+                device=n.meta["val"].device,
+                requires_grad=n.meta["grad"],
+            )
+            for n in block.graph.find_nodes(op="placeholder")
+        )
+        joint: Any = aot_export_joint_simple(_without_views(block), inputs, trace_joint=True)
+    _drop_clones(joint, len(output.args[0]))
+    for node in joint.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # what another block computed may have other strides than what was traced
+    for node in block.graph.nodes:
+        del node.meta["custom"]
+    for node in joint.graph.nodes:
+        node.meta |= node.meta.pop("custom", {})
+    return joint
+
+
+def _without_views(block: fx.GraphModule) -> Callable[..., Any]:
+    """The block with copies as results: AOTAutograd refuses views, such as what `linear` makes of three dimensions."""
+    run = fx.Interpreter(block).run
+    return lambda *values: tuple(x.clone() for x in run(*values))
+
+
+def _drop_clones(joint: fx.GraphModule, results: int) -> None:
+    (output,) = joint.graph.find_nodes(op="output")
+    leaves = list(output.args[0])
+    for i, leaf in enumerate(leaves[:results]):
+        if leaf.target is aten.clone.default and leaf.args[0].op != "placeholder":
+            leaves[i] = leaf.args[0]
+    output.args = (tuple(leaves),)
+
+
+def _split(block: fx.GraphModule, joint: fx.GraphModule | None) -> Joint:
+    """Cuts a joint graph: what the results need runs forward, the rest runs backward."""
+    (output,) = block.graph.find_nodes(op="output")
+    grads = tuple(bool(n.meta["grad"]) for n in output.args[0])
+    if joint is None:
+        return Joint(block, None, grads, len(grads), 0)
+    graph = joint.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    count = len(placeholders) - sum(grads)
+    primals, tangents = placeholders[:count], placeholders[count:]
+    formals = list(block.graph.find_nodes(op="placeholder"))
+    returned = [n for n, grad in zip(output.args[0], grads, strict=True) if grad]
+    names = {p: f.name for p, f in zip(primals, formals, strict=True)}
+    names |= {t: f"grad_{r.name}" for t, r in zip(tangents, returned, strict=True)}
+    for primal, formal in zip(primals, formals, strict=True):
+        primal.meta["layout"] = formal.meta["layout"]
+    for tangent, result in zip(tangents, returned, strict=True):
+        tangent.meta["layout"] = result.meta["layout"].transposed
+    (joined,) = graph.find_nodes(op="output")
+    leaves = list(joined.args[0])
+    results, gradients = leaves[: len(grads)], leaves[len(grads) :]
+    for result, local in zip(results, output.args[0], strict=True):
+        result.meta["layout"] = local.meta["layout"]
+    for gradient, formal in zip(gradients, formals, strict=True):
+        if gradient is not None:
+            gradient.meta["layout"] = formal.meta["layout"].transposed
+    needed = _ancestors(results)
+    early = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
+    late = [n for n in graph.nodes if n in _ancestors(gradients) and n not in needed and n.op != "placeholder"]
+    inside = {*late, *tangents}
+    read = [i for n in late for i in n.all_input_nodes] + [g for g in gradients if isinstance(g, fx.Node)]
+    saved = list(dict.fromkeys(n for n in read if n not in inside))
+    left = [(n.name, n.meta["layout"]) for n in output.args[0]]
+    asked = [(f"grad_{n.name}", n.meta["layout"].transposed) for n in formals]
+    forward = _extract(primals, early, (tuple(results), tuple(saved)), names, left)
+    backward = _extract([*saved, *tangents], late, tuple(gradients), names, asked)
+    return Joint(forward, backward, grads, len(grads), len(saved))
+
+
+def _ancestors(nodes: list[Any]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [n for n in nodes if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _extract(
+    inputs: list[fx.Node], nodes: list[fx.Node], results: Any, names: Mapping[fx.Node, str], returns: list[tuple[str, Layout]]
+) -> fx.GraphModule:
+    """A graph of these nodes; its output keeps what its results, saved values aside, are called, and their layouts."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        new[node] = graph.placeholder(names.get(node, node.name))
+        new[node].meta = dict(node.meta)
+    for node in nodes:
+        new[node] = graph.node_copy(node, lambda n: new[n])
+    graph.output(fx.map_arg(results, lambda n: new[n])).meta["returns"] = tuple(returns)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _forward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
+    """The main graph, forward: `(slots) -> (outputs, saved values of every call)`."""
+    root, graph = torch.nn.Module(), fx.Graph()
+    for name, joint in joints.items():
+        setattr(root, name, joint.forward)
+    new: dict[fx.Node, fx.Node] = {}
+    saved = []
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder":
+            new[node] = graph.node_copy(node)
+        elif node.op == "call_module":
+            joint = joints[str(node.target)]
+            call = graph.call_module(str(node.target), tuple(new[a] for a in node.args))
+            if joint.backward is not None:
+                first = graph.call_function(operator.getitem, (call, 0))
+                saved.append(graph.call_function(operator.getitem, (call, 1)))
+                call = first
+            new[node] = call
+        elif node.op == "call_function":
+            new[node] = graph.node_copy(node, lambda n: new[n])
+        else:
+            graph.output((fx.map_arg(node.args[0], lambda n: new[n]), tuple(saved)))
+    return fx.GraphModule(root, graph)
+
+
+class Backward:
+    """Builds main graphs, backward: `(saved values of every call, gradients of outputs) -> gradients of parameters`."""
+
+    def __init__(self, program: Program, joints: dict[str, Joint]):
+        self.program = program
+        self.joints = joints
+
+    def main(self, given: tuple[bool, ...] | None) -> fx.GraphModule:
+        """The main graph for the outputs that have a gradient.
+
+        Args:
+            given: for each output with a gradient, whether one is given; None for all. What a missing one would have
+                been multiplied with is not computed.
+        """
+        program, root, graph = self.program, torch.nn.Module(), fx.Graph()
+        calls = [c for c in program.calls if self.joints[str(c.target)].backward is not None]
+        saved = {c: graph.placeholder(f"saved{i}") for i, c in enumerate(calls)}
+        outputs = [n for n in pytree_nodes(program.output) if n.meta["grad"]]
+        grads: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate(outputs):
+            tangent = graph.placeholder(f"tangent{i}")
+            if given is None or given[i]:
+                _accumulate(graph, grads, node, tangent)
+        for call in reversed(calls):
+            joint = self.joints[str(call.target)]
+            received = {u.args[1]: grads.get(u) for u in call.users}
+            tangents = [received.get(i) for i, has in enumerate(joint.grads) if has]
+            if not any(t is not None for t in tangents):
+                continue
+            there = tuple(t is not None for t in tangents)
+            name = str(call.target) + "".join(f"_{i}" for i, t in enumerate(there) if not t)
+            if not hasattr(root, name):
+                setattr(root, name, _variant(joint, there))
+            values = [graph.call_function(operator.getitem, (saved[call], i)) for i in range(joint.saved)]
+            result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
+            (output,) = getattr(root, name).graph.find_nodes(op="output")
+            for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
+                if gradient is not None:
+                    _accumulate(graph, grads, actual, graph.call_function(operator.getitem, (result, i)))
+        graph.output(tuple(grads.get(n) for n in program.placeholders))
+        return fx.GraphModule(root, graph)
+
+
+def pytree_nodes(output: fx.Node) -> list[fx.Node]:
+    """The nodes that a main graph returns, in order."""
+    found: list[fx.Node] = []
+    fx.map_arg(output.args[0], found.append)
+    return found
+
+
+def _accumulate(graph: fx.Graph, grads: dict[fx.Node, fx.Node], node: Any, gradient: fx.Node) -> None:
+    if node in grads:
+        gradient = graph.call_function(aten.add.Tensor, (grads[node], gradient))
+    grads[node] = gradient
+
+
+def _variant(joint: Joint, there: tuple[bool, ...]) -> fx.GraphModule:
+    """The backward graph for the results whose gradient is there: a missing one is zero, and zero is not computed with."""
+    assert joint.backward is not None
+    if all(there):
+        return joint.backward
+    if there in joint.variants:
+        return joint.variants[there]
+    old = joint.backward.graph
+    placeholders = list(old.find_nodes(op="placeholder"))
+    tangents = placeholders[len(placeholders) - len(there) :]
+    linear = set(tangents)  # what depends on a gradient, and does so linearly
+    zero = {t for t, given in zip(tangents, there, strict=True) if not given}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+
+    def value(n: fx.Node) -> Any:
+        if n not in zero:
+            return new[n]
+        like = n.meta["val"]
+        kwargs = {"dtype": like.dtype, "device": like.device}
+        return graph.call_function(aten.zeros.default, (list(like.shape),), kwargs)
+
+    for node in old.nodes:
+        if node.op == "placeholder":
+            if node not in zero:
+                new[node] = graph.node_copy(node)
+        elif node.op == "output":
+            kept = [None if g is None or g in zero else new[g] for g in node.args[0]]
+            graph.output(tuple(kept)).meta = dict(node.meta)
+        else:
+            depends = [n for n in node.all_input_nodes if n in linear]
+            if depends:
+                linear.add(node)
+            if depends and all(n in zero for n in depends):
+                zero.add(node)
+            elif node.target is aten.add.Tensor and any(n in zero for n in depends):
+                (rest,) = (n for n in node.args if n not in zero)
+                new[node] = new[rest]
+            else:
+                new[node] = graph.node_copy(node, value)
+    graph.eliminate_dead_code()
+    joint.variants[there] = fx.GraphModule(torch.nn.Module(), graph)
+    return joint.variants[there]

@@ -1,0 +1,305 @@
+"""Dispatch: send every token to the ranks that hold its experts, and bring the results back.
+
+    y = experts(x, ids, weights, w_up, w_down)
+becomes
+    order = argsort(ids)                                          counts = count(ids)
+    sent, received, sources, chunks = splits(counts, all_to_all(counts))
+    rows = all_gather_v(all_to_all_v(permute(x, order), sent, received, "ep"), sources, "etp")
+    rows = experts on rows by expert                              w_up [experts@ep, (2 width@etp), hidden]
+    rows = all_to_all_v(reduce_scatter_v(rows, sources, "etp"), received, sent, "ep")
+    y    = unpermute(rows, order, weights)
+
+From the cross_fold on, nodes are one rank's view: their layouts are over the MoE axes, and row counts are data.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from foldcc import ops
+from foldcc.errors import FoldError, divides
+from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, State
+from foldcc.mesh import FoldedMesh
+from foldcc.ops.experts import activate, expert_of_row
+from foldcc.passes.manager import Pass
+from foldcc.passes.shard import reshard
+from foldcc.program import Program, where
+from foldcc.rules.aten import argument
+
+aten = torch.ops.aten
+
+
+def cross_fold(x: Any, layout: Layout | None = None) -> Any:
+    """The same local value, read on the other side of the mesh; free, because both sides count the same ranks in order."""
+    return x
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch(Pass):
+    requires = frozenset({"sharded"})
+    provides = frozenset({"dispatched"})
+
+    def run(self, program: Program) -> Program:
+        sizes = dict(program.sizes)
+        program = replace(program, sizes=sizes)
+        for name, block in program.blocks.items():
+            for node in list(block.graph.find_nodes(op="call_function", target=ops.experts_node)):
+                _Dispatcher(program, name, node).run()
+            block.graph.eliminate_dead_code()
+            block.recompile()
+        return program
+
+
+class _Dispatcher:
+    """Rewrites one `experts` node."""
+
+    def __init__(self, program: Program, block: str, node: fx.Node):
+        self.program, self.block, self.node = program, block, node
+        self.mesh: FoldedMesh = program.mesh
+        self.graph = node.graph
+        self.sizes = program.sizes
+        self.ranks = {a: self.mesh.size(a) for a in self.mesh.axes("moe") if self.mesh.size(a) > 1}
+        self.hidden = node.meta["dims"][1]
+        self.tokens = self._tokens()
+
+    def _tokens(self) -> sympy.Symbol:
+        """The factor of all tokens, which the ranks share out among them, in the attention side's order."""
+        count = math.prod(self.sizes[f] for f in self.node.meta["dims"][0])
+        number, name = 1, "tokens"
+        while self.sizes.setdefault(_symbol(name), count) != count:
+            number += 1
+            name = f"tokens{number}"
+        return _symbol(name)
+
+    def layout(self, dims: tuple[Any, ...], **states: State) -> Layout:
+        """A layout on the MoE axes: where nothing else is said, tokens are divided and the rest varies."""
+        other: State = Shard(0, 0, 1) if dims and self.tokens in dims[0] else VARYING
+        return Layout(dims, self.sizes, {a: states.get(a, other) for a in self.ranks}, self.ranks, "moe")
+
+    def emit(self, target: Any, args: tuple[Any, ...], layout: Layout | None, dtype: torch.dtype | None = None) -> fx.Node:
+        new = self.graph.call_function(target, args)
+        kept = ("nn_module_stack", "stack_trace", "source")
+        new.meta = {k: v for k, v in self.node.meta.items() if k in kept}
+        new.meta |= {"layout": layout, "dtype": dtype or self.node.meta["val"].dtype, "grad": dtype is None}
+        if layout is not None:
+            new.meta["dims"] = layout.dims
+        return new
+
+    def run(self) -> None:
+        with self.graph.inserting_before(self.node):
+            y = self._dispatched()
+        self.node.replace_all_uses_with(y)
+        self.graph.erase_node(self.node)
+
+    def _fold(self, x: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+        """A value with one row per token, on the MoE side of the mesh."""
+        layout = self.layout(((self.tokens,), *x.meta["dims"][1:]))
+        return self.emit(cross_fold, (x, layout), layout, dtype)
+
+    def _weight(self, name: str, **factors: str) -> fx.Node | None:
+        """An expert weight, each named factor divided over its axis."""
+        w = argument(self.node, name)
+        if w is None:
+            return None
+        states: dict[str, State] = dict.fromkeys(self.ranks, INVARIANT)
+        for axis, letter in factors.items():
+            if axis in self.ranks:
+                wanted = self.node.meta["letters"][letter]
+                states[axis] = self._place(w, wanted, axis, letter)
+        layout = self.layout(w.meta["dims"], **states)
+        source = w.args[0] if w.target is reshard else w
+        if source.op == "placeholder" and self._only_here(source):
+            source.meta["layout"] = layout
+            for call in self.program.calls:
+                if call.target == self.block:
+                    position = list(self.graph.find_nodes(op="placeholder")).index(source)
+                    call.args[position].meta["layout"] = layout
+            w = source
+        else:
+            invariant = self.layout(w.meta["dims"], **dict.fromkeys(self.ranks, INVARIANT))
+            w = self.emit(cross_fold, (w, invariant), invariant)
+            w = self.emit(reshard, (w, layout), layout)
+        # Tokens vary over edp and, where the weight is not divided, over the others; the transpose sums its gradient.
+        used = {a: REPLICATED if s == INVARIANT else s for a, s in layout.states.items()}
+        if used == layout.states:
+            return w
+        return self.emit(reshard, (w, self.layout(w.meta["dims"], **used)), self.layout(w.meta["dims"], **used))
+
+    def _only_here(self, source: fx.Node) -> bool:
+        """Whether the placeholder is a parameter that nothing but these experts reads."""
+        if not source.meta.get("parameter"):
+            return False
+        position = list(self.graph.find_nodes(op="placeholder")).index(source)
+        for call in self.program.calls:
+            if call.target == self.block and len(call.args[position].users) > 1:
+                return False
+        readers = [u for u in source.users if u.target is not reshard]
+        readers += [v for u in source.users if u.target is reshard for v in u.users]
+        return all(r is self.node or r.target in (reshard, cross_fold) for r in readers)
+
+    def _place(self, w: fx.Node, wanted: tuple[Any, ...], axis: str, letter: str) -> Shard:
+        ranks = self.mesh.size(axis)
+        size = 1
+        for f in wanted:
+            size *= self.sizes[f]
+        what = "experts" if letter == "experts" else "columns of each expert"
+        divides(what, size, axis, ranks, at=where(self.node), mesh=str(self.mesh))
+        for d, dim in enumerate(w.meta["dims"]):
+            for start in range(len(dim)):
+                if dim[start : start + len(wanted)] == wanted:
+                    stop = start + 1
+                    if self.sizes[dim[start]] % ranks:
+                        stop = start + len(wanted)
+                    return Shard(d, start, stop)
+        raise FoldError(f"Weight {w.name} has no dimension {letter}.", at=where(self.node))
+
+    def _dispatched(self) -> fx.Node:
+        node, ints = self.node, torch.int64
+        ep, etp = self.mesh.size("ep"), self.mesh.size("etp")
+        x, ids, weights = (argument(node, name) for name in ("x", "ids", "weights"))
+        act, transposed = argument(node, "act"), argument(node, "transposed")
+        width = "expert_width"
+        w_up = self._weight("w_up", ep="experts", etp=width)
+        w_down = self._weight("w_down", ep="experts", etp=width)
+        b_up = self._weight("b_up", ep="experts", etp=width)
+        b_down = self._weight("b_down", ep="experts")
+        assert w_up is not None and w_down is not None
+        experts = node.meta["letters"]["experts"]
+        expert_count = 1
+        for f in experts:
+            expert_count *= self.sizes[f]
+
+        x, ids, weights = self._fold(x), self._fold(ids, ints), self._fold(weights)
+        choices = (x.meta["dims"][0] + ids.meta["dims"][1],)
+        flat = self.emit(aten.reshape.default, (ids, [-1]), self.layout(choices), ints)
+        order = self.emit(aten.argsort.stable, (flat,), self.layout(choices), ints)
+        order.kwargs = {"stable": True}
+        rows = self.emit(ops.permute.overload, (x, order, self._choices()), self.layout((*choices, self.hidden)))
+
+        if ep * etp == 1:
+            counts = self.emit(ops.count.overload, (ids, expert_count), self.layout((experts,)), ints)
+            rows = self._experts(rows, counts, w_up, w_down, b_up, b_down, act, transposed, choices[0])
+        else:
+            counts = self.emit(ops.count.overload, (ids, expert_count), self.layout((experts,)), ints)
+            sent, received, sources, chunks = self._splits(counts, experts, ep, etp)
+            here, gathered = self._rows("u"), self._rows("g")
+            if ep > 1:
+                rows = self._exchange(rows, sent, received, here)
+            else:
+                here = choices[0]
+            if etp > 1:
+                args = (rows, sources, "etp")
+                rows = self.emit(ops.all_gather_v.overload, args, self.layout((gathered, self.hidden), etp=REPLICATED))
+            else:
+                gathered = here
+            local = expert_count // ep
+            tail = {"etp": REPLICATED} if etp > 1 else {}
+            pair = self.emit(ops.by_expert.overload, (rows, chunks, local), None, ints)
+            by_expert = self.emit(operator.getitem, (pair, 0), self.layout((gathered,), **tail), ints)
+            mine: dict[str, State] = {"ep": self._divided(experts)} if ep > 1 else {}
+            each = self.emit(operator.getitem, (pair, 1), self.layout((experts,), **mine, **tail), ints)
+            layout = self.layout((gathered, self.hidden), **tail)
+            rows = self.emit(ops.permute.overload, (rows, by_expert, 1), layout)
+            rows = self._experts(rows, each, w_up, w_down, b_up, b_down, act, transposed, gathered)
+            layout = rows.meta["layout"]
+            rows = self.emit(ops.gather_rows.overload, (rows, by_expert, 1), layout)
+            if etp > 1:
+                args = (rows, sources, "etp")
+                rows = self.emit(ops.reduce_scatter_v.overload, args, self.layout((here, self.hidden)))
+            if ep > 1:
+                rows = self._exchange(rows, received, sent, choices[0])
+        dtype = node.meta["val"].dtype
+        if weights.meta["dtype"] != dtype:
+            weights = self.emit(aten._to_copy.default, (weights,), weights.meta["layout"])
+            weights.kwargs = {"dtype": dtype}
+        y = self.emit(ops.unpermute.overload, (rows, order, weights), self.layout(((self.tokens,), self.hidden)))
+        return self.emit(cross_fold, (y, node.meta["layout"]), node.meta["layout"])
+
+    def _choices(self) -> int:
+        found = 1
+        for f in argument(self.node, "ids").meta["dims"][1]:
+            found *= self.sizes[f]
+        return found
+
+    def _rows(self, prefix: str) -> tuple[sympy.Symbol]:
+        return (sympy.Symbol(f"{prefix}{len(self.graph.nodes)}", integer=True, nonnegative=True),)
+
+    def _divided(self, experts: tuple[Any, ...]) -> Shard:
+        return Shard(0, 0, 1 if self.sizes[experts[0]] % self.mesh.size("ep") == 0 else len(experts))
+
+    def _splits(self, counts: fx.Node, experts: tuple[Any, ...], ep: int, etp: int) -> list[fx.Node]:
+        """The counts exchange: the one small collective that the sizes of the others need."""
+        ints, axes = torch.int64, ",".join(a for a in ("ep", "etp") if self.mesh.size(a) > 1)
+        layout = self.layout((experts,))
+        repeated = counts
+        if etp > 1:
+            # Every rank of an etp group holds the same experts, so each is told.
+            repeated = self.emit(aten.reshape.default, (counts, [ep, 1, -1]), None, ints)
+            repeated = self.emit(aten.expand.default, (repeated, [ep, etp, -1]), None, ints)
+            repeated = self.emit(aten.reshape.default, (repeated, [-1]), None, ints)
+        arriving = self.emit(ops.all_to_all.overload, (repeated, axes), None if etp > 1 else layout, ints)
+        device = argument(self.node, "x").meta["val"].device
+        place: fx.Node
+        if etp > 1:
+            place = self.emit(ops.axis_index.overload, ("etp", device), None, ints)
+        else:
+            place = self.emit(aten.zeros.default, ([],), None, ints)
+            place.kwargs = {"dtype": torch.int64, "device": device}
+        four = self.emit(ops.splits.overload, (counts, arriving, ep, etp, place), None, ints)
+        return [self.emit(operator.getitem, (four, i), None, ints) for i in range(4)]
+
+    def _exchange(self, rows: fx.Node, send: fx.Node, receive: fx.Node, into: Any) -> fx.Node:
+        args = (rows, send, receive, "ep")
+        return self.emit(ops.all_to_all_v.overload, args, self.layout((into, self.hidden)))
+
+    def _experts(
+        self,
+        rows: fx.Node,
+        counts: fx.Node,
+        w_up: fx.Node,
+        w_down: fx.Node,
+        b_up: fx.Node | None,
+        b_down: fx.Node | None,
+        act: str,
+        transposed: bool,
+        count: Any,
+    ) -> fx.Node:
+        """The experts of this rank on its rows: their width is divided over etp, so the result is a term of a sum."""
+        etp = self.mesh.size("etp")
+        width = self.node.meta["letters"]["expert_width"]
+        interleaved = argument(self.node, "interleaved")
+        gates = self.node.meta["letters"].get("gates", ())
+        wide = width + gates if interleaved else gates + width
+        at = len(gates) if not interleaved else 0
+        split = {"etp": Shard(1, at, at + 1)} if etp > 1 else {}
+        narrow = {"etp": Shard(1, 0, 1)} if etp > 1 else {}
+        partial: dict[str, State] = {"etp": PARTIAL} if etp > 1 else {}
+        which = None
+        if b_up is not None or b_down is not None:
+            which = self.emit(expert_of_row.overload, (rows, counts), None, torch.int64)
+        args = (rows, w_up, counts, transposed)
+        hidden = self.emit(ops.grouped_linear.overload, args, self.layout((count, wide), **split))
+        if b_up is not None:
+            bias = self.emit(aten.index_select.default, (b_up, 0, which), hidden.meta["layout"])
+            hidden = self.emit(aten.add.Tensor, (hidden, bias), hidden.meta["layout"])
+        hidden = self.emit(activate, (hidden, act), self.layout((count, width), **narrow))
+        args = (hidden, w_down, counts, transposed)
+        y = self.emit(ops.grouped_linear.overload, args, self.layout((count, self.hidden), **partial))
+        if b_down is None:
+            return y
+        replicated: dict[str, State] = {"etp": REPLICATED} if etp > 1 else {}
+        bias = self.emit(aten.index_select.default, (b_down, 0, which), self.layout((count, self.hidden), **replicated))
+        if etp > 1:
+            bias = self.emit(reshard, (bias, y.meta["layout"]), y.meta["layout"])
+        return self.emit(aten.add.Tensor, (y, bias), y.meta["layout"])

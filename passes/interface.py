@@ -1,0 +1,66 @@
+"""What passes between blocks: which values are one, which are returned, and through which a gradient flows back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from foldcc.program import Program
+
+
+def find_gradients(program: Program) -> None:
+    """`node.meta["grad"]`: whether a gradient flows back through the value."""
+
+    def differentiable(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+    for node in program.placeholders:
+        node.meta["grad"] = program.slot(node.name).kind == "parameter" and differentiable(node)
+    for call in program.calls:
+        block: fx.GraphModule = getattr(program.graph, str(call.target))
+        for formal, actual in zip(block.graph.find_nodes(op="placeholder"), call.args, strict=True):
+            formal.meta["grad"] = formal.meta.get("grad", False) or actual.meta["grad"]
+            formal.meta["parameter"] = actual.op == "placeholder" and actual.meta["grad"]
+        for node in block.graph.nodes:
+            if node.op == "call_function":
+                node.meta["grad"] = any(n.meta["grad"] for n in node.all_input_nodes) and (
+                    differentiable(node) or isinstance(node.meta["val"], (tuple, list))
+                )
+        (output,) = block.graph.find_nodes(op="output")
+        for user in call.users:
+            user.meta["grad"] = output.args[0][user.args[1]].meta["grad"]
+
+
+def interface(program: Program) -> dict[fx.Node, fx.Node]:
+    """The representative of each value of the main graph and each formal or returned value of a block.
+
+    A block's formals are one with all that they are called with, because the block's program is shared. Returned values
+    are keyed by the main graph's node; `returns` says which nodes those are.
+    """
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def find(n: fx.Node) -> fx.Node:
+        while parent.setdefault(n, n) is not n:
+            n = parent[n]
+        return n
+
+    results: dict[tuple[str, int], fx.Node] = {}
+    for call in program.calls:
+        block: fx.GraphModule = getattr(program.graph, str(call.target))
+        for formal, actual in zip(block.graph.find_nodes(op="placeholder"), call.args, strict=True):
+            parent[find(formal)] = find(actual)
+        for user in call.users:
+            first = results.setdefault((str(call.target), user.args[1]), user)
+            parent[find(user)] = find(first)
+    return {n: find(n) for n in list(parent)}
+
+
+def returns(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(node in a block that is returned, a node of the main graph that receives it)."""
+    for call in program.calls:
+        (output,) = getattr(program.graph, str(call.target)).graph.find_nodes(op="output")
+        for user in call.users:
+            yield output.args[0][user.args[1]], user

@@ -1,0 +1,334 @@
+"""Localize: from the global view to the program of one rank.
+
+    y = reshard(x)  : [batch, seq@tp, hidden] -> [batch, seq, hidden] R(tp)    becomes    y = all_gather(x, 1, 1, "tp", "R")
+    v = reshape(q, [8, 16, 4, 8])                                              becomes    v = reshape(q, [4, 16, 2, 8])
+
+One graph serves every rank: shapes are local, and a rank's coordinates are values (`axis_index`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from foldcc import ops
+from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
+from foldcc.ops import record
+from foldcc.passes.dispatch import cross_fold
+from foldcc.passes.manager import Pass
+from foldcc.passes.shard import reshard
+from foldcc.program import Program
+from foldcc.rules.aten import argument, argument_or, name_of
+from foldcc.runtime.groups import active
+
+aten = torch.ops.aten
+_SIZED = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size"}
+_SIZED |= {f"aten.{n}": "size" for n in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localize(Pass):
+    requires = frozenset({"dispatched"})
+    provides = frozenset({"localized"})
+
+    def run(self, program: Program) -> Program:
+        for block in program.blocks.values():
+            for node in list(block.graph.nodes):
+                if node.op == "call_function":
+                    _localize(node)
+            block.graph.eliminate_dead_code()
+            block.recompile()
+            with active(program.mesh):
+                _settle(block)
+        return replace(program)
+
+
+def _settle(block: fx.GraphModule) -> None:
+    """`node.meta["val"]` becomes what one rank holds; sizes that are data become symbols."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        values: dict[fx.Node, Any] = {}
+        for node in block.graph.nodes:
+            if node.op == "placeholder":
+                like = node.meta["val"]
+                values[node] = torch.empty(node.meta["layout"].shape, dtype=like.dtype, device=like.device)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)
+            else:
+                continue
+            node.meta["val"] = values[node]
+
+
+def _localize(node: fx.Node) -> None:
+    if node.target is cross_fold:
+        node.args = node.args[:1]
+    elif node.target is reshard:
+        _replace(node, lambda emit: _moved(emit, node))
+    elif node.target in LOWERINGS:
+        LOWERINGS[node.target](node)
+    elif "rule" in node.meta and name_of(node.target) in _SIZED:
+        _resize(node)
+
+
+def emitter(node: fx.Node) -> Callable[..., fx.Node]:
+    """A function that inserts calls before a node, each with a layout and the node's provenance."""
+
+    def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
+        target = getattr(target, "overload", target)
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args, kwargs)
+        kept = ("nn_module_stack", "stack_trace", "source", "val", "grad", "dtype", "dims")
+        new.meta = {k: v for k, v in node.meta.items() if k in kept} | {"layout": layout}
+        known = record(target)
+        stops = target is aten.detach.default or (known is not None and known.transpose is None)
+        new.meta["grad"] = not stops and any(x.meta.get("grad") for x in new.all_input_nodes)
+        return new
+
+    return emit
+
+
+def _replace(node: fx.Node, build: Callable[[Callable[..., fx.Node]], fx.Node]) -> None:
+    new = build(emitter(node))
+    new.meta["layout"] = node.meta["layout"]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+# --- changes of layout -------------------------------------------------------------------------------------------------
+
+
+def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
+    """The collectives that bring a value from its layout to the wanted one: make whole, change types, divide."""
+    x: fx.Node = node.args[0]
+    now, wanted = x.meta["layout"], node.args[1]
+    grad = node.meta["grad"]
+
+    def step(target: Any, states: dict[str, Any], *args: Any) -> None:
+        nonlocal x, now
+        now = replace(now, states={**now.states, **states})
+        x = emit(target, (x, *args), now)
+
+    changed = [a for a in wanted.states if now.states[a] != wanted.states[a]]
+    for dst in (REPLICATED, INVARIANT):
+        axes = [a for a in changed if now.states[a] == PARTIAL and wanted.states[a] == dst]
+        if axes:
+            step(ops.all_reduce, dict.fromkeys(axes, dst), ",".join(axes), dst)
+    for axis in reversed(changed):
+        state, target = now.states[axis], wanted.states[axis]
+        if isinstance(state, Shard):
+            dst = target if target in (REPLICATED, INVARIANT) else INVARIANT
+            step(ops.all_gather, {axis: dst}, state.dim, now.outer(axis), axis, dst)
+    axes = [a for a in changed if now.states[a] == INVARIANT and wanted.states[a] == REPLICATED]
+    if axes and grad:
+        step(ops.retype, dict.fromkeys(axes, REPLICATED), ",".join(axes), INVARIANT, REPLICATED)
+    for src in (INVARIANT, REPLICATED):
+        axes = [a for a in changed if now.states[a] == src and wanted.states[a] == PARTIAL]
+        if axes:
+            step(ops.once, dict.fromkeys(axes, PARTIAL), ",".join(axes), src)
+    for axis in changed:
+        target = wanted.states[axis]
+        if isinstance(target, Shard) and now.states[axis] != target:
+            outer = now.with_state(axis, target).outer(axis)
+            if now.states[axis] == PARTIAL:
+                step(ops.reduce_scatter, {axis: target}, target.dim, outer, axis)
+            else:
+                step(ops.shard, {axis: target}, target.dim, outer, axis, letter(now.states[axis]))
+    return x
+
+
+# --- operators whose local form differs ---------------------------------------------------------------------------------
+
+
+def _resize(node: fx.Node) -> None:
+    """The size argument becomes the local shape."""
+    name = _SIZED[name_of(node.target)]
+    position = [a.name for a in node.target._schema.arguments].index(name)
+    args = list(node.args)
+    args[position] = list(node.meta["layout"].shape)
+    node.args = tuple(args)
+
+
+def _axes_of(layout: Layout, dim: int) -> list[str]:
+    return [a for a, s in layout.states.items() if isinstance(s, Shard) and s.dim == dim]
+
+
+def _mean(node: fx.Node) -> None:
+    """The mean of a divided dimension is the sum of what each rank has, over the global count."""
+    x: fx.Node = node.args[0]
+    layout: Layout = node.meta["layout"]
+    if set(layout.axes(PARTIAL)) <= set(x.meta["layout"].axes(PARTIAL)):
+        return
+    count = x.meta["val"].numel() // max(1, node.meta["val"].numel())
+    dim, keep = argument_or(node, "dim"), argument_or(node, "keepdim") or False
+
+    def build(emit: Callable[..., fx.Node]) -> fx.Node:
+        if dim:
+            total = emit(aten.sum.dim_IntList, (x, dim, keep), layout)
+        else:
+            total = emit(aten.sum.default, (x,), layout)
+        return emit(aten.div.Tensor, (total, count), layout)
+
+    _replace(node, build)
+
+
+def _embedding(node: fx.Node) -> None:
+    """A rank looks up the rows that it has; the others' rows are zero."""
+    w, ids = node.args[:2]
+    padding = argument(node, "padding_idx")
+    rows = _axes_of(w.meta["layout"], 0)
+    if not rows:
+        return
+    axes, local = ",".join(rows), w.meta["layout"].shape[0]
+    like: Layout = ids.meta["layout"]
+
+    def build(emit: Callable[..., fx.Node]) -> fx.Node:
+        column = replace(like, dims=(*like.dims, ()))
+        mine = _own_ids(emit, node, ids, axes, local, like)
+        inside = _inside(emit, mine, local, like)
+        safe = emit(aten.mul.Tensor, (mine, inside), like)
+        looked = emit(aten.embedding.default, (w, safe), node.meta["layout"])
+        if padding >= 0:
+            # The row of the padding token is read, and gets no gradient.
+            told = emit(aten.unsqueeze.default, (emit(aten.ne.Scalar, (ids, padding), like), -1), column)
+            fixed = emit(aten.detach.default, (looked,), node.meta["layout"])
+            looked = emit(aten.where.self, (told, looked, fixed), node.meta["layout"])
+        mask = emit(aten.unsqueeze.default, (inside, -1), column)
+        return emit(aten.mul.Tensor, (looked, mask), node.meta["layout"])
+
+    _replace(node, build)
+
+
+def _own_ids(emit: Callable[..., fx.Node], node: fx.Node, ids: Any, axes: str, local: int, like: Layout) -> fx.Node:
+    """Ids counted from the first row that this rank has."""
+    device = node.meta["val"].device
+    scalar = _scalar(like, axes)
+    first = emit(aten.mul.Tensor, (emit(ops.axis_index, (axes, device), scalar), local), scalar)
+    return emit(aten.sub.Tensor, (ids, first), like)
+
+
+def _scalar(like: Layout, axes: str) -> Layout:
+    """One number for each rank of the axes."""
+    return replace(like, dims=(), states={a: VARYING if a in axes.split(",") else INVARIANT for a in like.states})
+
+
+def _inside(emit: Callable[..., fx.Node], ids: fx.Node, local: int, like: Layout) -> fx.Node:
+    above = emit(aten.ge.Scalar, (ids, 0), like)
+    return emit(aten.logical_and.default, (above, emit(aten.lt.Scalar, (ids, local), like)), like)
+
+
+def _token_loss(node: fx.Node) -> None:
+    """The loss over a divided vocabulary: the largest logit, the sum of exponentials and the target's logit are joined."""
+    logits, target, ignore = node.args
+    vocab = _axes_of(logits.meta["layout"], 1)
+    layout: Layout = node.meta["layout"]
+    partial = replace(layout, states={**layout.states, **dict.fromkeys(vocab, PARTIAL)})
+    if not vocab:
+        node.target = ops.local_token_loss
+        return
+    axes, local = ",".join(vocab), logits.meta["layout"].shape[1]
+
+    def build(emit: Callable[..., fx.Node]) -> fx.Node:
+        wide: Layout = logits.meta["layout"]
+        fixed = emit(aten.detach.default, (logits,), wide)
+        column = replace(layout, dims=(*layout.dims, ()))
+        own = replace(column, states={**column.states, **dict.fromkeys(vocab, VARYING)})
+        largest = emit(ops.all_reduce_max, (emit(aten.amax.default, (fixed, [-1], True), own), axes), column)
+        shifted = emit(aten.sub.Tensor, (logits, largest), wide)
+        powers = emit(aten.sum.dim_IntList, (emit(aten.exp.default, (shifted,), wide), [-1]), partial)
+        total = emit(ops.all_reduce, (powers, axes, INVARIANT), layout)
+        mine = _own_ids(emit, node, target, axes, local, layout)
+        inside = _inside(emit, mine, local, layout)
+        index = emit(aten.unsqueeze.default, (emit(aten.mul.Tensor, (mine, inside), layout), -1), own)
+        varying = replace(layout, states=own.states)
+        picked = emit(aten.squeeze.dim, (emit(aten.gather.default, (shifted, -1, index), own), -1), varying)
+        picked = emit(aten.mul.Tensor, (picked, inside), partial)
+        picked = emit(ops.all_reduce, (picked, axes, INVARIANT), layout)
+        each = emit(aten.sub.Tensor, (emit(aten.log.default, (total,), layout), picked), layout)
+        valid = emit(aten.ne.Scalar, (target, ignore), layout)
+        return emit(aten.mul.Tensor, (each, valid), layout)
+
+    _replace(node, build)
+
+
+def _attention(node: fx.Node) -> None:
+    """Attention on the heads of this rank, with the key/value heads that they use."""
+    q, k, v = node.args[:3]
+    heads = {a: q.meta["layout"].states[a] for a in _axes_of(q.meta["layout"], 1)}
+    # An axis that divides only the queries within each group leaves every rank a use for all key/value heads.
+    across = [a for a, state in heads.items() if state.start < len(k.meta["layout"].dims[1])]
+    whole = [a for a in across if not isinstance(k.meta["layout"].states[a], Shard)]
+    if whole:
+        layout: Layout = k.meta["layout"]
+        mine, shared = q.meta["layout"].shape[1], layout.shape[1]
+        axes = ",".join(whole)
+        ranks = 1
+        for a in whole:
+            ranks *= layout.ranks[a]
+        group = mine * ranks // shared  # query heads for each key/value head
+        emit = emitter(node)
+        device = node.meta["val"].device
+        queries: Layout = q.meta["layout"]
+        scalar, dim = _scalar(layout, axes), queries.dims[1]
+        divided: dict[str, Any] = {a: queries.states[a] for a in whole}
+        states = {**scalar.states, **{a: replace(s, dim=0) for a, s in divided.items()}}
+        each = replace(scalar, dims=(dim,), states=states)
+        first = emit(aten.mul.Tensor, (emit(ops.axis_index, (axes, device), scalar), mine), scalar)
+        own = emit(aten.arange.default, (mine,), each, device=device)
+        used = emit(aten.add.Tensor, (own, first), each)
+        used = emit(aten.div.Tensor_mode, (used, group), each, rounding_mode="floor")
+        kept = tuple(emit(aten.index_select.default, (x, 1, used), _with_heads(x, dim, divided)) for x in (k, v))
+        node.args = (q, *kept, *node.args[3:])
+    node.target = ops.local_attention
+
+
+def _with_heads(x: Any, dim: tuple[Any, ...], divided: dict[str, Any]) -> Layout:
+    """The layout of keys or values that are repeated for each query head of a rank."""
+    layout: Layout = x.meta["layout"]
+    return replace(layout, dims=(layout.dims[0], dim, *layout.dims[2:]), states={**layout.states, **divided})
+
+
+def _slice(node: fx.Node) -> None:
+    """A piece of a product of pieces, when the piece is divided."""
+    x: fx.Node = node.args[0]
+    dim = argument(node, "dim") % len(x.meta["layout"].dims)
+    if not _axes_of(x.meta["layout"], dim):
+        return
+    whole, local = x.meta["layout"].global_shape[dim], x.meta["layout"].shape[dim]
+    start, stop = argument(node, "start") or 0, argument(node, "end")
+    start = start + whole if start < 0 else start
+    stop = whole if stop is None or stop > whole else stop + whole if stop < 0 else stop
+    node.args = (x, dim, start * local // whole, stop * local // whole, argument(node, "step"))
+    node.kwargs = {}
+
+
+def _split(node: fx.Node) -> None:
+    x: fx.Node = node.args[0]
+    dim = argument(node, "dim") % len(x.meta["layout"].dims)
+    whole, local = x.meta["layout"].global_shape[dim], x.meta["layout"].shape[dim]
+    if whole == local:
+        return
+    sizes: Any = node.args[1]
+    if name_of(node.target) != "aten.chunk":
+        sizes = sizes * local // whole if isinstance(sizes, int) else [n * local // whole for n in sizes]
+    node.args = (x, sizes, dim)
+    node.kwargs = {}
+
+
+LOWERINGS: dict[Any, Callable[[fx.Node], None]] = {
+    aten.mean.dim: _mean,
+    aten.mean.default: _mean,
+    aten.embedding.default: _embedding,
+    ops.token_loss: _token_loss,
+    ops.attention: _attention,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.chunk.default: _split,
+}

@@ -1,0 +1,44 @@
+"""Lower: what only said something about types goes, and what is left is what runs.
+
+y = retype(x, "dp", "I", "R")       becomes       x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from foldcc import ops
+from foldcc.passes.manager import Pass
+from foldcc.program import Program, copied
+
+_SILENT = {ops.retype.overload, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lower(Pass):
+    requires = frozenset({"differentiated"})
+    provides = frozenset({"lowered"})
+
+    def run(self, program: Program) -> Program:
+        assert program.backward is not None and program.backward_for is not None
+        build = program.backward_for
+        return replace(
+            program,
+            graph=_lowered(program.graph),
+            backward=_lowered(program.backward),
+            backward_for=lambda given: _lowered(copied(build(given))),
+        )
+
+
+def _lowered(main: fx.GraphModule) -> fx.GraphModule:
+    for block in main.children():
+        assert isinstance(block, fx.GraphModule)
+        for node in list(block.graph.nodes):
+            if node.target in _SILENT:
+                node.replace_all_uses_with(node.args[0])
+                block.graph.erase_node(node)
+        block.recompile()
+    return main

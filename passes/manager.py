@@ -1,0 +1,128 @@
+"""What a pass is, and what runs passes: contracts are checked before anything runs, every stage is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from foldcc.errors import FoldError
+from foldcc.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A rewrite of a Program. A subclass sets its contract and defines `run`.
+
+    Attributes:
+        requires, provides: properties of the program before and after.
+        exact: the result equals the input program in real arithmetic.
+        in_place: the pass rewrites the graphs that it is given, so it is given copies; False if it builds new ones.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = True
+    in_place: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def run(self, program: Program) -> Program:
+        raise NotImplementedError(f"{type(self).__name__} defines no run")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program after a pass.
+
+    Attributes:
+        name: of the pass.
+        seconds: that the pass took.
+        before, after: nodes of the whole program, repeated blocks counted as often as they are called.
+    """
+
+    name: str
+    seconds: float
+    before: int
+    after: int
+    program: Program
+
+    def __str__(self) -> str:
+        from foldcc.inspect.text import stage_text
+
+        return stage_text(self)
+
+
+class Stages(Sequence[Stage]):
+    """The stages of a compilation, by position or by name; printing them gives a table."""
+
+    def __init__(self, stages: Sequence[Stage]):
+        self._stages = tuple(stages)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            for stage in self._stages:
+                if stage.name == key:
+                    return stage
+            raise FoldError(f"There is no stage {key!r}.", valid=", ".join(s.name for s in self._stages))
+        return self._stages[key]
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self._stages)
+
+    def diff(self, first: str, second: str) -> str:
+        """The lines that differ between two stages, as a unified diff."""
+        from foldcc.inspect.text import stage_diff
+
+        return stage_diff(self[first], self[second])
+
+    def __str__(self) -> str:
+        from foldcc.inspect.tables import stages_table
+
+        return stages_table(self)
+
+
+def check_contracts(passes: Sequence[Pass], properties: frozenset[str]) -> None:
+    """Raises if a pass would run before what it requires is provided."""
+    for p in passes:
+        missing = p.requires - properties
+        if missing:
+            raise FoldError(
+                f"Pass {p.name} requires {', '.join(sorted(missing))}, which no earlier pass provides.",
+                pipeline=" -> ".join(q.name for q in passes),
+            )
+        properties = properties | p.provides
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    seconds: float = 0.0,
+    check: Callable[[Program], None] = lambda program: None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Stages:
+    """Runs the passes in order on a captured program. Every stage keeps its own graphs.
+
+    Args:
+        seconds: what capturing the program took.
+        check: examines the program after each pass.
+        progress: is told each pass's name before it runs.
+    """
+    check_contracts(passes, program.properties)
+    stages = [Stage("capture", seconds, 0, program.node_count(), program)]
+    for p in passes:
+        progress(p.name)
+        start = time.perf_counter()
+        result = p.run(program.copied() if p.in_place else program).with_property(*p.provides)
+        check(result)
+        before, after = program.node_count(), result.node_count()
+        stages.append(Stage(p.name, time.perf_counter() - start, before, after, result))
+        program = result
+    return Stages(stages)

@@ -1,0 +1,116 @@
+"""Types of differentiated programs: every value of every block, forward and backward, on every axis of both views.
+
+The types of a block's arguments are those of their layouts, of its saved values those that the forward graph gave them, and
+of the gradients that come in those of the results, transposed. Collectives change types as their records say, every other
+operator by its rule. What a block returns must have the types of its layout: a gradient that is P where it must be I misses
+its reduction, one that is I where it must be P has been reduced already.
+
+R and I are one type here: they hold the same numbers, and what tells them apart, their gradients, is written out. So a
+`retype` that is missing shows as a gradient of the wrong type.
+
+Types do not see scale (a mean for a sum, a wrong divisor), what indices and masks select, random numbers, or where the rows
+of an all-to-all go: V stays V. V|P is taken for whatever its reader needs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from foldcc.layout import Layout
+from foldcc.passes.types_nodes import Typing
+from foldcc.passes.types_text import ill_returned, mismatched
+from foldcc.program import Program
+from foldcc.rules.notation import Rule
+
+_LETTERS = tuple((f"d{i}",) for i in range(8))
+_SUM = Rule((_LETTERS, _LETTERS), (_LETTERS,), {}, linear=(frozenset({0, 1}),))
+
+
+def check_joint(program: Program) -> None:
+    """Checks both directions of a differentiated program, each distinct block once.
+
+    Raises:
+        FoldError: an operator is not legal for its operands' types, or a result or gradient has not the type of its layout;
+            with the operator, its operands and their types, the module and the source line.
+    """
+    check = _Checker(program)
+    placeholders, (left,) = program.placeholders, program.output.args
+    _, saved = check.main(program.graph, [check.typing.of(n.meta["layout"]) for n in placeholders], "forward")
+    if program.backward is None:
+        return
+    outputs = [n for n in pytree.tree_leaves(left[0]) if n.meta["grad"]]
+    tangents = [check.typing.of(n.meta["layout"].transposed) for n in outputs]
+    gradients = check.main(program.backward, [*saved, *tangents], "backward")
+    (output,) = program.backward.graph.find_nodes(op="output")
+    for slot, leaf, found in zip(placeholders, output.args[0], gradients, strict=True):
+        if found is not None:
+            check.returned(f"grad_{slot.name}", leaf, {leaf: found}, slot.meta["layout"].transposed, "main backward")
+
+
+class _Checker:
+    """Walks the graphs of one program."""
+
+    def __init__(self, program: Program):
+        self.typing = Typing(program.mesh)
+        self.blocks: dict[str, Any] = {}
+
+    def main(self, main: fx.GraphModule, given: Sequence[Any], direction: str) -> Any:
+        """What a main graph returns."""
+        values: dict[Any, Any] = dict(zip(main.graph.find_nodes(op="placeholder"), given, strict=True))
+        for node in main.graph.nodes:
+            if node.op == "call_module":
+                values[node] = self._call(main, node, values, f"{node.target} {direction}")
+            elif node.target is operator.getitem:
+                values[node] = values[node.args[0]][node.args[1]]
+            elif node.op == "call_function":  # gradients of one value, added
+                terms = {i: values[x] for i, x in enumerate(node.args)}
+                (values[node],) = self.typing.apply(node, _SUM, terms, 1, values, f"main {direction}")
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], values.__getitem__)
+        raise AssertionError("a graph ends with its output")
+
+    def _call(self, main: fx.GraphModule, call: fx.Node, values: Mapping[fx.Node, Any], part: str) -> Any:
+        """What a block returns: results and gradients with the types of their layouts, saved values with their own."""
+        block = getattr(main, str(call.target))
+        formals = list(block.graph.find_nodes(op="placeholder"))
+        given = {}
+        for formal, actual in zip(formals, call.args, strict=True):
+            if actual.target is operator.getitem and actual.args[0].op == "placeholder":
+                given[formal] = values[actual]  # a saved value
+                continue
+            for axis, state in formal.meta["layout"].states.items():
+                if not self.typing.fits(values[actual], axis, state):
+                    raise mismatched(call, formal, actual, axis)
+            given[formal] = self.typing.of(formal.meta["layout"])
+        if part not in self.blocks:
+            self.blocks[part] = self._block(block, given, part)
+        return self.blocks[part]
+
+    def _block(self, block: fx.GraphModule, values: dict[fx.Node, Any], part: str) -> Any:
+        for node in block.graph.nodes:
+            if node.op == "call_function":
+                values[node] = self.typing.node(node, values, part)
+        (output,) = block.graph.find_nodes(op="output")
+        returns = output.meta.get("returns")
+        if returns is None:  # a block without gradients is as `localize` left it, and was checked there
+            return tuple(self.typing.of(n.meta["layout"]) for n in output.args[0])
+        forward = len(output.args[0]) == 2 and isinstance(output.args[0][0], tuple)
+        leaves, saved = output.args[0] if forward else (output.args[0], ())
+        for leaf, (name, layout) in zip(leaves, returns, strict=True):
+            if leaf is not None:
+                self.returned(name, leaf, values, layout, part)
+        found = tuple(None if x is None else self.typing.of(layout) for x, (_, layout) in zip(leaves, returns, strict=True))
+        return (found, tuple(values[n] for n in saved)) if forward else found
+
+    def returned(self, name: str, leaf: fx.Node, values: Mapping[fx.Node, Any], layout: Layout, part: str) -> None:
+        """Checks a result or a gradient against its layout."""
+        axes = list(layout.states)
+        for axis, state in layout.states.items():
+            if not self.typing.fits(values[leaf], axis, state):
+                told, text = self.typing.told(leaf, values, axes), self.typing.text(leaf, values[leaf], axes)
+                raise ill_returned(name, leaf, self.typing.on(values[leaf], axis), layout, axis, part, told, text)

@@ -1,0 +1,210 @@
+"""The types of one node of a differentiated graph, on every atom of the mesh, from those of its operands.
+
+Of a collective the operand must have one type on its axes, and the result has another there and the same elsewhere. Any
+other operator is judged on each atom by its rule (`passes/types_axis.py`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from foldcc import ops
+from foldcc.layout import PARTIAL, REPLICATED, VARYING, Layout, Shard, State
+from foldcc.mesh import FoldedMesh
+from foldcc.ops import Operator, record
+from foldcc.passes.types_atoms import atoms_of
+from foldcc.passes.types_axis import (
+    EITHER,
+    MIXED,
+    SAME,
+    TERM,
+    UNKNOWN,
+    ZERO,
+    Illegal,
+    Type,
+    fits,
+    of_state,
+    read_across,
+    through,
+)
+from foldcc.passes.types_text import illegal, type_text
+from foldcc.rules.aten import name_of, operands
+from foldcc.rules.joint import CREATORS, is_zero, joint_rule, shape_of
+from foldcc.rules.notation import Rule
+
+aten = torch.ops.aten
+_UNKNOWN = Rule((), (), {})
+# Results of operators on the host that are the same on every rank of an axis, because every rank of it is told the same.
+_TOLD = {ops.splits.overload: {2: "etp", 3: "etp"}}
+
+
+@dataclass(frozen=True)
+class Value:
+    """The types of a value by atom; of a bucket, also the values that were joined to it."""
+
+    types: Mapping[str, Type]
+    pieces: tuple[Value, ...] = ()
+
+
+class Typing:
+    """Types on one mesh."""
+
+    def __init__(self, mesh: FoldedMesh):
+        self.mesh = mesh
+        self.atoms = atoms_of(mesh)
+
+    def of(self, layout: Layout) -> Value:
+        """The types of a layout, on its own view and, where they agree, on the other."""
+        types = {a: of_state(s, isinstance(s, Shard) and _is_one(layout, s)) for a, s in layout.states.items()}
+        return Value(self._crossed({b: t for a, t in types.items() for b in self.atoms.of[a]}))
+
+    def fits(self, value: Value, axis: str, state: State) -> bool:
+        """Whether a value may stand where a layout has a state on an axis."""
+        return all(fits(value.types[b], state) for b in self.atoms.of[axis])
+
+    def on(self, value: Value, axis: str) -> Type:
+        """What all atoms of an axis have in common."""
+        return read_across([value.types[b] for b in self.atoms.of[axis]])
+
+    def node(self, node: fx.Node, values: Mapping[fx.Node, Any], part: str) -> Any:
+        """A Value, a tuple of them for several results, or None for a size.
+
+        Raises:
+            FoldError: the operator is not legal for its operands' types.
+        """
+        made = node.meta.get("val")
+        if node.target is operator.getitem:
+            return values[node.args[0]][node.args[1]]
+        if isinstance(made, (int, float, torch.SymInt)):
+            return None
+        given = {i: values[x] for i, x in enumerate(operands(node)) if x is not None}
+        known = record(node.target)
+        if known is not None and "->" in known.types:
+            return self._collective(node, known, given.get(0), values, part)
+        if node.target is aten.split_with_sizes.default and len(given[0].pieces) == len(node.args[1]):
+            return given[0].pieces
+        if is_zero(node):
+            return Value(dict.fromkeys(self.atoms.across, Type(ZERO)))
+        rule = (joint_rule(node) if made is not None else None) or _UNKNOWN
+        results = len(made) if isinstance(made, (tuple, list)) else 1
+        found = self.apply(node, rule, {} if name_of(node.target) in CREATORS else given, results, values, part)
+        for i, axis in _TOLD.get(node.target, {}).items():
+            found[i] = Value(self._set(found[i].types, {axis: SAME} if axis in self.atoms.of else {}))
+        if node.target is aten.cat.default:
+            return Value(found[0].types, tuple(given.values()))
+        return tuple(found) if isinstance(made, (tuple, list)) else found[0]
+
+    def apply(
+        self, node: fx.Node, rule: Rule, given: Mapping[int, Value], results: int, values: Mapping[fx.Node, Any], part: str
+    ) -> list[Value]:
+        """The results of an operator that acts on each rank by itself."""
+        tensors = operands(node)
+        counts = frozenset(i for i in given if not _is_number(tensors[i]))
+        made = node.meta.get("val")
+        shapes = [shape_of(v) or () for v in (made if isinstance(made, (tuple, list)) else [made])]
+        found: list[dict[str, Type]] = [{} for _ in range(results)]
+        for atom in self.atoms.across:
+            types = {i: v.types[atom] for i, v in given.items()}
+            try:
+                left = through(rule, types, counts, results)
+            except Illegal as why:
+                raise illegal(node, f"{why} over {self.atoms.axes(atom)}", part, self.told(node, values)) from None
+            for result, type_, shape in zip(found, left, shapes, strict=True):
+                # Over a dimension of size 1 along which all is equal, differentiation writes no sum.
+                one = type_.letter == REPLICATED and any(shape[d] == 1 for d in type_.dims if d < len(shape))
+                result[atom] = type_._replace(loose=True) if one else type_
+        return [Value(self._crossed(types)) for types in found]
+
+    def _collective(self, node: fx.Node, known: Operator, x: Value | None, values: Mapping[fx.Node, Any], part: str) -> Value:
+        """Changes the type on the collective's axes as its record says, and nowhere else."""
+        arguments = known.arguments(node.args, dict(node.kwargs))
+        source, _, target = known.types.partition("->")
+        before, after = (arguments.get(t.strip(), t.strip()) for t in (source, target))
+        dim, on = arguments.get("dim", 0), [a for a in arguments["axes"].split(",") if a in self.atoms.of]
+        now = Value(dict.fromkeys(self.atoms.across, SAME)) if x is None else x
+        if not _fits_ranks(node, known, dim, prod(self.mesh.size(a) for a in on)):
+            why = f"has not the sizes of dimension {dim} over {', '.join(on)}"
+            raise illegal(node, why, part, self.told(node, values))
+        for axis in on:
+            if before and not all(_takes(known, before, dim, now.types[b]) for b in self.atoms.of[axis]):
+                why = f"needs {before} on {axis}, and its operand is {self.on(now, axis).letter}"
+                raise illegal(node, why, part, self.told(node, values, self._beside(axis)))
+        left = _after(known, after, dim, node, arguments)
+        types = self._set(now.types, {a: left if self.on(now, a).letter != ZERO else Type(ZERO) for a in on})
+        if known.transpose is None and PARTIAL in {t.letter for t in types.values()}:
+            raise illegal(node, "is not linear in terms of a sum", part, self.told(node, values))
+        pieces = now.pieces if known is ops.all_reduce else ()
+        return Value(types, tuple(self._collective(node, known, piece, values, part) for piece in pieces))
+
+    def _set(self, types: Mapping[str, Type], changed: Mapping[str, Type]) -> dict[str, Type]:
+        """Other types on some axes; atoms of the other view over the same ranks follow."""
+        new = {b: t for a, t in changed.items() for b in self.atoms.of[a]}
+        stale = {c: Type(MIXED) for b in new for c in self.atoms.across[b]}
+        return self._crossed({**types, **stale, **new})
+
+    def _crossed(self, types: Mapping[str, Type]) -> dict[str, Type]:
+        """Atoms of one view that have no type, or whose operands do not agree, read off those of the other."""
+        known = {b: t for b, t in types.items() if t.letter != MIXED}
+        return {b: known[b] if b in known else read_across([types[c] for c in over]) for b, over in self.atoms.across.items()}
+
+    # --- what an error shows ---------------------------------------------------------------------
+
+    def _beside(self, axis: str) -> list[str]:
+        return [a for a in self.atoms.of if self.mesh.view(a) == self.mesh.view(axis)]
+
+    def text(self, node: fx.Node, value: Value, axes: list[str]) -> str:
+        return type_text(node, {a: self.on(value, a) for a in axes})
+
+    def told(self, node: fx.Node, values: Mapping[fx.Node, Any], axes: list[str] | None = None) -> list[str]:
+        """Each operand with its types, on the view whose axes say more."""
+        known = [x for x in node.all_input_nodes if isinstance(values.get(x), Value)]
+        if axes is None:
+            views = [self._beside(a) for a in ("dp", "tp", "ep", "etp", "edp", "cp") if a in self.atoms.of]
+            axes = min(views, key=lambda v: sum(self.on(values[x], a).letter == MIXED for x in known for a in v))
+        return [f"{x.name} {self.text(x, values[x], axes)}" for x in known]
+
+
+def _is_number(node: fx.Node | None) -> bool:
+    """Whether a value is no index and no mask."""
+    value = None if node is None else node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def _takes(known: Operator, before: str, dim: int, found: Type) -> bool:
+    """Whether a collective may be given a value of this type; what is joined or exchanged must be divided along `dim`."""
+    if known is ops.all_reduce_max:  # over what is left when a divided dimension is gone
+        return found.letter in (EITHER, ZERO)
+    return fits(found, Shard(dim, 0, 0) if before == VARYING else before)
+
+
+def _fits_ranks(node: fx.Node, known: Operator, dim: int, ranks: int) -> bool:
+    """Whether a dimension that is joined is as many times longer as there are ranks, and shorter where it is cut."""
+    ends = [shape_of(n.meta.get("val")) for n in (node, *node.all_input_nodes[:1])]
+    if known in (ops.all_gather, ops.pad):
+        return ends[0] is None or ends[1] is None or ends[0][dim] == ends[1][dim] * ranks
+    if known in (ops.shard, ops.reduce_scatter):
+        return ends[0] is None or ends[1] is None or ends[1][dim] == ends[0][dim] * ranks
+    return True
+
+
+def _after(known: Operator, after: str, dim: int, node: fx.Node, arguments: Mapping[str, Any]) -> Type:
+    if known is ops.axis_index:
+        return UNKNOWN
+    if after != VARYING:
+        return TERM if after == PARTIAL else SAME
+    shape = shape_of(node.meta.get("val")) or ()
+    return Type(VARYING, frozenset({dim}), len(shape) > dim and shape[dim] == arguments.get("outer", 1))
+
+
+def _is_one(layout: Layout, state: Shard) -> bool:
+    """Whether a divided factor may have size 1 on a rank."""
+    factors = layout.dims[state.dim][state.start : state.stop]
+    ranks = prod(layout.ranks[a] for a, s in layout.states.items() if isinstance(s, Shard) and s.dim == state.dim)
+    return prod(layout.sizes.get(f, ranks + 1) for f in factors) <= ranks
