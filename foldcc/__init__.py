@@ -1,0 +1,66 @@
+"""foldcc, a compiler for distributed transformers.
+
+It takes an unmodified PyTorch model and a folded mesh, and returns the same model running in parallel,
+with attention and experts each laid out in the way that is best for them, over the same ranks.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foldcc import mesh as mesh
+    from foldcc import ops as ops
+    from foldcc.api import FoldedModule, parallelize
+    from foldcc.capture import register_experts
+    from foldcc.errors import FoldError
+    from foldcc.mesh import FoldedMesh, init_folded_mesh
+    from foldcc.runtime.clip import clip_grad_norm_
+    from foldcc.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FoldError",
+    "FoldedMesh",
+    "FoldedModule",
+    "clip_grad_norm_",
+    "init_folded_mesh",
+    "parallelize",
+    "register_experts",
+    "verify",
+]
+
+# A wheel holds passes/ and codegen/ inside foldcc/ (see pyproject.toml, package-dir). In a checkout they stand
+# beside it and are found there, installed or not, and never in another checkout.
+_beside = Path(__file__).resolve().parent.parent
+if all((_beside / part).exists() for part in ("pyproject.toml", "passes/__init__.py", "codegen/__init__.py")):
+    __path__.append(str(_beside))
+
+_HOMES = {  # imported on first use: `import foldcc` costs nothing
+    "FoldError": "foldcc.errors",
+    "FoldedMesh": "foldcc.mesh",
+    "FoldedModule": "foldcc.api",
+    "clip_grad_norm_": "foldcc.runtime.clip",
+    "init_folded_mesh": "foldcc.mesh",
+    "parallelize": "foldcc.api",
+    "register_experts": "foldcc.capture",
+    "verify": "foldcc.verification",
+}
+
+
+_MODULES = ("mesh", "ops")  # so that `foldcc.ops.experts` needs no import of its own
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"foldcc.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'foldcc' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

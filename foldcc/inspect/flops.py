@@ -1,0 +1,96 @@
+"""FLOPs of matrix products, over global shapes and on one rank, by the module that they serve.
+
+A product that contracts k values costs 2 * k for each element of its result. A product of the forward pass has another
+one of the same cost in the backward pass for each operand that has a gradient. Attention is two products over all pairs
+of positions, and what its backward pass recomputes is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from foldcc import ops
+from foldcc.inspect.graphs import module_of, parts
+from foldcc.inspect.sizes import Sizes
+from foldcc.ops.experts import grouped_outer
+from foldcc.program import Program
+from foldcc.rules.aten import argument, name_of, operands
+
+aten = torch.ops.aten
+# Position of the operand whose last dimension is contracted.
+_PRODUCTS = {
+    "aten.linear": 0, "aten.matmul": 0, "aten.mm": 0, "aten.bmm": 0, "aten.mv": 0, "aten.dot": 0, "aten.addmm": 1,
+    "aten.baddbmm": 1,
+}  # fmt: skip
+_ATTENTION = "aten._scaled_dot_product"
+
+
+def global_flops(program: Program) -> Counter[str]:
+    """FLOPs of a training step of the whole model, from a sharded program, whose shapes are global still."""
+    found: Counter[str] = Counter()
+    for name, node in program.nodes():
+        if node.op == "call_function":
+            found[module_of(node)] += program.count(name) * _global(node)
+    return found
+
+
+def local_flops(program: Program) -> Counter[str]:
+    """FLOPs of a training step on one rank, from a differentiated program, with balanced routing."""
+    found: Counter[str] = Counter()
+    sizes: dict[str, Sizes] = {}
+    for part in parts(program):
+        known = sizes.setdefault(part.name, Sizes(program.mesh))
+        for node in part.graph.graph.nodes:
+            known.learn(node)
+            if node.op == "call_function":
+                found[module_of(node)] += part.calls * round(_local(node, known))
+    return found
+
+
+def _global(node: fx.Node) -> int:
+    if node.target is ops.experts_node:
+        # The weights are [experts, outputs, inputs], in either order of the last two.
+        rows = argument(node, "ids").meta["val"].numel()
+        products = [argument(node, name) for name in ("w_up", "w_down")]
+        forward = [2 * rows * math.prod(w.meta["val"].shape[1:]) for w in products]
+        given = [argument(node, "x"), *products]
+        graded = [1 + sum(bool(n.meta["grad"]) for n in (given[0], w)) for w in products]
+        return int(sum(f * g for f, g in zip(forward, graded, strict=True)))
+    if node.target is ops.attention:
+        q, v = argument(node, "q").meta["val"], argument(node, "v").meta["val"]
+        return _pairs(q.shape, v.shape, 3 if node.meta["grad"] else 1)
+    if name_of(node.target) not in _PRODUCTS:
+        return 0
+    position = _PRODUCTS[name_of(node.target)]
+    contracted = node.args[position].meta["val"].shape[-1]
+    pair = operands(node)[position : position + 2]
+    passes = 1 + sum(bool(n.meta["grad"]) for n in pair if n is not None)
+    return int(2 * contracted * node.meta["val"].numel() * passes)
+
+
+def _pairs(q: Any, v: Any, passes: int) -> int:
+    """Attention over all pairs; q is [b, h, q, d], v is [b, g, k, e]."""
+    return int(2 * math.prod(q[:3]) * v[2] * (q[3] + v[3]) * passes)
+
+
+def _local(node: fx.Node, sizes: Sizes) -> float:
+    def shape(n: Any) -> list[float]:
+        return [sizes.number(s) for s in n.meta["val"].shape]
+
+    if node.target is ops.grouped_linear.overload:
+        return 2 * math.prod(shape(node)) * shape(node.args[0])[1]
+    if node.target is grouped_outer.overload:
+        return 2 * math.prod(shape(node.args[0])) * shape(node.args[1])[1]
+    name = name_of(node.target)
+    if name.startswith(_ATTENTION):
+        names = [a.name for a in node.target._schema.arguments]
+        q, v = (shape(node.args[names.index(x)]) for x in ("query", "value"))
+        return _pairs(q, v, 2 if name.endswith("_backward") else 1)
+    if name not in _PRODUCTS:
+        return 0
+    return 2 * math.prod(shape(node)) * shape(node.args[_PRODUCTS[name]])[-1]

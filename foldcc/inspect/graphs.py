@@ -1,0 +1,47 @@
+"""The graphs of a program as a person counts them: each distinct block once for each direction, with its calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from foldcc.program import Program
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block in one direction.
+
+    Attributes:
+        calls: in one training step, in which every output that has a gradient is given one.
+    """
+
+    name: str
+    direction: str
+    calls: int
+    graph: fx.GraphModule
+
+
+def parts(program: Program) -> Iterator[Part]:
+    """The blocks of the forward pass, then those of the backward pass, each in order of first use.
+
+    A program that has not been outlined is one block, its main graph.
+    """
+    for direction, main in ((FORWARD, program.graph), (BACKWARD, program.backward)):
+        if main is not None:
+            calls = Counter(str(n.target) for n in main.graph.nodes if n.op == "call_module")
+            for name, count in calls.items():
+                yield Part(name, direction, count, getattr(main, name))
+            if not calls:
+                yield Part("main", direction, 1, main)
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the module that a node came from; empty for the model itself or when it is unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""

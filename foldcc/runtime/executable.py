@@ -1,0 +1,114 @@
+"""Executable: a lowered program with its inputs and outputs, on real ranks or on virtual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foldcc.layout import Layout
+from foldcc.program import Program
+from foldcc.runtime.groups import active
+from foldcc.runtime.placement import cut, join
+from foldcc.simulate import simulate
+
+
+@dataclass
+class Executable:
+    """Runs one program. Values are this rank's on a real mesh, and lists with an entry per rank on a virtual one.
+
+    Attributes:
+        program: lowered.
+    """
+
+    program: Program
+    _backward: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.virtual = self.program.mesh.is_virtual
+        self.layouts: list[Layout] = [n.meta["layout"] for n in self.program.placeholders]
+        outputs: list[fx.Node] = []
+        fx.map_arg(self.program.output.args[0][0], outputs.append)
+        self.outputs = outputs
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for the values of all slots, differentiable with respect to the parameters among them."""
+        return list(_Step.apply(self, *values))
+
+    def backward(self, given: tuple[bool, ...]) -> fx.GraphModule:
+        if given not in self._backward:
+            assert self.program.backward_for is not None
+            self._backward[given] = self.program.backward_for(given)
+        return self._backward[given]
+
+    # --- entry and exit: on a virtual mesh, global tensors are cut and joined here and nowhere else ---
+
+    def enter(self, values: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Any]:
+        if not self.virtual:
+            return list(values)
+        mesh = self.program.mesh
+        return [[cut(v, layout, mesh, r) for r in range(mesh.world_size)] for v, layout in zip(values, layouts, strict=True)]
+
+    def leave(self, values: Sequence[Any], layouts: Sequence[Layout], names: Sequence[str]) -> list[Any]:
+        if not self.virtual:
+            return list(values)
+        mesh = self.program.mesh
+        return [
+            None if v is None else join(v, layout, mesh, name) for v, layout, name in zip(values, layouts, names, strict=True)
+        ]
+
+    def run(self, graph: fx.GraphModule, values: Sequence[Any]) -> Any:
+        """One graph, on this rank or on all virtual ones; virtual results are transposed to lists per value."""
+        with active(self.program.mesh):
+            return simulate(self.program.mesh, graph, values) if self.virtual else graph(*values)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, executable: Executable, *values: Tensor) -> Any:
+        result = executable.run(executable.program.graph, executable.enter(values, executable.layouts))
+        layouts = [n.meta["layout"] for n in executable.outputs]
+        names = [n.name for n in executable.outputs]
+        if executable.virtual:
+            leaves = [_leaves(r[0]) for r in result]
+            outputs = executable.leave([list(per_rank) for per_rank in zip(*leaves, strict=True)], layouts, names)
+            ctx.saved = [list(per_rank) for per_rank in zip(*(r[1] for r in result), strict=True)]
+        else:
+            outputs, ctx.saved = _leaves(result[0]), list(result[1])
+        ctx.executable = executable
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        executable: Executable = ctx.executable
+        pairs = [(g, n) for g, n in zip(gradients, executable.outputs, strict=True) if n.meta["grad"]]
+        given = tuple(g is not None for g, _ in pairs)
+        layouts = [n.meta["layout"] for _, n in pairs]
+        mesh = executable.program.mesh
+        tangents: list[Any] = []
+        for (g, _), layout in zip(pairs, layouts, strict=True):
+            if g is None:
+                tangents.append([None] * mesh.world_size if executable.virtual else None)
+            else:
+                tangents += executable.enter([g.contiguous()], [layout])
+        result = executable.run(executable.backward(given), [*ctx.saved, *tangents])
+        ctx.saved = None
+        placeholders = executable.program.placeholders
+        if executable.virtual:
+            columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
+            names = [f"The gradient of {executable.program.slot(n.name).names[0]}" for n in placeholders]
+            result = executable.leave(columns, executable.layouts, names)
+        return (None, *result)
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    found: list[Any] = []
+    for x in outputs:
+        found += _leaves(x) if isinstance(x, (tuple, list)) else [x]
+    return found

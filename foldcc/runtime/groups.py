@@ -1,0 +1,69 @@
+"""Where the operators find their ranks: the mesh that is active, and this rank's place on it.
+
+A graph names axes ("tp", "dp,tp"), never ranks or process groups, so that one graph serves every rank and process.
+The mesh is made active around each run; backward passes may run in another thread, so they make it active themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+
+_ACTIVE: ContextVar[FoldedMesh | None] = ContextVar("foldcc_mesh", default=None)
+# By the world's process group: the groups of one that was destroyed are of no use to the next.
+_GROUPS: WeakKeyDictionary[Any, dict[tuple[FoldedMesh, str], Any]] = WeakKeyDictionary()
+
+
+@contextmanager
+def active(mesh: FoldedMesh) -> Iterator[None]:
+    """Makes `mesh` the one that axis names refer to."""
+    token = _ACTIVE.set(mesh)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def current() -> FoldedMesh:
+    mesh = _ACTIVE.get()
+    if mesh is None:
+        raise FoldError("A foldcc collective ran outside of a folded module, so its axes have no mesh.")
+    return mesh
+
+
+def size(axes: str) -> int:
+    """Ranks of a group over `axes` on the active mesh."""
+    mesh, ranks = current(), 1
+    for axis in axes.split(","):
+        ranks *= mesh.size(axis)
+    return ranks
+
+
+def index(axes: str) -> int:
+    """This process's position in its group over `axes`."""
+    import torch.distributed as dist
+
+    return current().index(dist.get_rank(), tuple(axes.split(",")))
+
+
+def create_groups(mesh: FoldedMesh, all_axes: list[str]) -> None:
+    """Creates the process groups for each combination of axes, in the same order on every rank."""
+    import torch.distributed as dist
+
+    known = _GROUPS.setdefault(dist.group.WORLD, {})
+    for axes in sorted(set(all_axes)):
+        if (mesh, axes) not in known:
+            known[mesh, axes], _ = dist.new_subgroups_by_enumeration([list(g) for g in mesh.groups(tuple(axes.split(",")))])
+
+
+def process_group(axes: str) -> Any:
+    """The process group of this rank over `axes`; `create_groups` has made it."""
+    import torch.distributed as dist
+
+    return _GROUPS[dist.group.WORLD][current(), axes]

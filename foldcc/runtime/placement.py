@@ -1,0 +1,76 @@
+"""Between global tensors and what each rank holds: cutting, joining, and DTensor placements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldcc.errors import FoldError
+from foldcc.layout import PARTIAL, VARYING, Layout, Shard
+from foldcc.mesh import FoldedMesh
+from foldcc.ops.collectives import _cut, _join
+
+
+def _steps(layout: Layout) -> list[tuple[str, int, int]]:
+    """(axis, dimension, outer blocks) of each division, in the order in which they are made."""
+    found, now = [], Layout(layout.dims, layout.sizes, {}, layout.ranks, layout.view)
+    for axis, state in layout.states.items():
+        now = now.with_state(axis, state)
+        if isinstance(state, Shard):
+            found.append((axis, state.dim, now.outer(axis)))
+    return found
+
+
+def cut(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
+    """A rank's part of a global tensor."""
+    for axis, dim, outer in _steps(layout):
+        x = _cut(x, dim, outer, mesh.size(axis), mesh.coordinate(rank, axis))
+    return x
+
+
+def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Tensor:
+    """The global tensor of what every rank holds.
+
+    Raises:
+        FoldError: ranks that should hold the same hold something else, or hold terms of a sum.
+    """
+    if layout.axes(PARTIAL, VARYING) != layout.axes(VARYING) or VARYING in layout.states.values():
+        raise FoldError(f"{what} leaves the program as {layout}, which is no whole value.")
+    steps = _steps(layout)
+    found = {r: parts[r] for r in range(mesh.world_size)}
+    for axis, dim, outer in reversed(steps):
+        for group in mesh.groups((axis,)):
+            members = [r for r in group if r in found]
+            if members:
+                whole = _join([found[r] for r in members], dim, outer)
+                found = {**{r: x for r, x in found.items() if r not in members}, members[0]: whole}
+    first = min(found)
+    for rank, value in found.items():
+        if not torch.equal(value.isnan(), found[first].isnan()) or not torch.equal(
+            value.nan_to_num(), found[first].nan_to_num()
+        ):
+            raise FoldError(
+                f"{what} differs between ranks {first} and {rank}, which hold replicas of it.",
+                layout=str(layout),
+                largest=f"{(value - found[first]).abs().max().item():.3e}",
+            )
+    return found[first]
+
+
+def placements(layout: Layout, mesh: FoldedMesh) -> list[Any]:
+    """The DTensor placements of a layout on its side of the mesh."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as DShard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    found: list[Any] = []
+    outer = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout)}
+    for axis in mesh.axes(layout.view):
+        if axis not in outer:
+            found.append(Replicate())
+        else:
+            dim, blocks = outer[axis]
+            found.append(DShard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks))
+    return found
