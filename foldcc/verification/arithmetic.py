@@ -1,0 +1,290 @@
+"""Arithmetic: sums and products, sums into places, constants that a program writes, and comparisons with them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldcc.verification.field import Field
+from foldcc.verification.meanings import Meaning, meaning, value
+
+aten = torch.ops.aten
+
+
+def scaled(field: Field, x: Tensor, number: Any) -> Tensor:
+    return x if number == 1 else field.times(x, field.number(number))
+
+
+def over(field: Field, count: int) -> float:
+    """1 / count."""
+    return float(pow(count, -1, field.prime)) if count % field.prime else math.nan
+
+
+@meaning("add")
+def add(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
+    return field.add(value(field, x), scaled(field, value(field, y), alpha))
+
+
+@meaning("sub")
+def sub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
+    y = value(field, y)
+    return field.add(value(field, x), torch.where(y == -math.inf, math.nan, -scaled(field, y, alpha)))
+
+
+@meaning("rsub")
+def rsub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
+    return sub(field, y, x, alpha)
+
+
+@meaning("mul")
+def mul(field: Field, x: Any, y: Any) -> Tensor:
+    return field.times(value(field, x), value(field, y))
+
+
+@meaning("div")
+def div(field: Field, x: Any, y: Any, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        raise NotImplementedError("a division that is rounded")
+    return field.times(value(field, x), field.inverse(value(field, y)))
+
+
+@meaning("neg")
+def neg(field: Field, x: Tensor) -> Tensor:
+    return field.negative(x)
+
+
+@meaning("reciprocal")
+def reciprocal(field: Field, x: Any) -> Tensor:
+    return field.inverse(value(field, x))
+
+
+@meaning("pow")
+def power(field: Field, x: Any, y: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        return field.function(f"{x} to the power", value(field, y))
+    if isinstance(y, Tensor):
+        raise NotImplementedError("a power whose base and exponent are tensors")
+    return field.power(value(field, x), float(y))
+
+
+@meaning("square")
+def square(field: Field, x: Tensor) -> Tensor:
+    return field.times(x, x)
+
+
+@meaning("addcmul")
+def addcmul(field: Field, x: Any, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
+    return add(field, x, mul(field, a, b), alpha=value)
+
+
+@meaning("mm", "bmm", "matmul")
+def mm(field: Field, x: Tensor, y: Tensor) -> Tensor:
+    return field.matmul(x, y)
+
+
+@meaning("mv")
+def mv(field: Field, x: Tensor, y: Tensor) -> Tensor:
+    return field.matmul(x, y.unsqueeze(-1)).squeeze(-1)
+
+
+@meaning("dot")
+def dot(field: Field, x: Tensor, y: Tensor) -> Tensor:
+    return field.matmul(x.unsqueeze(0), y.unsqueeze(1)).view(())
+
+
+@meaning("linear")
+def linear(field: Field, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = field.matmul(x, w.t())
+    return y if bias is None else field.add(y, bias)
+
+
+@meaning("addmm", "baddbmm")
+def addmm(field: Field, bias: Tensor, x: Tensor, y: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return field.add(scaled(field, bias, beta), scaled(field, field.matmul(x, y), alpha))
+
+
+@meaning("sum")
+def total(field: Field, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    return field.sum(value(field, x), dim or None, keepdim)
+
+
+@meaning("mean")
+def mean(field: Field, x: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    total = field.sum(x, dim or None, keepdim)
+    return field.times(total, over(field, x.numel() // max(1, total.numel())))
+
+
+@meaning("var")
+def var(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Tensor:
+    centred = sub(field, x, mean(field, x, dim, True))
+    total = field.sum(square(field, centred), dim or None, keepdim)
+    count = x.numel() // max(1, total.numel())
+    return field.times(total, over(field, count - int(1 if correction is None else correction)))
+
+
+@meaning("cumsum")
+def cumsum(field: Field, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return field.reduced(x.cumsum(dim))
+
+
+@meaning("trace")
+def trace(field: Field, x: Tensor) -> Tensor:
+    return field.reduced(x.trace())
+
+
+@meaning("index_add")
+def index_add(field: Field, x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: Any = 1) -> Tensor:
+    return field.reduced(x.index_add(dim, index, scaled(field, source, alpha)))
+
+
+@meaning("scatter_add")
+def scatter_add(field: Field, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return field.reduced(x.scatter_add(dim, index, source))
+
+
+@meaning("index_put", "_unsafe_index_put", "_index_put_impl")
+def index_put(field: Field, x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    return field.reduced(aten.index_put(x, indices, value(field, values), accumulate))
+
+
+@meaning("embedding")
+def embedding(field: Field, w: Tensor, ids: Tensor, padding: int = -1, scale: bool = False, sparse: bool = False) -> Tensor:
+    return w[ids]
+
+
+@meaning("embedding_dense_backward")
+def embedding_dense_backward(field: Field, grad: Tensor, ids: Tensor, rows: int, padding: int, scale: bool) -> Tensor:
+    if scale:
+        raise NotImplementedError("an embedding whose gradient is scaled by frequency")
+    kept = torch.where((ids == padding).unsqueeze(-1), 0.0, grad)
+    start = torch.zeros(rows, grad.shape[-1], dtype=grad.dtype)
+    return field.reduced(start.index_add(0, ids.flatten(), kept.flatten(0, -2)))
+
+
+@meaning("view", "_unsafe_view", "_reshape_alias")
+def view(field: Field, x: Tensor, size: Any, *strides: Any) -> Tensor:
+    """A carrier may lie in memory in another order than the operator's own result would."""
+    return x.reshape(size)
+
+
+@meaning("slice_scatter")
+def slice_scatter(
+    field: Field, x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """PyTorch's own copies all memory that x is a part of, which may be the stack of all ranks."""
+    y = x.clone()
+    y.movedim(dim, 0)[start:end:step] = source.movedim(dim, 0)
+    return y
+
+
+@meaning("fill")
+def fill(field: Field, x: Tensor, number: Any) -> Tensor:
+    return torch.zeros_like(x) + value(field, number)
+
+
+@meaning("full")
+def full(field: Field, size: Any, value: Any, **kwargs: Any) -> Tensor:
+    return aten.full(size, field.number(value), dtype=torch.float64)
+
+
+@meaning("full_like")
+def full_like(field: Field, x: Tensor, value: Any, **kwargs: Any) -> Tensor:
+    return aten.full(x.shape, field.number(value), dtype=torch.float64)
+
+
+@meaning("new_full")
+def new_full(field: Field, x: Tensor, size: Any, value: Any, **kwargs: Any) -> Tensor:
+    return aten.full(size, field.number(value), dtype=torch.float64)
+
+
+@meaning("ones")
+def ones(field: Field, size: Any, **kwargs: Any) -> Tensor:
+    return aten.ones(size, dtype=torch.float64)
+
+
+@meaning("new_ones")
+def new_ones(field: Field, x: Tensor, size: Any, **kwargs: Any) -> Tensor:
+    return aten.ones(size, dtype=torch.float64)
+
+
+@meaning("scalar_tensor")
+def scalar_tensor(field: Field, number: Any, **kwargs: Any) -> Tensor:
+    return value(field, number)
+
+
+@meaning("arange")
+def arange(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
+    return field.numbers(aten.arange(*bounds, dtype=torch.float64))
+
+
+@meaning("eye")
+def eye(field: Field, *sizes: Any, **kwargs: Any) -> Tensor:
+    return torch.eye(*sizes, dtype=torch.float64)
+
+
+@meaning("masked_fill")
+def masked_fill(field: Field, x: Tensor, mask: Tensor, number: Any) -> Tensor:
+    return torch.where(mask, value(field, number), x)
+
+
+@meaning("constant_pad_nd")
+def constant_pad_nd(field: Field, x: Tensor, pad: Any, value: Any = 0) -> Tensor:
+    return aten.constant_pad_nd(x, pad, field.number(value))
+
+
+@meaning("clamp")
+def clamp(field: Field, x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        raise NotImplementedError("clamp with bounds that are tensors")
+    y = x if min is None else torch.where(x < field.place(min), value(field, min), x)
+    return y if max is None else torch.where(x > field.place(max), value(field, max), y)
+
+
+@meaning("clamp_min")
+def clamp_min(field: Field, x: Tensor, min: Any) -> Tensor:
+    return clamp(field, x, min)
+
+
+@meaning("clamp_max")
+def clamp_max(field: Field, x: Tensor, max: Any) -> Tensor:
+    return clamp(field, x, None, max)
+
+
+@meaning("relu")
+def relu(field: Field, x: Tensor) -> Tensor:
+    return torch.where(x > field.place(0.0), x, 0.0)
+
+
+@meaning("threshold_backward")
+def threshold_backward(field: Field, grad: Tensor, x: Tensor, threshold: Any) -> Tensor:
+    return torch.where(x > field.place(float(threshold)), grad, 0.0)
+
+
+@meaning("abs")
+def absolute(field: Field, x: Tensor) -> Tensor:
+    return torch.where(x < field.place(0.0), field.negative(x), x)
+
+
+@meaning("sign", "sgn")
+def sign(field: Field, x: Tensor) -> Tensor:
+    below = torch.where(x < field.place(0.0), field.number(-1), 1.0)
+    return torch.where(x == 0, 0.0, below)
+
+
+def _comparison(name: str) -> Meaning:
+    compare = getattr(operator, name)
+
+    def compared(field: Field, x: Tensor, y: Any) -> Tensor:
+        if isinstance(y, Tensor) or not x.is_floating_point():
+            return compare(x, y)
+        return compare(x, field.number(y) if name in ("eq", "ne") else field.place(float(y)))
+
+    return meaning(name)(compared)
+
+
+for _name in ("eq", "ne", "ge", "gt", "le", "lt"):
+    _comparison(_name)

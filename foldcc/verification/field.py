@@ -1,0 +1,164 @@
+"""Arithmetic in the field of integers modulo a prime, on float64 tensors that carry its elements exactly.
+
+A carrier holds integers 0 … prime - 1; -inf stands for a masked score, whose exponential is zero; NaN is what nobody
+may read, such as memory that was never written. NaN is kept by every operation, so it cannot get lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MERSENNE = 2**31 - 1
+_LOWEST = -1e30  # a number below it is a mask, such as torch.finfo(...).min
+_EXACT = 2**53  # up to here float64 holds every integer
+_SIMPLE = 10**6  # largest denominator that a number in a program is read as
+
+
+@dataclass(frozen=True)
+class Field:
+    """The field of a prime below 2**31, with keyed hashes for functions that have no meaning in it.
+
+    Attributes:
+        prime: how many elements the field has.
+        seed: of the hashes; two fields with the same seed have the same ones.
+        hashed: `(x, name) -> value of the function called name`, on finite carriers; None for keyed hashes.
+        exponentials: (logarithm, its exponential) by the logarithm's place in memory; see `remember`.
+    """
+
+    prime: int = MERSENNE
+    seed: int = 0
+    hashed: Callable[[Tensor, str], Tensor] | None = None
+    exponentials: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    # --- elements ---
+
+    def number(self, x: float | int | Fraction) -> float:
+        """A number of a program as an element: 0.5 is the inverse of 2, 0.333… of 3; a mask's -1e38 is -inf."""
+        if isinstance(x, float) and (math.isnan(x) or x <= _LOWEST):
+            return math.nan if math.isnan(x) else -math.inf
+        if isinstance(x, float) and math.isinf(x):
+            return math.nan
+        fraction = Fraction(x)
+        simple = fraction.limit_denominator(_SIMPLE)
+        if abs(simple - fraction) <= abs(fraction) * Fraction(1, 10**15):
+            fraction = simple
+        elif isinstance(x, float) and x == np.float32(x) and fraction.numerator != 1:
+            fraction = Fraction(str(np.float32(x)))  # a kernel rounds 1e-6 to float32, and the program says 1e-6
+        if fraction.denominator % self.prime == 0:
+            return math.nan
+        return float(fraction.numerator % self.prime * pow(fraction.denominator, -1, self.prime) % self.prime)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """A tensor of numbers of a program, integers included, as carriers."""
+        if not x.is_floating_point():
+            return torch.remainder(x.double(), self.prime)
+        values = x.detach().double().flatten().tolist()
+        return torch.tensor([self.number(v) for v in values], dtype=torch.float64).reshape(x.shape)
+
+    def random(self, shape: Any, generator: torch.Generator) -> Tensor:
+        """Elements drawn uniformly, zero left out."""
+        return torch.randint(1, self.prime, tuple(shape), generator=generator).double()
+
+    def place(self, x: float) -> float:
+        """Where a number of a program stands among the elements, when they are compared with it: any fixed order will do."""
+        if math.isinf(x):
+            return math.inf if x > 0 else -math.inf
+        return self.prime * (0.5 + 0.4 * x / (1.0 + abs(x)))
+
+    # --- sums and products ---
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """Integers below 2**53 in size, as elements."""
+        return torch.remainder(x, self.prime)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return torch.where(total == -math.inf, total, self.reduced(total))
+
+    def negative(self, x: Tensor) -> Tensor:
+        return self.reduced(-x)
+
+    def times(self, x: Tensor, y: Tensor | float) -> Tensor:
+        high = torch.floor(x / 65536)
+        low = x - high * 65536
+        return self.reduced(self.reduced(high * y) * 65536 + low * y)
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        """The product of matrices, [..., m, k] by [..., k, n]: exact, because every partial sum stays below 2**53."""
+        k = x.shape[-1]
+        bits = 16 if k <= 64 else 11
+        longest = _EXACT // (self.prime << bits)
+        if k > longest:
+            halves = zip(x.split(longest, -1), y.split(longest, -2), strict=True)
+            return self.reduced(sum((self.matmul(a, b) for a, b in halves), torch.zeros((), dtype=x.dtype)))
+        step = float(1 << bits)
+        total = torch.zeros((), dtype=torch.float64)
+        limbs = []
+        for _ in range(math.ceil(31 / bits)):
+            high = torch.floor(x / step)
+            limbs.append(x - high * step)
+            x = high
+        for limb in reversed(limbs):
+            total = self.reduced(total * step + self.reduced(limb @ y))
+        return total
+
+    def sum(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+        return self.reduced(x.sum(list(range(x.dim())) if dim is None else dim, keepdim=keepdim))
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """1 / x by Fermat's little theorem; NaN where x is zero."""
+        base, left = torch.nan_to_num(x, 0.0, 0.0, 0.0).long(), self.prime - 2
+        result = torch.ones_like(base)
+        while left:
+            if left & 1:
+                result = result * base % self.prime
+            base, left = base * base % self.prime, left >> 1
+        return torch.where(torch.isfinite(x) & (x != 0), result.double(), math.nan)
+
+    def power(self, x: Tensor, exponent: float) -> Tensor:
+        """Whole exponents are products; any other is a function of its own."""
+        if exponent != int(exponent):
+            return self.function(f"pow {exponent}", x)
+        if exponent < 0:
+            return self.inverse(self.power(x, -exponent))
+        result, base, left = torch.ones_like(x), x, int(exponent)
+        while left:
+            result, base, left = self.times(result, base) if left & 1 else result, self.times(base, base), left >> 1
+        return result
+
+    # --- everything else ---
+
+    def function(self, name: str, x: Tensor) -> Tensor:
+        """A function without a meaning in the field: a keyed hash, so that equality means the same argument."""
+        value = (self.hashed or self._hash)(x, name)
+        return torch.where(torch.isfinite(x), value, math.nan)
+
+    def exp(self, x: Tensor) -> Tensor:
+        return torch.where(x == -math.inf, 0.0, self.function("exp", x))
+
+    def remember(self, logarithm: Tensor, exponential: Tensor) -> None:
+        """Keeps the exponential of a result that is a logarithm, for a derivative that is given the logarithm only."""
+        assert logarithm.is_contiguous() and exponential.is_contiguous()
+        self.exponentials[logarithm.untyped_storage().data_ptr()] = (logarithm, exponential)
+
+    def exponential(self, x: Tensor) -> Tensor:
+        """The exponential of a value, or of a view of one, that is a remembered logarithm; else a hash."""
+        _, found = self.exponentials.get(x.untyped_storage().data_ptr(), (None, None))
+        return self.exp(x) if found is None else found.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def _hash(self, x: Tensor, name: str) -> Tensor:
+        key = blake2b(f"{self.seed} {name}".encode(), digest_size=16).digest()
+        first, second = (int.from_bytes(key[i : i + 8], "little", signed=True) for i in (0, 8))
+        z = torch.nan_to_num(x, 0.0, 0.0, 0.0).long() ^ first
+        for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):  # splitmix64's, as signed integers
+            z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * multiplier
+        return ((z ^ second ^ ((z >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF).remainder(self.prime).double()

@@ -1,0 +1,110 @@
+"""FieldMode: PyTorch programs, run over a field instead of over floating-point numbers.
+
+Inside the mode every floating-point tensor is a carrier, whatever its type in the program: casts are the identity. The
+mode stands below autograd, so derivatives are PyTorch's own formulas, over the same field.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import foldcc.verification.arithmetic
+import foldcc.verification.functions
+import foldcc.verification.layers  # noqa: F401  (each fills the table)
+from foldcc.errors import FoldError
+from foldcc.ops import record
+from foldcc.verification.field import Field
+from foldcc.verification.meanings import MEANINGS, MOVES, value
+
+aten = torch.ops.aten
+_CASTS = {"_to_copy", "to"}
+_RANDOM = {"native_dropout", "dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "multinomial", "randint"}
+
+
+class NoMeaning(FoldError):
+    """An operator has no meaning over a field, so nothing can be proved of a program that uses it."""
+
+    def __init__(self, operator: Any, when: str = ""):
+        told = "is random" if _name(operator).rstrip("_") in _RANDOM else "has no meaning over a field"
+        super().__init__(f"{operator} {told}{when}, so a program that uses it cannot be proved.")
+        self.operator = operator
+
+
+def _name(operator: Any) -> str:
+    return str(operator._schema.name.split("::")[1])
+
+
+class FieldMode(TorchDispatchMode):
+    def __init__(self, field: Field):
+        super().__init__()
+        self.field = field
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = _name(func)
+        known = record(func)
+        if known is not None:
+            with self:  # its meaning is plain PyTorch, which has a meaning in turn
+                return known.eager(*args, **kwargs)
+        target = kwargs.pop("out", None)
+        in_place = name.endswith("_") and not name.startswith("__")
+        name = name.rstrip("_") if in_place else name
+        result = self._call(func, name, args, kwargs, in_place)
+        if target is not None:
+            return target.copy_(result)
+        if in_place and name in MEANINGS:
+            return args[0].copy_(result)
+        return result
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], in_place: bool) -> Any:
+        if name in _CASTS:
+            return self._cast(args[0], kwargs.get("dtype"))
+        if func.namespace != "aten" or name in _RANDOM:
+            raise NoMeaning(func)
+        lifted = {k: _lifted(v) for k, v in kwargs.items()}
+        if not _floating(func, args, lifted):
+            return func(*map(_lifted, args), **lifted)
+        if name in MEANINGS:
+            told = {k: v for k, v in lifted.items() if k not in ("dtype", "device", "layout", "pin_memory", "memory_format")}
+            try:
+                return MEANINGS[name](self.field, *map(_lifted, args), **told)
+            except NotImplementedError as error:
+                raise NoMeaning(func, f" as {error}") from None
+        if name not in MOVES:
+            raise NoMeaning(func)
+        result = func(*map(_lifted, args), **lifted)
+        if "empty" in name and result.is_floating_point():
+            result.fill_(torch.nan)
+        if name in ("lift_fresh", "lift_fresh_copy"):
+            return self.field.numbers(result)
+        return result
+
+    def _cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if dtype is None or dtype.is_floating_point:
+            return value(self.field, x)
+        return x.to(dtype)
+
+
+def _lifted(x: Any) -> Any:
+    if isinstance(x, torch.dtype) and x.is_floating_point:
+        return torch.float64
+    return torch.device("cpu") if isinstance(x, torch.device) else x
+
+
+def _floating(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator reads or makes floating-point numbers."""
+    if kwargs.get("dtype") is not None:
+        return bool(kwargs["dtype"].is_floating_point)
+    tensors = [x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Tensor)]
+    return any(x.is_floating_point() for x in tensors or [func(*map(_lifted, args), **kwargs)])
+
+
+def _flat(arguments: Any) -> list[Any]:
+    found: list[Any] = []
+    for x in arguments:
+        found += _flat(x) if isinstance(x, (tuple, list)) else [x]
+    return found

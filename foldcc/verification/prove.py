@@ -1,0 +1,209 @@
+"""verify: is the folded program the captured one? Exactly, on random elements of a field, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foldcc.errors import FoldError
+from foldcc.layout import Shard
+from foldcc.passes.manager import Stages
+from foldcc.program import Program
+from foldcc.verification import reduce
+from foldcc.verification.compare import reading, summed, wrong_rank
+from foldcc.verification.degree import bound
+from foldcc.verification.field import Field
+from foldcc.verification.folded import Folded
+from foldcc.verification.inputs import random_inputs
+from foldcc.verification.locate import locate_backward, locate_forward
+from foldcc.verification.proof import Difference, Proof
+from foldcc.verification.ranks import OnRanks
+from foldcc.verification.reference import Reference
+from foldcc.verification.same import first_unlike
+from foldcc.verification.wiring import wired_alike
+
+if TYPE_CHECKING:
+    from foldcc.api import FoldedModule
+
+_ELEMENTS = 5_000_000  # of parameters and inputs
+_CALLS = 1_000_000  # of operators, over all ranks
+_MOST = 100_000_000  # of operators, over all ranks, that are run at all: some hours
+
+
+def verify(
+    model: FoldedModule, *, stage: str | None = None, rounds: int = 2, seed: int = 0, reduced: bool | None = None
+) -> Proof:
+    """Proves that a folded model computes what the original one computes, or says where it does not.
+
+    The captured program and the folded program of every rank run forward and backward on random elements of the field
+    of 2**31 - 1. Sums and products are exact; a function such as `sigmoid` is a keyed hash, so that equality means that
+    the same was computed. Compared are every output, every parameter's gradient and the squared norm of all gradients,
+    on every rank. See docs/verification.md.
+
+    Args:
+        model: from `parallelize`, on a virtual mesh or a real one; nothing is sent, all ranks run in this process.
+        stage: of `model.stages`; the last one unless said otherwise.
+        rounds: how often, each time with new elements and new hashes.
+        seed: of everything that is drawn; the same seed gives the same verdict.
+        reduced: proves the same graph over smaller sizes, with two calls of each repeated block, and that it is the same
+            graph; None does so for a program that is too large to run as it is.
+
+    Raises:
+        FoldError: an operator has no meaning over a field, the captured program does not run, sizes cannot be reduced, or
+            there is no such stage.
+    """
+    if rounds < 1:
+        raise FoldError(f"verify with rounds={rounds} would prove nothing.", valid="1 or more")
+    stages = model.stages
+    name = stages[-1].name if stage is None else stages[stage].name
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    fields = [Field(seed=seed + i) for i in range(rounds)]
+    if too_large(stages) if reduced is None else reduced:
+        return _prove_reduced(stages, buffers, name, fields)
+    return prove(stages, buffers, stage=name, fields=fields)
+
+
+def first_broken(model: FoldedModule, **options: Any) -> Proof:
+    """The proof of the last stage if it holds, else that of the first stage at which it does not: its pass is broken."""
+    last = verify(model, **options)
+    if last.ok:
+        return last
+    return next(p for s in model.stages if not (p := verify(model, stage=s.name, **options)).ok)
+
+
+def too_large(stages: Stages) -> bool:
+    """Whether running a program on all virtual ranks would take minutes, or more memory than a small machine has."""
+    program: Program = stages["capture"].program
+    elements = sum(n.meta["val"].numel() for n in program.placeholders)
+    return elements > _ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
+
+
+def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
+    order = [s.name for s in stages]
+    if order.index(name) < order.index("shard"):
+        name = "shard"  # until then there is nothing but the captured graph
+    small = reduce.reduced(stages)
+    operators, ranks = small[-1].after, small[-1].program.mesh.world_size
+    if operators * ranks > _MOST:
+        raise FoldError(
+            f"The mesh is too large to verify: {operators} operators on each of {ranks} ranks, {operators * ranks} in all.",
+            mesh=str(small[-1].program.mesh),
+            valid=f"at most {_MOST // operators} ranks, for example with a smaller dp: every rank runs the same program",
+        )
+    proof = prove(small, buffers, stage=name, fields=fields)
+    calls = len(stages["annotate"].program.calls)
+    blocks = len(stages["annotate"].program.blocks)
+    unlike = first_unlike(stages, small, name)
+    if proof.ok and unlike is not None:
+        what = "The full program has a node that the passes do not make of the sharded program: it"
+        return replace(proof, difference=Difference(what=what, rank=0, node=unlike))
+    if proof.ok and "differentiated" in stages[name].program.properties and not wired_alike(stages, name):
+        what = f"The gradient that the main graph sums over {calls} calls"
+        return replace(proof, difference=Difference(what=what, rank=0, node=f"main backward of stage {name}"))
+    sizes = " ".join(f"{f.name}={n}" for f, n in small["shard"].program.sizes.items() if f in stages["shard"].program.sizes)
+    argument = (
+        f"proved over smaller sizes: {sizes}",
+        f"each of {blocks} blocks of the full program has the same nodes, operands, axes and layouts; sizes and offsets differ",
+        f"the {calls} calls of blocks in the main graphs are wired alike, forward and backward, whatever the blocks compute",
+        "each operator does the same at every size of a factor, as its factor rule says",
+    )
+    return replace(proof, assumed=argument)
+
+
+def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:
+    """`verify` over given fields, one for each round."""
+    captured: Program = stages["capture"].program
+    program: Program = stages[stage].program
+    difference, proved = None, ()
+    for field in fields:
+        generator = torch.Generator().manual_seed(field.seed)
+        reference = Reference(captured, field, random_inputs(captured, field, buffers, generator), generator)
+        difference, proved = _round(stages, program, reference)
+        if difference is not None:
+            break
+    return Proof(
+        program=program.name,
+        mesh=str(program.mesh),
+        stage=stage,
+        prime=fields[0].prime,
+        rounds=len(fields),
+        bound=bound(captured, fields[0].prime, len(fields)),
+        proved=proved,
+        difference=difference,
+    )
+
+
+def _round(stages: Stages, program: Program, reference: Reference) -> tuple[Difference | None, tuple[str, ...]]:
+    differentiated = "differentiated" in program.properties
+    run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+    mesh, field = program.mesh, reference.field
+    for i, (values, wanted, layout) in enumerate(zip(run.outputs, reference.outputs, run.layouts, strict=True)):
+        rank = wrong_rank(values, wanted.detach(), layout, mesh, field)
+        if rank is not None:
+            told = reading(values, wanted.detach(), layout, mesh, field)
+            found = Difference(what=f"Output {i}", rank=rank, reading=told)
+            return (locate_forward(stages, run, found) if isinstance(run, Folded) else found), ()
+    trained = [s.name for s in program.slots if s.kind == "parameter"]
+    for given in _objectives(reference):
+        found_gradients, wanted_gradients = run.gradients(given), reference.gradients(trained, given)
+        difference = _gradients(program, found_gradients, wanted_gradients, field)
+        if difference is not None:
+            return (locate_backward(stages, run, given, difference) if isinstance(run, Folded) else difference), ()
+        difference = _norm(program, found_gradients, wanted_gradients, field)
+        if difference is not None:
+            return difference, ()
+    return None, (
+        f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks",
+        f"the gradients of {len(trained)} parameters, on each of {mesh.world_size} ranks, after their reductions",
+        "the squared norm of all gradients, every element counted once",
+    )
+
+
+def _objectives(reference: Reference) -> list[tuple[bool, ...]]:
+    """For which outputs a gradient is given: for all, and for those without dimensions, the losses, alone."""
+    outputs = [x for x, t in zip(reference.outputs, reference.tangents, strict=True) if t is not None]
+    if not outputs:
+        raise FoldError("No output of the model depends on a parameter through differentiable operators.")
+    every, losses = tuple(True for _ in outputs), tuple(x.dim() == 0 for x in outputs)
+    return [every, losses] if any(losses) and losses != every else [every]
+
+
+def _gradients(program: Program, found: Mapping[str, Any], wanted: Mapping[str, Tensor], field: Field) -> Difference | None:
+    for slot, node in zip(program.slots, program.placeholders, strict=True):
+        if slot.kind != "parameter":
+            continue
+        values, what = found[slot.name], f"The gradient of {slot.names[0]}"
+        if slot.name not in wanted:
+            each = values if isinstance(values, list) else [values]
+            extra = next((r for r, x in enumerate(each) if x is not None and bool(x.any())), None)
+            if extra is not None:
+                return Difference(what=what, parameter=slot.names[0], rank=extra, reading="not zero, and should be")
+            continue
+        layout = node.meta["layout"].transposed if isinstance(values, list) else None
+        rank = wrong_rank(values, wanted[slot.name], layout, program.mesh, field)
+        if rank is not None:
+            told = reading(values, wanted[slot.name], layout, program.mesh, field)
+            return Difference(what=what, parameter=slot.names[0], rank=rank, reading=told)
+    return None
+
+
+def _norm(program: Program, found: Mapping[str, Any], wanted: Mapping[str, Tensor], field: Field) -> Difference | None:
+    """The squared norm as clipping takes it: what a rank holds, summed over the axes that divide the parameter."""
+    mesh = program.mesh
+    totals = [torch.zeros((), dtype=torch.float64)] * mesh.world_size
+    for slot, node in zip(program.slots, program.placeholders, strict=True):
+        if slot.name in wanted:
+            values = found[slot.name]
+            axes = (
+                [a for a, s in node.meta["layout"].states.items() if isinstance(s, Shard)] if isinstance(values, list) else []
+            )
+            each = values if isinstance(values, list) else [values] * mesh.world_size
+            squares = summed([field.sum(field.times(x, x)) for x in each], mesh, axes, field)
+            totals = [field.reduced(t + s) for t, s in zip(totals, squares, strict=True)]
+    right = field.reduced(sum((field.sum(field.times(x, x)) for x in wanted.values()), torch.zeros((), dtype=torch.float64)))
+    rank = next((r for r, total in enumerate(totals) if total != right), None)
+    return None if rank is None else Difference(what="The squared norm of all gradients", rank=rank)

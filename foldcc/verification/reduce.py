@@ -1,0 +1,380 @@
+"""A program that is too large to run, made small: the same graph over smaller factors, and two calls of a repeated block.
+
+    b=256 s=4096 heads=128 …  61 layers        becomes        b=32 s=16 heads=16 …  2 layers of each kind
+
+Only sizes change: every node, every layout and every collective stays, so what is proved of the small program is proved
+of the graph. A factor that is divided keeps a multiple of the ranks that divide it. A factor whose positions are data,
+such as the experts, keeps its size. Factors that one operator cuts into unequal pieces shrink by one ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sympy import Symbol
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from foldcc import ops
+from foldcc.errors import FoldError
+from foldcc.layout import Layout
+from foldcc.passes.bucket import Bucket
+from foldcc.passes.differentiate import Differentiate
+from foldcc.passes.dispatch import Dispatch
+from foldcc.passes.localize import Localize
+from foldcc.passes.lower import Lower
+from foldcc.passes.manager import Pass, Stage, Stages, run_passes
+from foldcc.passes.shard import reshard
+from foldcc.passes.simplify import Simplify
+from foldcc.program import Program, where
+from foldcc.rules.aten import argument, name_of, operands
+
+aten = torch.ops.aten
+Sizes = dict[Symbol, int]
+CALLS = 2  # of a block that repeats: one may feed the next
+_SMALL = 4  # factors up to here, and offsets such as the label's shift by one, are part of the program's structure
+_PIECES = {"aten.slice", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.cat", "aten.slice_scatter", "aten.narrow"}
+_CHOSEN = {"aten.topk", "aten.sort", "aten.argsort", "aten.one_hot", "aten.histc", "aten.scatter", "aten.gather"}
+_SIZED = {"aten.reshape": 1, "aten.view": 1, "aten.expand": 1, "aten.new_empty": 1, "aten.new_zeros": 1, "aten.new_ones": 1}
+_SIZED |= {"aten.new_full": 1, "aten.zeros": 0, "aten.ones": 0, "aten.full": 0, "aten.empty": 0}
+
+
+def reduced(stages: Stages) -> Stages:
+    """The stages of a program, from `shard` on, over smaller factors and with fewer calls of repeated blocks.
+
+    Raises:
+        FoldError: an operator's sizes cannot be told from its operands' factors.
+    """
+    sharded: Program = stages["shard"].program
+    captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded)
+    start = _resized(_shortened(sharded), sizes)
+    passes: list[Pass] = [Dispatch(), Localize(), Differentiate(), Lower(), Simplify(), _SameBuckets(actual=stages)]
+    later = run_passes(start, passes)
+    names = ("capture", "outline", "annotate")
+    return Stages([*(Stage(n, 0.0, 0, 0, captured) for n in names), Stage("shard", 0.0, 0, 0, start), *list(later)[1:]])
+
+
+def _smallest(captured: Program, sharded: Program) -> tuple[Program, Sizes]:
+    """The captured program over the smallest sizes that its operators take, and those sizes."""
+    try:
+        sizes = smaller(sharded)
+        return _resized(captured.copied(), sizes), sizes
+    except FoldError:
+        sizes = smaller(sharded, pieces=False)
+        return _resized(captured, sizes), sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SameBuckets(Bucket):
+    """Joins the reductions that are joined in the actual program, where gradients have other sizes."""
+
+    name = "bucket"
+    actual: Stages
+
+    def alike(self, block: str, graph: fx.Graph) -> list[list[fx.Node]]:
+        backward = self.actual["bucket"].program.backward
+        assert backward is not None
+        kept = {n.name for n in backward.get_submodule(block.split("_")[0]).graph.nodes}
+        found: dict[Any, list[fx.Node]] = {}
+        for node in graph.find_nodes(op="call_function", target=ops.all_reduce.overload):
+            if node.name not in kept:
+                found.setdefault((node.args[1:], node.args[0].meta["val"].dtype), []).append(node)
+        return list(found.values())
+
+
+# --- fewer calls ---
+
+
+def _shortened(program: Program) -> Program:
+    """Keeps `CALLS` calls of each block; what a later call returned is what the last one that is kept returns."""
+    program = program.copied()
+    graph = program.graph.graph
+    kept: dict[str, list[fx.Node]] = {}
+    for call in program.calls:
+        calls = kept.setdefault(str(call.target), [])
+        if len(calls) < CALLS:
+            calls.append(call)
+            continue
+        results = {u.args[1]: u for u in calls[-1].users}
+        for user in list(call.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(call)
+    unused = {n.name for n in program.placeholders if not n.users and program.slot(n.name).kind != "input"}
+    for node in program.placeholders:
+        if node.name in unused:
+            graph.erase_node(node)
+    program.graph.recompile()
+    return replace(program, slots=tuple(s for s in program.slots if s.name not in unused))
+
+
+# --- smaller factors ---
+
+
+def smaller(program: Program, *, pieces: bool = True) -> Sizes:
+    """A small size for each factor that the main graph's placeholders have; the others follow from them.
+
+    Args:
+        pieces: factors that are cut into unequal pieces shrink too, all by one ratio.
+    """
+    degrees = _degrees(program)
+    entering = {f for n in program.placeholders for dim in n.meta["dims"] for f in dim}
+    pinned = _pinned(program)
+    found: Sizes = {}
+    taken: Counter[int] = Counter()
+    for members in _coupled(program):
+        there = sorted((f for f in members if f in entering), key=lambda f: f.name)
+        there = [f for f in there if program.sizes[f] > 2]  # two halves are two halves
+        sizes = [program.sizes[f] for f in there]
+        ratio = 1
+        if pieces and sizes and not any(f in pinned for f in members):
+            ratio = max(r for r in _divisors(math.gcd(*sizes)) if _fits(sizes, [degrees.get(f, 1) for f in there], r))
+        found |= {f: program.sizes[f] // (ratio if f in there else 1) for f in members & entering}
+    shared: Sizes = {}  # inputs of one length, such as tokens and their labels, keep one length
+    for f in sorted(entering - found.keys(), key=lambda f: f.name):
+        size, degree = program.sizes[f], degrees.get(f, 1)
+        alike = [g for g in _tokens(program) if f in _tokens(program) and program.sizes[g] == size]
+        degree = math.lcm(degree, *(degrees.get(g, 1) for g in alike))
+        # A rank has one position of a factor only where it has one in the full program: PyTorch treats that case apart.
+        choices = [degree * m for m in (1,) if size == degree] or [degree * m for m in range(2, _SMALL + 2)]
+        found[f] = size if f in pinned or size <= _SMALL else min(choices, key=lambda n: (taken[n], n))
+        for g in alike:
+            found[f] = shared.setdefault(g, found[f])
+        taken[found[f]] += 1
+    return found
+
+
+def _tokens(program: Program) -> set[Symbol]:
+    """The factors of the inputs."""
+    inputs = [n for n in program.placeholders if program.slot(n.name).kind == "input"]
+    return {f for n in inputs for dim in n.meta["dims"] for f in dim}
+
+
+def _degrees(program: Program) -> Counter[Symbol]:
+    """Over how many ranks each factor is divided, anywhere."""
+    found: Counter[Symbol] = Counter()
+    nodes = [*program.placeholders, *(n for _, n in program.nodes())]
+    for node in nodes:
+        layout = node.meta.get("layout")
+        if isinstance(layout, Layout):
+            whole, local = _by_factor(layout, False), _by_factor(layout, True)
+            for f, n in whole.items():
+                found[f] = max(found[f], n // local[f])
+    for _, node in program.nodes():
+        if node.target is ops.experts_node:
+            found |= dict.fromkeys(node.meta["letters"].get("expert_width", ()), program.mesh.size("etp"))
+    return found
+
+
+def _by_factor(layout: Layout, local: bool) -> dict[Symbol, int]:
+    sizes: dict[Symbol, int] = {}
+    for d, dim in enumerate(layout.dims):
+        for f, n in zip(dim, layout._local(d) if local else [layout.sizes[f] for f in dim], strict=True):
+            assert isinstance(n, int)
+            sizes[f] = min(n, sizes.get(f, n))
+    return sizes
+
+
+def _pinned(program: Program) -> set[Symbol]:
+    """Factors whose positions are data: experts, what is chosen from, and what constants are made for."""
+    found = {f for n in program.placeholders if program.slot(n.name).kind == "constant" for dim in n.meta["dims"] for f in dim}
+    for _, node in program.nodes():
+        if node.target is ops.experts_node:
+            found |= set(argument(node, "w_up").meta["dims"][0])
+        elif node.op == "call_function" and name_of(node.target) in _CHOSEN:
+            source = operands(node)[0]
+            if source is not None and source.meta["dims"]:
+                dim = node.args[1] if name_of(node.target) not in ("aten.topk", "aten.one_hot", "aten.histc") else -1
+                found |= set(source.meta["dims"][dim if isinstance(dim, int) else -1])
+    return found - _tokens(program)
+
+
+def _coupled(program: Program) -> list[set[Symbol]]:
+    """Factors that operators cut from, or join to, one dimension in unequal pieces."""
+    groups: list[set[Symbol]] = []
+    for _, node in program.nodes():
+        members: set[Symbol] = set()
+        if node.target is ops.attention:  # whether queries and values are equally wide decides how it is computed
+            members = {f for x in node.all_input_nodes[:3] for f in x.meta["dims"][3]}
+        elif node.op == "call_function" and name_of(node.target) in _PIECES:
+            members = _pieces(node)
+        if members:
+            near = [g for g in groups if g & members]
+            groups = [g for g in groups if not g & members] + [members.union(*near)]
+    return groups
+
+
+def _pieces(node: fx.Node) -> set[Symbol]:
+    """The factors of a dimension that is cut into pieces, and of the pieces, where they are not the same."""
+    dim = _dim(node)
+    values = [x for x in [*operands(node), *_results(node)] if x is not None and x.meta.get("dims") is not None]
+    dims = [x.meta["dims"][dim] for x in values if len(x.meta["dims"]) > dim]
+    shifts = name_of(node.target) == "aten.slice" and _shifts(node, node.all_input_nodes[0].meta["val"].shape[dim])
+    return set() if shifts or len(set(dims)) == 1 else {f for d in dims for f in d}
+
+
+def _shifts(node: fx.Node, size: int) -> bool:
+    """Whether a slice of a dimension only leaves out a few positions at an end, as the shift of labels does."""
+    start, stop = argument(node, "start") or 0, argument(node, "end")
+    left_out = 0 if stop is None else max(0, size - stop) if stop >= 0 else -stop
+    return argument(node, "step") in (None, 1) and 0 <= start <= _SMALL and left_out <= _SMALL and size > 2 * _SMALL
+
+
+def _dim(node: fx.Node) -> int:
+    found = argument(node, "dim") or 0
+    first = node.all_input_nodes[0].meta["val"]
+    return int(found) % first.dim()
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    return [u for u in node.users if "getitem" in str(u.target)] if node.meta.get("dims") is None else [node]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0] if n < 10**6 else [1]
+
+
+def _fits(sizes: list[int], degrees: list[int], ratio: int) -> bool:
+    return ratio == 1 or all(n // ratio >= 2 * d and n // ratio % d == 0 for n, d in zip(sizes, degrees, strict=True))
+
+
+# --- the same graph over them ---
+
+
+def _resized(program: Program, sizes: Sizes) -> Program:
+    """The program with other sizes of factors: in shapes, in layouts, and in the arguments of operators."""
+    program = replace(program, sizes=dict(sizes))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        _Resizer(program).run()
+    return program
+
+
+class _Resizer:
+    """Rewrites a program in place, in the order in which it runs, so that every node sees its operands' new sizes."""
+
+    def __init__(self, program: Program):
+        self.program, self.sizes = program, program.sizes
+        self.done: set[fx.Node] = set()
+        self.before = {n: n.meta["val"].shape for _, n in program.nodes() if isinstance(n.meta.get("val"), Tensor)}
+
+    def run(self) -> None:
+        values: dict[fx.Node, Any] = {}
+        for node in self.program.graph.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = values[node] = self._empty(node)
+            elif node.op == "call_module":
+                values[node] = self._block(getattr(self.program.graph, str(node.target)), [values[a] for a in node.args])
+            elif node.op == "call_function":
+                values[node] = node.meta["val"] = values[node.args[0]][node.args[1]]
+            self._layouts(node)
+        for _, node in self.program.nodes():
+            self._layouts(node)
+        for block in self.program.blocks.values():
+            block.recompile()
+
+    def _empty(self, node: fx.Node) -> Tensor:
+        like = node.meta["val"]
+        shape = [math.prod(self.sizes[f] for f in dim) for dim in node.meta["dims"]]
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _layouts(self, node: fx.Node) -> None:
+        layout = node.meta.get("layout")
+        if isinstance(layout, Layout):
+            node.meta["layout"] = replace(layout, sizes=self.sizes)
+        if node.target is reshard:
+            wanted: Any = node.args[1]
+            node.args = (node.args[0], replace(wanted, sizes=self.sizes))
+
+    def _block(self, block: fx.GraphModule, given: list[Any]) -> Any:
+        """Gives the nodes of a block their new arguments and values, and returns what it returns."""
+        values: dict[fx.Node, Any] = {}
+        entering = iter(given)
+        for node in block.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = node.meta["val"] = next(entering)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], values.__getitem__)
+            else:
+                if node not in self.done:
+                    self.done.add(node)
+                    self._rewrite(node)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                try:
+                    values[node] = node.meta["val"] = node.target(*args, **kwargs)
+                except RuntimeError as error:
+                    raise _unknown(node, str(error)) from None
+                self._learn(node)
+        raise AssertionError("a graph ends with its output")
+
+    def _learn(self, node: fx.Node) -> None:
+        """The sizes of factors that appear first in a result; those that are known must agree with it."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or node.meta.get("dims") is None:
+            return
+        for dim, size in zip(node.meta["dims"], value.shape, strict=True):
+            missing = [f for f in dim if f not in self.sizes]
+            known = math.prod(self.sizes[f] for f in dim if f in self.sizes)
+            if len(missing) == 1 and size % known == 0:
+                self.sizes[missing[0]] = int(size) // known
+            elif missing or known != size:
+                told = " ".join(f"{f.name}={self.sizes.get(f, '?')}" for f in dim)
+                raise _unknown(node, f"a dimension of {told} has the size {size}")
+
+    # --- arguments ---
+
+    def _rewrite(self, node: fx.Node) -> None:
+        """The arguments of an operator that are sizes and offsets."""
+        name = name_of(node.target) if hasattr(node.target, "_schema") else ""
+        args: list[Any] = list(node.args)
+        if name in _SIZED:
+            args[_SIZED[name]] = self._shape(node, args[_SIZED[name]])
+        elif name == "aten.arange" and sum(isinstance(a, int) for a in args) == 1:
+            args = [self._shape(node, [a])[0] if isinstance(a, int) else a for a in args]
+        elif name == "aten.slice" and _shifts(node, self._length(node)):
+            start, stop = argument(node, "start") or 0, argument(node, "end")
+            left_out = 0 if stop is None else max(0, self._length(node) - stop) if stop >= 0 else -stop
+            args[2:4] = [start, node.all_input_nodes[0].meta["val"].shape[_dim(node)] - left_out]
+        elif name in ("aten.slice", "aten.slice_scatter"):
+            first = 3 if name == "aten.slice_scatter" else 2
+            args[first : first + 2] = [self._scaled(node, a) for a in args[first : first + 2]]
+        elif node.target is ops.attention and args[-1]:
+            args[-1] = self._window(node, args[-1])
+        elif name in ("aten.split", "aten.split_with_sizes"):
+            args[1] = self._scaled(node, args[1]) if isinstance(args[1], int) else [self._scaled(node, n) for n in args[1]]
+        node.args = tuple(args)
+
+    def _shape(self, node: fx.Node, old: Any) -> list[Any]:
+        """A size argument, as far as the factors are known; one that is not known is new, and stays."""
+        known = [all(f in self.sizes for f in dim) for dim in node.meta["dims"]]
+        new = [math.prod(self.sizes.get(f, 1) for f in dim) for dim in node.meta["dims"]]
+        return [n if k and given != -1 else given for given, k, n in zip(old, known, new, strict=True)]
+
+    def _window(self, node: fx.Node, window: int) -> int:
+        """A window that is shorter than the sequence stays shorter than it, and one that is not does not matter."""
+        keys = node.all_input_nodes[1]
+        old, new = int(self.before[keys][2]), int(keys.meta["val"].shape[2])
+        return max(1, min(window * new // old, new - 1)) if window < old else new
+
+    def _length(self, node: fx.Node) -> int:
+        """The length of the dimension that is cut, before it was made smaller."""
+        return int(self.before[node.all_input_nodes[0]][_dim(node)])
+
+    def _scaled(self, node: fx.Node, offset: Any) -> Any:
+        old, new = self._length(node), int(node.all_input_nodes[0].meta["val"].shape[_dim(node)])
+        if not isinstance(offset, int) or old == new or abs(offset) >= old or offset <= 1:
+            return offset
+        if offset * new % old:
+            raise _unknown(node, f"the offset {offset} of {old} is no whole number of {new}")
+        return offset * new // old
+
+
+def _unknown(node: fx.Node, why: str) -> FoldError:
+    return FoldError(
+        f"The program is too large to verify, and cannot be made smaller at {node.name} = {node.target}: {why}.",
+        at=node.meta.get("source") or where(node),
+        valid="verify(model, reduced=False), or a model of the same architecture with smaller sizes",
+    )

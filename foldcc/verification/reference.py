@@ -1,0 +1,146 @@
+"""The captured program over a field, in one process, with the gradients that autograd gives it.
+
+The three nodes of our own have their definitions here: experts are a sum over all experts of what each makes of its
+tokens, weighted by the router, so that no code of dispatch is on both sides of a proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import cross_entropy
+
+from foldcc import ops
+from foldcc.errors import FoldError
+from foldcc.ops.attention import _attend
+from foldcc.ops.experts import activate
+from foldcc.program import Program, where
+from foldcc.verification.field import Field
+from foldcc.verification.lockstep import leaves
+from foldcc.verification.mode import FieldMode, NoMeaning
+
+
+class Reference:
+    """A captured program, run forward on given inputs; any gradient can be asked for.
+
+    Attributes:
+        inputs: of every slot, whole tensors.
+        values: of every node, by its name.
+        outputs: of the main graph, in order.
+        tangents: the gradient that each output is given, None for one without a gradient.
+    """
+
+    def __init__(self, program: Program, field: Field, inputs: Mapping[str, Tensor], generator: torch.Generator):
+        self.field, self.inputs = field, inputs
+        self.values: dict[str, Any] = {}
+        trained = {slot.name for slot in program.slots if slot.kind == "parameter"}
+        with FieldMode(field):
+            given = [inputs[s.name].clone().requires_grad_(s.name in trained) for s in program.slots]
+            self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values).run(*given))
+        for x in self.outputs:
+            if bool(x.detach().isnan().any()):
+                raise self._undefined()
+        self.tangents = [field.random(x.shape, generator) if x.requires_grad else None for x in self.outputs]
+
+    def _undefined(self) -> FoldError:
+        """The error for an output that divides by zero or reads memory that nobody wrote."""
+        name = next(n for n, x in self.values.items() if isinstance(x, Tensor) and bool(x.detach().isnan().any()))
+        return FoldError(
+            f"The captured program divides by zero, or reads what was never written, at {name}.",
+            prime=str(self.field.prime),
+            valid="another seed, if the divisor is data",
+        )
+
+    def gradients(self, names: Sequence[str], given: Sequence[bool]) -> dict[str, Tensor]:
+        """The gradients, with respect to values, of the sum of all products of an output with its tangent.
+
+        Args:
+            names: of values that may have a gradient.
+            given: for each output with a gradient, whether it is in the sum.
+        """
+        wanted = [n for n in names if isinstance(self.values[n], Tensor) and self.values[n].requires_grad]
+        pairs = [(x, t) for x, t in zip(self.outputs, self.tangents, strict=True) if t is not None]
+        pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
+        if not pairs or not wanted:
+            return {}
+        with FieldMode(self.field):
+            found = torch.autograd.grad(
+                [x for x, _ in pairs],
+                [self.values[n] for n in wanted],
+                [t for _, t in pairs],
+                allow_unused=True,
+                retain_graph=True,
+            )
+        return {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+
+
+class _Defined(fx.Interpreter):
+    """Runs a graph with the definitions of our own nodes, and keeps every value under its captured name."""
+
+    def __init__(self, graph: fx.GraphModule, values: dict[str, Any], names: Mapping[str, str] | None = None):
+        super().__init__(graph)
+        self.kept, self.names = values, names
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            block = self.module.get_submodule(str(n.target))
+            inside = [x.name for x in block.graph.nodes if x.op == "call_function"]
+            run = _Defined(block, self.kept, dict(zip(inside, n.meta["nodes"], strict=True)))
+            given: Any = self.map_nodes_to_values(n.args, n)
+            return run.run(*given)
+        try:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            result = call(n, args, kwargs) if n.op == "call_function" else super().run_node(n)
+        except NoMeaning as error:
+            raise FoldError(str(error), at=_place(n), valid="a program without it, or check_equivalence in float64") from None
+        except (RuntimeError, IndexError) as error:
+            raise FoldError(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
+        name = n.name if self.names is None else self.names.get(n.name)
+        if name is not None:
+            self.kept[name] = result
+        return result
+
+
+def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """A node's result by its definition, where it has one of ours; what its type decides is decided by its real type."""
+    if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
+        args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(node.meta["val"].dtype).eps)
+    return DEFINITIONS.get(node.target, node.target)(*args, **kwargs)
+
+
+def _place(node: fx.Node) -> str | None:
+    return " ".join(str(x) for x in (where(node), node.meta.get("source")) if x) or None
+
+
+def _experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    act: str,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in range(w_up.shape[0]):
+        weight = torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
+        rows = (ids == e).any(-1).nonzero().squeeze(1)
+        up, down = (w_up[e], w_down[e]) if transposed else (w_up[e].t(), w_down[e].t())
+        hidden = x[rows] @ up if b_up is None else x[rows] @ up + b_up[e]
+        out = activate(hidden, act) @ down
+        out = out if b_down is None else out + b_down[e]
+        y = y.index_add(0, rows, out * weight[rows])
+    return y
+
+
+def _token_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    return cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
+
+
+DEFINITIONS = {ops.experts_node: _experts, ops.attention: _attend, ops.token_loss: _token_loss}

@@ -1,0 +1,57 @@
+"""That the blocks of a reduced program are those of the full one.
+
+Block by block, every node of one is held against its node in the other: operator, operands, axes, layouts and every other
+argument that is no whole number. Whole numbers are sizes and offsets, which are what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from foldcc.layout import Layout
+from foldcc.passes.manager import Stages
+
+
+def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
+    """The first node of the full program, at a stage, that is another one in the reduced program; None if none is."""
+    for stage in ("annotate", "shard", last):
+        ours, theirs = full[stage].program, small[stage].program
+        for direction in ("graph", "backward"):
+            main, other = getattr(ours, direction), getattr(theirs, direction)
+            for name, block in main.named_children() if main is not None else ():
+                for node, twin in _paired(block, other.get_submodule(name)):
+                    if not _alike(node, twin):
+                        return f"{name} {stage}: {node.format_node() if node is not None else 'nothing'}"
+    return None
+
+
+def _paired(block: fx.GraphModule, other: fx.GraphModule) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
+    ours, theirs = list(block.graph.nodes), list(other.graph.nodes)
+    longest = max(len(ours), len(theirs))
+    yield from zip(ours + [None] * (longest - len(ours)), theirs + [None] * (longest - len(theirs)), strict=True)
+
+
+def _alike(node: fx.Node | None, twin: fx.Node | None) -> bool:
+    if node is None or twin is None:
+        return False
+    told = [(n.op, n.name if n.op != "output" else "", str(n.target), _plain(n.args), _plain(n.kwargs)) for n in (node, twin)]
+    layouts = [n.meta.get("layout") for n in (node, twin)]
+    return told[0] == told[1] and layouts[0] == layouts[1]
+
+
+def _plain(argument: Any) -> Any:
+    """An argument without whole numbers; nodes by name."""
+    if isinstance(argument, fx.Node):
+        return argument.name
+    if isinstance(argument, Mapping):
+        return {k: _plain(v) for k, v in argument.items()}
+    if isinstance(argument, (tuple, list)):
+        return [_plain(x) for x in argument]
+    if isinstance(argument, Layout):
+        return argument
+    whole = isinstance(argument, (int, torch.SymInt)) and not isinstance(argument, bool)
+    return "number" if whole else str(argument)
