@@ -1,0 +1,365 @@
+"""What does not fit together is an error at the earliest moment, with the numbers, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import foldcc
+import foldcc.ops
+from foldcc import FoldError
+from foldcc.mesh import FoldedMesh
+from foldcc.passes.annotate import UnknownOperator
+from foldcc.testing import check_equivalence
+from tests.models import tiny_model, token_batch
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
+
+
+def activations(batch: int = 4, length: int = 8) -> Tensor:
+    return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(0))
+
+
+def fold(model: nn.Module, mesh: str, *, example_inputs: Any = None, **options: Any) -> foldcc.FoldedModule:
+    given = token_batch(4) if example_inputs is None else example_inputs
+    return foldcc.parallelize(model, FoldedMesh.parse(mesh), example_inputs=given, **options)
+
+
+@contextmanager
+def refused(model: nn.Module, message: str, **facts: str) -> Iterator[None]:
+    """The body raises a FoldError whose first line matches, whose facts contain what is said, and changes nothing."""
+    before = [(name, p, p._version) for name, p in model.named_parameters()], [m.training for m in model.modules()]
+    with pytest.raises(FoldError) as caught:
+        yield
+    assert re.search(message, caught.value.message), caught.value
+    for name, text in facts.items():
+        assert text in str(caught.value.facts[name]), caught.value
+    now = [(name, p, p._version) for name, p in model.named_parameters()], [m.training for m in model.modules()]
+    assert all(a is b and v == w for (_, a, v), (_, b, w) in zip(before[0], now[0], strict=True))
+    assert before[1] == now[1]
+
+
+class Sized(nn.Module):
+    """Attention with any number of heads, and experts of any number and width."""
+
+    def __init__(self, *, heads: int = 4, kv_heads: int = 4, experts: int = 4, width: int = 8):
+        super().__init__()
+        self.heads, self.q, self.out = heads, nn.Linear(16, heads * 4), nn.Linear(heads * 4, 16)
+        self.k, self.v = (nn.Linear(16, kv_heads * 4, bias=False) for _ in range(2))
+        self.router, self.up, self.down = weight(experts, 16), weight(experts, width, 16), weight(experts, 16, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        tokens = self.out(y.transpose(1, 2).flatten(2)).flatten(0, 1)
+        weights, ids = F.linear(tokens, self.router).softmax(-1).topk(2)
+        y = foldcc.ops.experts(tokens, ids, weights, self.up, self.down, activation_fn=F.silu)
+        return y.view_as(x)
+
+
+# --- sizes that do not divide -----------------------------------------------------------------------------------------
+
+
+def test_experts_that_do_not_divide_over_ep() -> None:
+    model = Sized(experts=6)
+    with refused(model, r"6 experts do not divide over ep=4 \(6 = 1 \* 4 \+ 2\)", mesh="dp=2,tp=2|ep=4", valid="ep: 1, 2"):
+        fold(model, "dp=2,tp=2|ep=4", example_inputs=(activations(),))
+
+
+def test_expert_width_that_does_not_divide_over_etp() -> None:
+    model = Sized(width=6)
+    with refused(model, r"6 columns of each expert do not divide over etp=4 \(6 = 1 \* 4 \+ 2\)", valid="etp: 1, 2, 3"):
+        fold(model, "dp=2,tp=2|etp=4", example_inputs=(activations(),))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tp", "numbers", "valid"),
+    [
+        (6, 6, 4, "6 attention heads, 1 to each of 6 key/value heads, do not divide over tp=4", "tp: 1, 2, 3, 6"),
+        (6, 2, 4, "6 attention heads, 3 to each of 2 key/value heads, do not divide over tp=4", "tp: 1, 2, 3, 6"),
+    ],
+)
+def test_heads_that_do_not_divide_over_tp(heads: int, kv_heads: int, tp: int, numbers: str, valid: str) -> None:
+    model = Sized(heads=heads, kv_heads=kv_heads)
+    with refused(model, re.escape(numbers), mesh=f"tp={tp}", valid=valid):
+        fold(model, f"tp={tp}", example_inputs=(activations(),))
+
+
+def test_a_batch_that_does_not_divide_over_dp() -> None:
+    model = Sized()
+    with refused(model, r"5 samples do not divide over dp=2 \(5 = 2 \* 2 \+ 1\)", valid="multiples of 2"):
+        fold(model, "dp=2", example_inputs=(activations(batch=5),))
+
+
+def test_a_later_batch_that_does_not_divide_over_dp() -> None:
+    model = Sized()
+    folded = fold(model, "dp=2", example_inputs=(activations(),))
+    with refused(model, r"3 samples do not divide over dp=2", valid="multiples of 2"):
+        folded(activations(batch=3))
+
+
+def test_a_sequence_that_does_not_divide_over_tp() -> None:
+    model = Sized()
+    with refused(model, "tokens of foldcc.experts do not divide over tp=2", valid="a multiple of 2"):
+        fold(model, "tp=2|ep=2", example_inputs=(activations(length=7),))
+
+
+def test_an_empty_batch() -> None:
+    model = Sized()
+    with refused(model, r"Input \['x'\] is empty: its shape is \[0, 8, 16\]"):
+        fold(model, "dp=2", example_inputs=(activations(batch=0),))
+
+
+# --- meshes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world_of_eight() -> Iterator[None]:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_do_not_divide() -> None:
+    with pytest.raises(FoldError, match=r"dp\(2\)\*cp\(1\)\*tp\(2\)=4 ranks, but moe ep\(3\)\*etp\(1\)=3 does not divide 4"):
+        FoldedMesh.parse("dp=2,tp=2|ep=3")
+
+
+@pytest.mark.usefixtures("world_of_eight")
+def test_a_mesh_larger_than_the_world() -> None:
+    with pytest.raises(FoldError, match="mesh needs 16 ranks, the world has 8"):
+        foldcc.init_folded_mesh("cpu", attention={"dp": 16})
+
+
+def test_an_unknown_axis() -> None:
+    with pytest.raises(FoldError, match=r"unknown axis 'sp'[^$]*pp, dp, cp, tp"):
+        foldcc.init_folded_mesh("virtual", attention={"sp": 2})
+
+
+@pytest.mark.parametrize("axis", ["cp", "pp"])
+def test_an_axis_that_is_not_there_yet(axis: str) -> None:
+    model = Sized()
+    with refused(model, f"{axis}=2 is not supported yet", mesh=f"{axis}=2", valid=f"{axis}=1"):
+        fold(model, f"{axis}=2", example_inputs=(activations(),))
+
+
+@pytest.mark.usefixtures("world_of_eight")
+@pytest.mark.parametrize(("experts", "ep"), [(8, 8), (12, 4), (6, 2), (9, 1)])
+def test_a_plain_mesh_gets_as_much_ep_as_divides_the_experts(experts: int, ep: int) -> None:
+    plain = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+    folded = foldcc.parallelize(Sized(experts=experts), plain, example_inputs=(activations(),))
+    assert folded.mesh == foldcc.init_folded_mesh("cpu", attention={"dp": 4, "tp": 2}, moe={"ep": ep})
+
+
+@pytest.mark.usefixtures("world_of_eight")
+def test_a_plain_mesh_needs_inputs_to_choose_ep() -> None:
+    model, plain = Sized(), init_device_mesh("cpu", (8,), mesh_dim_names=("dp",))
+    with refused(model, "How many experts the model has is read off its graph", valid="example_inputs"):
+        foldcc.parallelize(model, plain)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_parameters() -> None:
+    model = nn.Sequential(nn.ReLU())
+    with refused(model, "Sequential has no parameters"):
+        fold(model, "dp=2", example_inputs=(activations(),))
+
+
+def test_what_is_no_module() -> None:
+    with pytest.raises(FoldError, match="parallelize takes an nn.Module, not dict"):
+        foldcc.parallelize({}, FoldedMesh.parse("dp=2"))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("world_of_eight")
+def test_a_model_on_dtensors() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Linear(16, 16)
+    plain = init_device_mesh("cpu", (8,), mesh_dim_names=("dp",))
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), plain, [Shard(0)]))
+    with refused(model, "Parameter weight is a DTensor", valid="before any fully_shard"):
+        fold(model, "dp=2", example_inputs=(activations(),))
+
+
+class Forward(nn.Module):
+    """A linear layer in the hands of a function."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.linear, self.function = nn.Linear(16, 16), function
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(self, self.linear(x))
+        return y
+
+
+def _loop(model: nn.Module, y: Tensor) -> Tensor:
+    chosen = y.argmax(-1)
+    found = torch.zeros_like(y)
+    for expert in range(4):
+        rows = torch.where(chosen == expert)
+        found = found.index_put(rows, y[rows] * expert)
+    return found
+
+
+def _mutated(model: Any, y: Tensor) -> Tensor:
+    model.seen += 1
+    return y
+
+
+def _autocast(model: nn.Module, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return y @ y.transpose(1, 2)
+
+
+UNCAPTURABLE = {
+    "a loop over experts": (_loop, "depends on the values in a tensor"),
+    "a condition": (lambda model, y: y if y.sum() > 0 else -y, "depends on the values in a tensor"),
+    "torch.cond": (
+        lambda model, y: torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,)),
+        "control flow depends on the values in a tensor, through torch.cond",
+    ),
+    "a number": (lambda model, y: y * y.sum().item(), "aten.item.default is a number, which depends"),
+    "a buffer that changes": (_mutated, "The forward pass changes seen"),
+    "dropout": (lambda model, y: F.dropout(y, 0.1), r"drops out with p=0\.1"),
+    "attention that drops out": (
+        lambda model, y: F.scaled_dot_product_attention(y, y, y, dropout_p=0.1),
+        r"Attention drops out with p=0\.1",
+    ),
+    "noise": (lambda model, y: y + torch.rand_like(y), "draws random numbers with aten.rand_like"),
+    "autocast": (_autocast, "switches on autocast to torch.bfloat16"),
+}
+
+
+@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+@pytest.mark.parametrize("name", UNCAPTURABLE)
+def test_a_forward_that_cannot_be_captured(name: str, tracer: str) -> None:
+    function, message = UNCAPTURABLE[name]
+    model = Forward(function)
+    with refused(model, message):
+        fold(model, "dp=2", example_inputs=(activations(),), capture=tracer)
+
+
+def test_the_eager_loop_of_a_library_says_what_to_do() -> None:
+    model = Forward(_loop)
+    with refused(model, "", at="test_bad_input.py", valid="foldcc.register_experts(cls, fn)"):
+        fold(model, "dp=2", example_inputs=(activations(),))
+
+
+# --- attention options of Transformers --------------------------------------------------------------------------------
+
+
+def _gemma() -> nn.Module:
+    import transformers
+
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_SMALL, head_dim=8))
+
+
+def _llama4() -> nn.Module:
+    import transformers
+
+    config = transformers.Llama4TextConfig(**_SMALL, num_local_experts=4, attention_chunk_size=4, intermediate_size_mlp=48)
+    return transformers.Llama4ForCausalLM(config)
+
+
+_SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+MASK_4D = torch.ones(4, 1, 16, 16, dtype=torch.bool)
+POSITIONS = torch.arange(16).expand(4, 16).contiguous()
+
+OPTIONS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
+    "soft capping": (_gemma, {}, r"Gemma2Attention uses softcap=50\.0"),
+    "chunks": (_llama4, {}, "attention mask with chunks"),
+    "dropout": (lambda: tiny_model("llama", attention_dropout=0.1).train(), {}, r"LlamaAttention uses dropout=0\.1"),
+    "a whole mask": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D}, r"a mask of shape \[4, 1, 16, 16\]"),
+    "a mask of 3 dims": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D[:, 0]}, r"has shape \[4, 16, 16\]"),
+    "a longer mask": (
+        lambda: tiny_model("llama"), {"attention_mask": torch.ones(4, 20)}, "a mask of 20 positions for 16 keys",
+    ),
+    "packing": (lambda: tiny_model("llama"), {"position_ids": POSITIONS}, "Attention is packed by position_ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_of_attention_that_is_not_carried(name: str, tracer: str) -> None:
+    make, inputs, message = OPTIONS[name]
+    model = make()
+    with refused(model, message):
+        fold(model, "dp=2", example_inputs={"input_ids": token_batch(4)["input_ids"], **inputs}, capture=tracer)
+
+
+class Biased(nn.Module):
+    """A library's model whose attention is given a bias for each pair of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model("llama")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        bias = torch.zeros(1, 4, 16, 16)
+        y: Tensor = self.model(input_ids, position_bias=bias).logits
+        return y
+
+
+def test_a_position_bias() -> None:
+    model = Biased()
+    with refused(model, "LlamaAttention uses position_bias"):
+        fold(model, "dp=2", example_inputs=(token_batch(4)["input_ids"],))
+
+
+def test_an_input_that_no_program_takes() -> None:
+    import transformers
+
+    model = tiny_model("llama")
+    batch = {**token_batch(4), "past_key_values": transformers.DynamicCache(config=model.config)}
+    with refused(model, r"Input \['past_key_values'\] is a DynamicCache"):
+        fold(model, "dp=2", example_inputs=batch)
+
+
+# --- calls and options ------------------------------------------------------------------------------------------------
+
+
+def test_another_structure_of_inputs_than_it_was_compiled_for() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    batch = token_batch(4)
+    folded = fold(model, "dp=2", example_inputs=batch)
+    with refused(model, r"called with \['input_ids'\], and was compiled for another structure", compiled="['labels']"):
+        folded(input_ids=batch["input_ids"])
+
+
+def test_a_tracer_that_does_not_exist() -> None:
+    model = Sized()
+    with refused(model, "There is no tracer 'jit'", valid="export, dynamo"):
+        foldcc.parallelize(model, FoldedMesh.parse("dp=2"), capture="jit")
+
+
+# --- what is unusual and works ----------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = Sized()
+    for name in ("q.weight", "up", "out.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    proof = check_equivalence(model, "dp=2,tp=2|ep=2,etp=2", (activations(),))
+    assert not {"q.weight", "up", "out.bias"} & proof.gradients.keys()
+
+
+def test_an_operator_without_a_rule_works_and_is_named() -> None:
+    model = Forward(lambda model, y: torch.roll(y, 1, 1))
+    with pytest.warns(UnknownOperator, match="aten.roll"):
+        check_equivalence(model, "dp=2,tp=2", (activations(),))

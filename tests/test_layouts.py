@@ -1,0 +1,100 @@
+"""What `shard` finds: nobody names a factor, and the layouts are the ones that people write by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import foldcc
+from foldcc.layout import Shard
+from foldcc.mesh import FoldedMesh
+from foldcc.program import Program
+from tests.models import tiny_model, token_batch
+
+
+def sharded(family: str, mesh: str, **changes: Any) -> Program:
+    model = tiny_model(family, **changes)
+    parsed = FoldedMesh.parse(mesh)
+    inputs = token_batch(2 * parsed.size("dp"))
+    return foldcc.parallelize(model, parsed, example_inputs=inputs).stages["shard"].program
+
+
+def divided(program: Program, ending: str, axis: str) -> list[int | None]:
+    """For each parameter whose name ends so, the dimension that an axis divides."""
+    found = []
+    for node in program.placeholders:
+        slot = program.slot(node.name)
+        if slot.kind == "parameter" and any(name.endswith(ending) for name in slot.names):
+            state = node.meta["layout"].states[axis]
+            found.append(state.dim if isinstance(state, Shard) else None)
+    assert found, f"no parameter ends with {ending}"
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "dp=3,tp=2"])
+def test_a_dense_block_is_column_then_row_parallel(mesh: str) -> None:
+    program = sharded("llama", mesh)
+    for ending in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"):
+        assert set(divided(program, ending, "tp")) == {0}
+    for ending in ("o_proj.weight", "down_proj.weight"):
+        assert set(divided(program, ending, "tp")) == {1}
+    assert set(divided(program, "norm.weight", "tp")) == {None}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_head_and_loss_are_vocabulary_parallel(family: str, tied: bool) -> None:
+    program = sharded(family, "dp=2,tp=2|ep=4", tie_word_embeddings=tied)
+    assert divided(program, "embed_tokens.weight", "tp") == [0]
+    assert divided(program, "lm_head.weight", "tp") == [0]
+    assert len({s.names for s in program.slots}) == len(program.slots)
+    (loss,) = (n for _, n in program.nodes() if "token_loss" in str(n.target))
+    assert isinstance(loss.args[0].meta["layout"].states["tp"], Shard)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_between_blocks_the_sequence_is_divided(family: str) -> None:
+    program = sharded(family, "dp=2,tp=2|ep=4")
+    streams = 0
+    for call in program.calls:
+        for user in call.users:
+            layout = user.meta["layout"]
+            if user.meta["grad"] and [len(dim) for dim in layout.dims] == [1, 1, 1] and layout.dims[2][0].name == "hidden":
+                assert str(layout.dims[0][0]) == "batch" and layout.states["dp"] == Shard(0, 0, 1)
+                assert layout.states["tp"] == Shard(1, 0, 1)
+                streams += 1
+    assert streams >= 2
+
+
+def test_a_router_is_replicated_and_runs_on_its_own_tokens() -> None:
+    program = sharded("mixtral", "dp=2,tp=2|ep=4")
+    assert set(divided(program, "mlp.gate.weight", "tp")) == {None}
+    (router,) = (n for _, n in program.nodes() if "softmax" in str(n.target))
+    assert isinstance(router.meta["layout"].states["tp"], Shard)
+
+
+def test_the_layout_does_not_depend_on_the_shape() -> None:
+    model = tiny_model("mixtral")
+    mesh = FoldedMesh.parse("dp=2,tp=2|ep=4")
+    layouts = []
+    for batch, length in ((2, 8), (4, 64), (32, 16)):
+        folded = foldcc.parallelize(model, mesh, example_inputs=token_batch(batch, length))
+        program = folded.stages["dispatch"].program
+        layouts.append({n.name: n.meta["layout"].states for n in program.placeholders})
+    assert layouts[0] == layouts[1] == layouts[2]
+
+
+def test_a_repeated_layer_is_one_block_however_many_there_are() -> None:
+    counts = {}
+    for layers in (2, 6):
+        program = sharded("mixtral", "dp=2,tp=2|ep=4", num_hidden_layers=layers)
+        counts[layers] = {name: program.count(name) for name in program.blocks}
+    assert counts[2].keys() == counts[6].keys()
+    assert max(counts[2].values()) == 2 and max(counts[6].values()) == 6
+
+
+def test_layers_that_differ_are_not_taken_for_repeats() -> None:
+    """Same modules, another window in every second layer: the repeat is the pair."""
+    program = sharded("gpt_oss", "dp=2,tp=2|ep=4", num_hidden_layers=4)
+    assert max(program.count(name) for name in program.blocks) == 2
