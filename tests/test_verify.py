@@ -23,6 +23,7 @@ from foldcc.testing import Case, programs
 from foldcc.verification import first_broken
 from foldcc.verification.field import Field
 from foldcc.verification.lockstep import Ranked, leaves, on_ranks, run_in_lockstep
+from foldcc.verification.mode import FieldMode
 from foldcc.verification.prove import prove
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
@@ -224,6 +225,17 @@ def test_stacked_ranks_compute_what_single_ranks_compute(mixtral: FoldedModule) 
     for rank in range(4):
         for mine, theirs in zip(leaves(plain[rank][0]), outputs, strict=True):
             torch.testing.assert_close(mine, theirs[rank])
+
+
+def test_the_largest_over_ranks_is_the_fields_where_elements_above_half_are_negative() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(ops.all_reduce_max.overload, (x, "tp")))
+    mesh, field = FoldedMesh.parse("tp=2"), Field()
+    terms = Ranked([torch.tensor([field.prime - 5.0]), torch.tensor([3.0])])
+    with FieldMode(field):
+        largest = on_ranks(run_in_lockstep(mesh, fx.GraphModule(nn.Module(), graph), [terms]), 2)
+    assert [float(y) for y in largest] == [3.0, 3.0]
 
 
 # --- what cannot be proved ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +129,10 @@ def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Any], total: Ca
 
 
 def _exchanged(mesh: FoldedMesh, known: Operator, node: fx.Node, calls: list[Any], total: Callable[[Tensor], Tensor]) -> Ranked:
-    """A collective: it moves and adds, and needs no mode for either."""
+    """A collective. One that has a transpose is linear: it moves and adds, and needs no mode, which is slow, for either."""
     results = Ranked([None] * mesh.world_size)
     axes = known.arguments(node.args, dict(node.kwargs))["axes"]
-    with _disable_current_modes():
+    with _disable_current_modes() if known.transpose is not None else nullcontext():
         for group in mesh.groups(tuple(axes.split(","))):
             found = known.simulate([calls[r][0] for r in group])  # type: ignore[misc]
             if known.types.startswith("P"):
