@@ -323,7 +323,7 @@ class Wrong(nn.Module):
     ("wrong", "message"),
     [
         (lambda y: y * (1 + 1e-8), r"1\.0e-08  output"),
-        (lambda y: y + 1e-6 * (y - y.detach()), r"e(\+00|-1\d)  output.*\n1\.0e-06  gradient of linear"),
+        (lambda y: y + 1e-6 * (y - y.detach()), r"e(\+00|-1\d)  output.*\n +1\.0e-06  gradient of linear"),
         (lambda y: y.detach() + y.mean() * 0, r"1\.0e\+00  gradient of linear"),
         (lambda y: y * float("nan"), "inf  output"),
     ],
