@@ -30,6 +30,19 @@ def cut(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
     return x
 
 
+def parts(x: Tensor, layout: Layout, mesh: FoldedMesh) -> list[Tensor]:
+    """Every rank's part of a global tensor; ranks that hold the same are given the same tensor."""
+    steps = _steps(layout)
+    found: dict[tuple[int, ...], Tensor] = {}
+    ranks = []
+    for rank in range(mesh.world_size):
+        place = tuple(mesh.coordinate(rank, axis) for axis, _, _ in steps)
+        if place not in found:
+            found[place] = cut(x, layout, mesh, rank)
+        ranks.append(found[place])
+    return ranks
+
+
 def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Tensor:
     """The global tensor of what every rank holds.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldcc.layout import PARTIAL, REPLICATED, Layout
 from foldcc.mesh import FoldedMesh
-from foldcc.runtime.placement import cut
+from foldcc.runtime.placement import parts
 from foldcc.verification.field import Field
 
 
@@ -41,17 +41,18 @@ def wrong_rank(
         return next(r for r, x in enumerate(values) if x is None)
     if layout.axes(PARTIAL) and len({x.shape for x in held}) == 1:
         held = summed(held, mesh, layout.axes(PARTIAL), field)
-    for rank, (value, expected) in enumerate(zip(held, _expected(wanted, layout, mesh), strict=True)):
-        if value.shape != expected.shape or not torch.equal(value, expected):
-            return rank
-    return None
+    expected = _expected(wanted, layout, mesh)
+    if {x.shape for x in held} == {x.shape for x in expected} == {held[0].shape}:
+        wrong = (torch.stack(held) != torch.stack(expected)).unsqueeze(-1).flatten(1).any(1).nonzero()
+        return int(wrong[0]) if len(wrong) else None
+    return next((r for r, (x, y) in enumerate(zip(held, expected, strict=True)) if not torch.equal(x, y)), None)
 
 
 def _expected(wanted: Tensor, layout: Layout, mesh: FoldedMesh) -> list[Tensor]:
     """What each rank holds of a value, once what is partial is summed."""
     for axis in layout.axes(PARTIAL):
         layout = layout.with_state(axis, REPLICATED)
-    return [cut(wanted, layout, mesh, rank) for rank in range(mesh.world_size)]
+    return parts(wanted, layout, mesh)
 
 
 def reading(

@@ -10,7 +10,7 @@ from foldcc.layout import Layout
 from foldcc.program import Program
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import active
-from foldcc.runtime.placement import cut
+from foldcc.runtime.placement import parts
 from foldcc.verification.lockstep import Ranked, Watch, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.reference import Reference
@@ -47,7 +47,7 @@ class Folded:
         return {slot.name: on_ranks(x, ranks) for slot, x in zip(self.program.slots, result, strict=True)}
 
     def cut(self, x: Any, layout: Layout) -> Ranked:
-        return Ranked(cut(x, layout, self.program.mesh, r) for r in range(self.program.mesh.world_size))
+        return Ranked(parts(x, layout, self.program.mesh))
 
     def run(self, graph: fx.GraphModule, values: list[Any], watch: Watch | None = None) -> Any:
         with FieldMode(self.reference.field), active(self.program.mesh):

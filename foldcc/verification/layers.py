@@ -185,3 +185,29 @@ def scaled_dot_product_flash_attention_for_cpu_backward(
     if heads != q.shape[1]:
         dk, dv = (field.sum(x.unflatten(1, (heads, -1)), 2) for x in (dk, dv))
     return dq, dk, dv
+
+
+# --- experts ---
+
+_AT_ONCE = 1 << 20  # products of elements that are made at once
+
+
+@meaning("grouped_linear")
+def grouped_linear(field: Field, x: Tensor, w: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+    """Each row by the weight of its expert: a few rows all at once, where the operator takes one expert after the other."""
+    w = w if transposed else w.transpose(1, 2)
+    if x.shape[0] * w.shape[1] * w.shape[2] > _AT_ONCE:
+        return torch.cat([field.matmul(rows, each) for rows, each in zip(x.split(counts.tolist()), w, strict=True)])
+    expert = torch.arange(counts.shape[0]).repeat_interleave(counts)
+    return field.matmul(x.unsqueeze(1), w[expert]).squeeze(1)
+
+
+@meaning("grouped_outer")
+def grouped_outer(field: Field, x: Tensor, grad: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+    first, second = (x, grad) if transposed else (grad, x)
+    if x.shape[0] * x.shape[1] * grad.shape[1] > _AT_ONCE:
+        pairs = zip(first.split(counts.tolist()), second.split(counts.tolist()), strict=True)
+        return torch.stack([field.matmul(a.t(), b) for a, b in pairs])
+    expert = torch.arange(counts.shape[0]).repeat_interleave(counts)
+    products = field.times(first.unsqueeze(2), second.unsqueeze(1))
+    return field.reduced(x.new_zeros(counts.shape[0], *products.shape[1:]).index_add(0, expert, products))

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
+from foldcc.ops.experts import gather_rows, grouped_linear, grouped_outer, permute, unpermute, unpermute_weights
 from foldcc.ops.operator import Operator
 
 
@@ -122,10 +123,65 @@ def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Any], total: Ca
         if _name(node.target) in _STACKED:
             return _on_stack(node, values)
     ranked = {x: on_ranks(values[x], mesh.world_size) for x in node.all_input_nodes}
+    if node.target in _ROWS:
+        return _joined(node, ranked)
+    if known is None and _name(node.target) in _EACH and _same_rows(ranked):
+        return _each_row(node, ranked)
     calls = [_on_rank(node, ranked, r) for r in range(mesh.world_size)]
     if known is None or known.simulate is None:
-        return _packed(Ranked(node.target(*args, **kwargs) for args, kwargs in calls))
+        compute = node.target if known is None else known.eager  # a record's meaning, without PyTorch's way to it
+        return _packed(Ranked(compute(*args, **kwargs) for args, kwargs in calls))
     return _packed(_exchanged(mesh, known, node, calls, total))
+
+
+# Operators on rows: the rows of all ranks are computed as if one rank held them all. Experts are then further experts, and
+# an order counts from where its rank's rows begin.
+_ROWS = {x.overload: x for x in (grouped_linear, grouped_outer, permute, gather_rows, unpermute, unpermute_weights)}
+_EACH = frozenset("add mul neg sigmoid sigmoid_backward silu silu_backward sub tanh".split())
+
+
+def _joined(node: fx.Node, ranked: dict[fx.Node, Ranked]) -> Any:
+    """An operator on the rows of all ranks at once."""
+    known = _ROWS[node.target]
+    given = known.arguments(node.args, dict(node.kwargs))
+    held = {name: ranked[x] for name, x in given.items() if isinstance(x, fx.Node)}
+    whole = {name: torch.cat(x) for name, x in held.items()}
+    if "order" in given:
+        sizes = [len(x) * given["copies"] for x in held["x"]] if known is permute else [len(x) for x in held["order"]]
+        whole["order"] = torch.cat(_shifted(held["order"], sizes))
+    result = node.target(*(whole.get(name, x) for name, x in given.items()))
+    like = {grouped_linear: "x", grouped_outer: "counts", permute: "order", gather_rows: "order"}.get(known, "weights")
+    copies = given["copies"] if known is gather_rows else 1
+    return _packed(Ranked(result.split([len(x) // copies for x in held[like]])))
+
+
+def _shifted(orders: Ranked, sizes: Sequence[int]) -> list[Tensor]:
+    """The orders of all ranks, each counting from where its rank's positions begin, of which it must name no other."""
+    found, start = [], 0
+    for order, size in zip(orders, sizes, strict=True):
+        found.append(order + start)
+        start += size
+    everyone, limits = torch.cat(found), torch.tensor(sizes).cumsum(0)
+    owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor([len(x) for x in orders]))
+    if not bool((torch.searchsorted(limits, everyone, right=True) == owners).all()):
+        raise IndexError("an order names a row that its rank does not hold")
+    return found
+
+
+def _each_row(node: fx.Node, ranked: dict[fx.Node, Ranked]) -> Any:
+    """An operator on each element, where ranks hold different numbers of rows."""
+    lengths = [len(x) for x in next(iter(ranked.values()))]
+    whole = {x: torch.cat(held) for x, held in ranked.items()}
+    args, kwargs = fx.map_arg((node.args, node.kwargs), whole.__getitem__)
+    return _packed(Ranked(node.target(*args, **kwargs).split(lengths)))
+
+
+def _same_rows(ranked: dict[fx.Node, Ranked]) -> bool:
+    """Whether all operands have one shape on each rank, and a row at least of dimensions."""
+    first, *others = ranked.values()
+    return all(isinstance(x, Tensor) and x.dim() for x in first) and all(
+        isinstance(y, Tensor) and x.shape == y.shape for held in others for x, y in zip(first, held, strict=True)
+    )
 
 
 def _exchanged(mesh: FoldedMesh, known: Operator, node: fx.Node, calls: list[Any], total: Callable[[Tensor], Tensor]) -> Ranked:

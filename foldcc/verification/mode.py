@@ -47,6 +47,8 @@ class FieldMode(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         name = _name(func)
         known = record(func)
+        if known is not None and name in MEANINGS:
+            return MEANINGS[name](self.field, *args)
         if known is not None:
             with self:  # its meaning is plain PyTorch, which has a meaning in turn
                 return known.eager(*args, **kwargs)

@@ -201,8 +201,9 @@ def _norm(program: Program, found: Mapping[str, Any], wanted: Mapping[str, Tenso
             axes = (
                 [a for a, s in node.meta["layout"].states.items() if isinstance(s, Shard)] if isinstance(values, list) else []
             )
-            each = values if isinstance(values, list) else [values] * mesh.world_size
-            squares = summed([field.sum(field.times(x, x)) for x in each], mesh, axes, field)
+            each = torch.stack(list(values)) if isinstance(values, list) else values.unsqueeze(0)
+            squares = field.sum(field.times(each, each).unsqueeze(-1).flatten(1), 1).expand(mesh.world_size)
+            squares = summed(list(squares), mesh, axes, field)
             totals = [field.reduced(t + s) for t, s in zip(totals, squares, strict=True)]
     right = field.reduced(sum((field.sum(field.times(x, x)) for x in wanted.values()), torch.zeros((), dtype=torch.float64)))
     rank = next((r for r, total in enumerate(totals) if total != right), None)
