@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foldcc import ops as ops
     from foldcc.api import FoldedModule, parallelize
     from foldcc.capture import register_experts
+    from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
     from foldcc.mesh import FoldedMesh, init_folded_mesh
     from foldcc.runtime.clip import clip_grad_norm_
@@ -26,6 +27,7 @@ __all__ = [
     "FoldedModule",
     "clip_grad_norm_",
     "init_folded_mesh",
+    "load_kernels",
     "parallelize",
     "register_experts",
     "verify",
@@ -43,6 +45,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "FoldedModule": "foldcc.api",
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
+    "load_kernels": "foldcc.codegen",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
     "verify": "foldcc.verification",

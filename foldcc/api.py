@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import gcd
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from foldcc.capture import capture
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.unchanged import in_mode
+from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.errors import FoldError, divides, divisors
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
@@ -37,6 +39,8 @@ from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
 from foldcc.verification import first_broken
 
+KERNELS = ("auto", "triton", "aten")
+
 
 def parallelize(
     model: nn.Module,
@@ -44,6 +48,7 @@ def parallelize(
     *,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     capture: str = "export",
+    kernels: str | ModuleType = "auto",
     verify: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> FoldedModule:
@@ -58,6 +63,9 @@ def parallelize(
             compiled now and takes no other structure of inputs. Without them the model's `dummy_inputs` serve, and any
             call with another structure or shape compiles a program of its own.
         capture: "export" or "dynamo", the tracer.
+        kernels: "triton" emits Triton kernels for what is between matrix products, and "aten" does not; "auto" does on
+            CUDA. On CPU they run in Triton's interpreter, which is slow and for tests. Or kernels that were emitted and
+            edited, from `load_kernels`.
         verify: proves every program that is compiled equal to the captured one, as `foldcc.verify` does.
         progress: called with the name of each stage before it runs.
 
@@ -69,11 +77,14 @@ def parallelize(
         raise FoldError(f"parallelize takes an nn.Module, not {type(model).__name__}.")
     if capture not in TRACERS:
         raise FoldError(f"There is no tracer {capture!r}.", valid=", ".join(TRACERS))
+    if isinstance(kernels, str) and kernels not in KERNELS:
+        raise FoldError(f"There are no kernels {kernels!r}.", valid=f"{', '.join(KERNELS)}, or what load_kernels returns")
     _check_parameters(model)
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
-    folded = FoldedModule(model, mesh, tracer=capture, verified=verify, progress=progress or (lambda name: None))
+    quiet = progress or (lambda name: None)
+    folded = FoldedModule(model, mesh, tracer=capture, kernels=kernels, verified=verify, progress=quiet)
     fixed = example_inputs is not None
     given = example_inputs if fixed else _dummy(model, mesh)
     if given is not None:
@@ -96,12 +107,22 @@ class FoldedModule(nn.Module):
         stages: every pass of the newest program: its name, time, and the program after it.
     """
 
-    def __init__(self, model: nn.Module, mesh: FoldedMesh, *, tracer: str, verified: bool, progress: Callable[[str], None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: FoldedMesh,
+        *,
+        tracer: str,
+        kernels: str | ModuleType,
+        verified: bool,
+        progress: Callable[[str], None],
+    ):
         super().__init__()
         self.mesh = mesh
         self.training = model.training
         self._held = (model,)  # in a tuple, for it is no submodule: its parameters are not this module's
         self._tracer = tracer
+        self._kernels = kernels
         self._verified = verified
         self._progress = progress
         self._programs: dict[Any, tuple[Executable, Stages]] = {}
@@ -138,11 +159,11 @@ class FoldedModule(nn.Module):
     def with_passes(self, *passes: Pass) -> FoldedModule:
         """The same module, with the same parameters, its newest program rewritten by passes of your own.
 
-        They run after the last stage and become stages themselves; types are checked after each. This module is left as
-        it is.
+        They run after the last stage, before kernels are emitted, and become stages themselves; types are checked after
+        each. This module is left as it is.
         """
-        _, stages = self._current()
-        later = run_passes(stages[-1].program, passes, check=check_types)
+        stages = self.stages.lowered
+        later = run_passes(stages[-1].program, [*passes, *self._emission()], check=check_types)
         other = copy.copy(self)
         other._programs = {self._newest: (Executable(later[-1].program), Stages([*stages, *list(later)[1:]]))}
         return other
@@ -157,6 +178,11 @@ class FoldedModule(nn.Module):
     @property
     def stages(self) -> Stages:
         return self._current()[1]
+
+    @property
+    def kernels(self) -> Kernels:
+        """The Triton kernels of the newest program, by name, and what of it they cover; none if it runs as ATen."""
+        return kernels_of(self.program)
 
     def collectives(self) -> Any:
         """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves."""
@@ -176,6 +202,11 @@ class FoldedModule(nn.Module):
         return self._programs[self._newest]
 
     # --- compiling ---
+
+    def _emission(self) -> tuple[Pass, ...]:
+        if self._kernels == "aten" or (self._kernels == "auto" and self._device().type != "cuda"):
+            return ()
+        return (Emit(edited=self._kernels if isinstance(self._kernels, ModuleType) else None),)
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
         """The leaves of a call, all arguments by name, their structure, and their paths."""
@@ -211,7 +242,7 @@ class FoldedModule(nn.Module):
             program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
         seconds = time.perf_counter() - start
         passes = [replace(p, kept=self._layouts) if isinstance(p, ShardPass) else p for p in PIPELINE]
-        stages = run_passes(program, passes, seconds=seconds, check=check_types, progress=self._progress)
+        stages = run_passes(program, [*passes, *self._emission()], seconds=seconds, check=check_types, progress=self._progress)
         self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
         key = self._key(leaves, spec)

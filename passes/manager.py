@@ -76,6 +76,11 @@ class Stages(Sequence[Stage]):
     def __iter__(self) -> Iterator[Stage]:
         return iter(self._stages)
 
+    @property
+    def lowered(self) -> Stages:
+        """The stages whose nodes are operators; a stage after them has kernels in their place."""
+        return Stages([s for s in self if "emitted" not in s.program.properties])
+
     def diff(self, first: str, second: str) -> str:
         """The lines that differ between two stages, as a unified diff."""
         from foldcc.inspect.text import stage_diff

@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import foldcc
-from foldcc.codegen import grouped, source, tiles
+from foldcc.codegen import source, tiles
 from foldcc.codegen.experts import find
 from foldcc.codegen.regions import Region, is_free
 from foldcc.mesh import FoldedMesh
@@ -174,7 +175,7 @@ def outputs_of(graph: fx.Graph, regions: Sequence[Region], texts: Sequence[str],
             r = regions[owner[n]]
             with mock.patch.object(torch, "empty", poisoned):
                 made = load(texts[owner[n]]).kernel(*(value(x) for x in r.inputs))
-            known.update(zip(r.outputs, made if isinstance(made, tuple) else [made], strict=True))
+            known.update(zip(r.outputs, listed(made), strict=True))
         elif n not in known:
             arguments = fx.node.map_arg((n.args, n.kwargs), value)
             known[n] = n.target(*arguments[0], **arguments[1])  # type: ignore[operator]
@@ -182,6 +183,14 @@ def outputs_of(graph: fx.Graph, regions: Sequence[Region], texts: Sequence[str],
 
     output = next(n for n in graph.nodes if n.op == "output")
     return [value(n) for n in output.all_input_nodes]
+
+
+def listed(x: Any) -> Sequence[Tensor]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def widened(x: Any) -> Any:
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
 def error(found: Tensor, right: Tensor) -> float:
@@ -200,9 +209,8 @@ def check(name: str, inputs: Sequence[Tensor], change: Callable[[str], str] = la
     regions = find(graph, set())
     texts = [change(r.source("kernel")) for r in regions]
     dtype = inputs[0].dtype
-    wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    right = PROGRAMS[name](*wide)
-    for found, expected in zip(outputs_of(graph, regions, texts, inputs), right if isinstance(right, tuple) else [right], strict=True):
+    right = listed(PROGRAMS[name](*map(widened, inputs)))
+    for found, expected in zip(outputs_of(graph, regions, texts, inputs), right, strict=True):
         assert found.dtype == dtype
         assert error(found, expected) <= TOLERANCE[dtype], (name, error(found, expected))
     return regions
@@ -246,7 +254,7 @@ def test_an_expert_without_rows_has_a_gradient_of_zero() -> None:
 
 
 def test_float64_accumulates_in_float64() -> None:
-    inputs = [x.double() if x.is_floating_point() else x for x in inputs_of("gated", [5, 18], 40, 20, torch.float32)]
+    inputs = list(map(widened, inputs_of("gated", [5, 18], 40, 20, torch.float32)))
     with mock.patch.dict(TOLERANCE, {torch.float64: 1e-14}):
         check("gated", inputs)
 
@@ -347,12 +355,21 @@ def test_kernels_of_a_model_compute_what_its_graph_says(program: Any, counts: li
         inputs = [_value(n, counts) for n in r.inputs]
         with mock.patch.object(torch, "empty", poisoned):
             made = load(r.source("kernel")).kernel(*inputs)
-        known = dict(zip(r.inputs, (x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs), strict=True))
-        for n in r.nodes:
-            arguments = fx.node.map_arg((n.args, {k: v for k, v in n.kwargs.items() if k != "dtype"}), known.__getitem__)
-            known[n] = n.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-        for n, found in zip(r.outputs, made if isinstance(made, tuple) else [made], strict=True):
-            assert error(found, known[n]) <= TOLERANCE[torch.float32], n
+        right = _evaluated(r.outputs, dict(zip(r.inputs, map(widened, inputs), strict=True)))
+        for n, found, expected in zip(r.outputs, listed(made), right, strict=True):
+            assert error(found, expected) <= TOLERANCE[torch.float32], n
+
+
+def _evaluated(nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> list[Any]:
+    """Values of nodes, given those of some that they are made of."""
+
+    def value(n: fx.Node) -> Any:
+        if n not in known:
+            kwargs = {k: v for k, v in n.kwargs.items() if k != "dtype"}
+            known[n] = n.target(*fx.node.map_arg(n.args, value), **fx.node.map_arg(kwargs, value))  # type: ignore[operator]
+        return known[n]
+
+    return list(map(value, nodes))
 
 
 def _value(n: fx.Node, counts: list[int]) -> Any:
@@ -388,7 +405,7 @@ def test_two_products_that_read_each_other_run_one_after_the_other() -> None:
     regions = find(graph, set())
     assert len(regions) == 2
     found = outputs_of(graph, regions, [r.source("kernel") for r in regions], inputs)
-    right = crossed(*(x.double() if x.is_floating_point() else x for x in inputs))
+    right = crossed(*map(widened, inputs))
     assert all(error(a, b) <= TOLERANCE[torch.float32] for a, b in zip(found, right, strict=True))
 
 
@@ -402,14 +419,44 @@ def test_steps_in_flight_fit_into_shared_memory() -> None:
 
 
 _COMPILE = """
-import sys, importlib.util, triton
-from triton.compiler import ASTSource
+import ast, importlib.util, sys, triton
 from triton.backends.compiler import GPUTarget
-path, rows, columns, step, warps, stages, pointers = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("kernels", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-kernel = module.kernel_kernel
-constants = {"BM": int(rows), "BN": int(columns), "BK": int(step)}
-constants |= {a: 1 for a in kernel.arg_names if a.rpartition("_s")[2] == pointers.split(",")[-1] or a.endswith("_s_last")}
+from triton.compiler import ASTSource
+
+for path, types, (rows, columns, step, warps, stages) in ast.literal_eval(sys.argv[1]):
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel = module.kernel_kernel
+    types |= {"BM": rows, "BN": columns, "BK": step}
+    constants = {a: t for a, t in types.items() if isinstance(t, int)}
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a not in constants and a != "n_tiles"}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    ptx = made.asm["ptx"]
+    print([ptx.count("wgmma.mma_async"), ptx.count("cp.async.cg.shared.global"), made.metadata.shared])
 """
+
+
+def test_kernels_compile_for_hopper_with_its_matrix_units_and_loads_ahead() -> None:
+    jobs = []
+    for name in ("gated", "gathered", "clamped", "gated_backward", "outer"):
+        inputs = inputs_of(name, [512] * 2, 512, 512, torch.float16)
+        with mock.patch.object(tiles, "chip", lambda: "sm_90"):
+            (region,) = find(traced(PROGRAMS[name], inputs), set())
+            text = region.source("kernel")
+        types: dict[str, Any] = {"tile_table": "*i64", "row_ends": "*i64"}
+        for n in (*region.inputs, *region.outputs):
+            kind = "*i64" if n.meta["val"].dtype == torch.int64 else "*fp16"
+            types |= {f"{n.name}_ptr": kind, f"{n.name}_out": kind, f"{n.name}_s{n.meta['val'].dim() - 1}": 1}
+        shape = ast.literal_eval(text.split("warps, stages = ")[1].split(")")[0] + ")")
+        arguments = text.split("def kernel_kernel(")[1].split(")")[0]
+        used = {a: t for a, t in types.items() if f"{a}," in f"{arguments},"}
+        jobs.append((str(source.write("ahead", f"{source.HEAD}\n\n{text}\n")), used, shape))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", _COMPILE, repr(jobs)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    made = [ast.literal_eval(line) for line in run.stdout.splitlines()]
+    assert len(made) == len(jobs)
+    assert all(units > 0 and ahead > 0 and shared <= 232_448 for units, ahead, shared in made), made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from foldcc.rules.aten import name_of  # noqa: E402
 from tests.models import WITH_AUX_LOSS, tiny_model, token_batch  # noqa: E402
 
 aten = torch.ops.aten
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.float64: 1e-12}
 DTYPES = st.sampled_from(list(TOLERANCE))
 SEEDS = st.integers(0, 1000)
 few = settings(max_examples=12, deadline=None)
@@ -285,7 +284,6 @@ def test_a_wrong_gradient_is_seen(mutation: Mutation) -> None:
 # --- programs ---
 
 
-@cache
 def blocks_of(family: str) -> list[fx.Graph]:
     """The graphs of a folded model's program, forward and backward."""
     model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS)
@@ -304,12 +302,12 @@ def covered(graphs: Sequence[fx.Graph], find: Find) -> set[fx.Node]:
     return found
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_the_plans_and_the_rows_of_programs_are_found(family: str) -> None:
     graphs = blocks_of(family)
     found = covered(graphs, plan.find) | covered(graphs, rows.find)
     operators = ["aten.sort", *(f"foldcc.{name}" for name in ("count", "by_expert", "expert_of_row"))]
     operators += [f"foldcc.{name}" for name in ("unpermute", "gather_rows", "unpermute_weights")]
     every = {n for g in graphs for n in g.nodes if n.op == "call_function" and name_of(n.target) in operators}
-    assert {name_of(n.target) for n in every} >= set(operators) - {"foldcc.expert_of_row"}
+    assert {name_of(n.target) for n in every} >= set(operators) - {"foldcc.expert_of_row"}  # only where experts have biases
     assert every <= found

@@ -84,7 +84,7 @@ class Collectives(Sequence[Collective]):
 
 def collectives(stages: Stages) -> Collectives:
     """The collectives of the newest program, forward and backward."""
-    program = stages[-1].program
+    program = stages.lowered[-1].program
     rows = []
     sizes: dict[str, Sizes] = {}
     for part in parts(program):

@@ -72,7 +72,7 @@ class Summary:
 
 def summary(stages: Stages) -> Summary:
     """FLOPs and parameters of the newest program."""
-    program = stages[-1].program
+    program = stages.lowered[-1].program
     whole, mine = global_flops(stages["shard"].program), local_flops(program)
     ranks = program.mesh.world_size
     total = sum(whole.values())

@@ -46,7 +46,7 @@ def verify(
 
     Args:
         model: from `parallelize`, on a virtual mesh or a real one; nothing is sent, all ranks run in this process.
-        stage: of `model.stages`; the last one unless said otherwise.
+        stage: of `model.stages`; unless said otherwise, the last one before kernels are emitted.
         rounds: how often, each time with new elements and new hashes.
         seed: of everything that is drawn; the same seed gives the same verdict.
         reduced: proves the same graph over smaller sizes, with two calls of each repeated block, and that it is the same
@@ -58,8 +58,11 @@ def verify(
     """
     if rounds < 1:
         raise FoldError(f"verify with rounds={rounds} would prove nothing.", valid="1 or more")
-    stages = model.stages
-    name = stages[-1].name if stage is None else stages[stage].name
+    stages = model.stages.lowered
+    if stage is not None and stage not in [s.name for s in stages]:
+        model.stages[stage]  # an error, if there is no such stage at all
+        raise FoldError(f"Stage {stage} holds kernels, which have no meaning over a field.", valid=stages[-1].name)
+    name = stage or stages[-1].name
     buffers = dict(model.named_buffers(remove_duplicate=False))
     fields = [Field(seed=seed + i) for i in range(rounds)]
     if too_large(stages) if reduced is None else reduced:
@@ -72,7 +75,7 @@ def first_broken(model: FoldedModule, **options: Any) -> Proof:
     last = verify(model, **options)
     if last.ok:
         return last
-    return next(p for s in model.stages if not (p := verify(model, stage=s.name, **options)).ok)
+    return next(p for s in model.stages.lowered if not (p := verify(model, stage=s.name, **options)).ok)
 
 
 def too_large(stages: Stages) -> bool:

@@ -1,0 +1,121 @@
+"""Emitted source: files that hold kernels and their launchers, written once and loaded as modules."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from foldcc.errors import FoldError
+
+HEAD = "import torch\nimport triton\nimport triton.language as tl\n"
+_TARGET: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def target() -> str | None:
+    """The GPU, such as "sm_90", that kernels are only compiled for; None if they are to run in this process."""
+    return _TARGET.get()
+
+
+@contextmanager
+def only_compiled_for(gpu: str) -> Iterator[None]:
+    """Inside, kernels are emitted and loaded for a GPU that need not be there, and do not run.
+
+    Raises:
+        FoldError: Triton is missing, or interprets its kernels in this process.
+    """
+    token = _TARGET.set(gpu)
+    try:
+        require_triton()
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def directory() -> Path:
+    """Where emitted files are kept: `FOLDCC_CACHE`, else `foldcc` in the user's cache directory."""
+    given = os.environ.get("FOLDCC_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "foldcc"
+
+
+def write(name: str, text: str) -> Path:
+    """Puts text into a file whose name says what is in it. Two processes that write at once leave one whole file.
+
+    Raises:
+        FoldError: the directory cannot be written.
+    """
+    path = directory() / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+                file.write(text)
+            os.replace(file.name, path)
+    except OSError as error:
+        raise FoldError(
+            f"Emitted kernels cannot be written: {error}.",
+            at=str(path.parent),
+            valid="a directory that can be written, in the environment variable FOLDCC_CACHE",
+        ) from None
+    return path
+
+
+def load(path: Path) -> ModuleType:
+    """The module in a file of kernels. Without a GPU, kernels run in Triton's interpreter.
+
+    Raises:
+        FoldError: Triton is missing.
+    """
+    require_triton()
+    name = f"foldcc_kernels_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def require_triton() -> None:
+    """Makes sure that Triton is there, and that it interprets kernels that are to run on a machine without a GPU.
+
+    Raises:
+        FoldError: it is not there, or it interprets kernels that are to be compiled.
+    """
+    try:
+        import triton
+    except ImportError:
+        raise FoldError(
+            "Triton is not installed, and kernels are written in it.", valid="pip install triton, or kernels='aten'"
+        ) from None
+    if target() is not None and triton.knobs.runtime.interpret:
+        raise FoldError(
+            "Triton interprets its kernels in this process, and does not compile them.",
+            valid="a process without TRITON_INTERPRET in which no kernel has run",
+        )
+    if target() is None and not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        _interpret()
+
+
+def _interpret() -> None:
+    """Switches Triton's interpreter on. Its own library, such as `tl.sum`, was made for a GPU when it was imported."""
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    triton.knobs.runtime.interpret = True
+    for module in (tl, tl.standard):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
