@@ -247,7 +247,7 @@ def column_sum_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Nod
             f"    {_allocated(output, values, read[0].name)}",
             f"    grid = triton.cdiv({w}, {tile})",
             f"    {name}_stripes[(grid, S)]({', '.join([*given, f'BR={_STRIPE}', f'BW={tile}'])})",
-            f"    {name}_join[(grid,)]({', '.join(['stripes', f'{output.name}_out', *symbols, 'S'])}, BS={_STRIPES}, BW={tile})",
+            f"    {name}_join[(grid,)]({', '.join(['stripes', f'{output.name}_out', *symbols])}, S, BS={_STRIPES}, BW={tile})",
             f"    return {output.name}_out",
         ]
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +103,7 @@ def regions(graph: fx.Graph) -> list[Region]:
     return [*found, *chains(graph, found)]
 
 
-def kernels_of(program: Program) -> Kernels:
+def kernels_of(program: Program, notes: Sequence[str] = ()) -> Kernels:
     """The kernels of an emitted program, and what is left of it."""
     found: list[Kernel] = []
     left: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def kernels_of(program: Program) -> Kernels:
                     found.append(node.meta["kernel"])
                 elif counted(node):
                     left[str(node.target)] = left.get(str(node.target), 0) + moved(node)
-    return Kernels(found, left)
+    return Kernels(found, left, notes)
 
 
 def load_kernels(path: Any) -> ModuleType:

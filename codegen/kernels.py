@@ -56,7 +56,7 @@ class Kernels(Mapping[str, Kernel]):
     """The kernels of a program by name; printing them gives a table.
 
     Attributes:
-        notes: what runs as ATen although a skeleton is there for it, and why.
+        notes: why the program runs as ATen, where that was not asked for.
     """
 
     def __init__(self, kernels: Sequence[Kernel], left: Mapping[str, Expr], notes: Sequence[str] = ()):
@@ -89,7 +89,8 @@ class Kernels(Mapping[str, Kernel]):
         from foldcc.inspect.tables import table
 
         rows = [[k.name, k.kind, k.direction, str(len(k.nodes)), str(k.moved), ", ".join(k.modules)] for k in self.values()]
-        return table(["kernel", "kind", "direction", "nodes", "bytes", "modules"], rows)
+        shown = table(["kernel", "kind", "direction", "nodes", "bytes", "modules"], rows)
+        return "\n".join([*self.notes, shown])
 
 
 @dataclass(frozen=True)

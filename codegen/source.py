@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 
 from foldcc.errors import FoldError
 
+TRITON = ((3, 6), (3, 7))  # versions that kernels are written for
+OLDEST = (8, 0)  # compute capability, from which on matrix products of all these types are there
 HEAD = "import torch\nimport triton\nimport triton.language as tl\n"
 _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
 
@@ -87,23 +90,39 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def require_triton() -> None:
-    """Makes sure that Triton is there, and that it interprets kernels that are to run on a machine without a GPU.
-
-    Raises:
-        FoldError: it is not there, or it interprets kernels that are to be compiled.
-    """
+def unusable() -> str | None:
+    """Why kernels cannot run, or be compiled, in this process; None if they can."""
     try:
         import triton
     except ImportError:
-        raise FoldError(
-            "Triton is not installed, and kernels are written in it.", valid="pip install triton, or kernels='aten'"
-        ) from None
+        return "Triton is not installed, and kernels are written in it"
+    version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
+    if version not in TRITON:
+        return f"Triton {triton.__version__} is installed, and kernels are written for {_told(TRITON)}"
     if target() is not None and triton.knobs.runtime.interpret:
-        raise FoldError(
-            "Triton interprets its kernels in this process, and does not compile them.",
-            valid="a process without TRITON_INTERPRET in which no kernel has run",
+        return "Triton interprets its kernels in this process, and does not compile them"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < OLDEST:
+        return (
+            f"The GPU is an sm_{capability[0]}{capability[1]}, and kernels are written for sm_{OLDEST[0]}{OLDEST[1]} and later"
         )
+    return None
+
+
+def _told(versions: Sequence[tuple[int, int]]) -> str:
+    return " and ".join(f"{a}.{b}" for a, b in versions)
+
+
+def require_triton() -> None:
+    """Makes sure that kernels can run, in Triton's interpreter on a machine without a GPU, or be compiled.
+
+    Raises:
+        FoldError: they cannot; why.
+    """
+    why = unusable()
+    if why is not None:
+        raise FoldError(f"{why}.", valid=f"kernels='aten', or Triton {_told(TRITON)} in a process of its own")
+    import triton
+
     if target() is None and not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         _interpret()
 

@@ -25,6 +25,7 @@ from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.unchanged import in_mode
 from foldcc.codegen import Emit, Kernels, kernels_of
+from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError, divides, divisors
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
@@ -123,6 +124,7 @@ class FoldedModule(nn.Module):
         self._held = (model,)  # in a tuple, for it is no submodule: its parameters are not this module's
         self._tracer = tracer
         self._kernels = kernels
+        self._notes: tuple[str, ...] = ()
         self._verified = verified
         self._progress = progress
         self._programs: dict[Any, tuple[Executable, Stages]] = {}
@@ -182,7 +184,7 @@ class FoldedModule(nn.Module):
     @property
     def kernels(self) -> Kernels:
         """The Triton kernels of the newest program, by name, and what of it they cover; none if it runs as ATen."""
-        return kernels_of(self.program)
+        return kernels_of(self.program, self._notes)
 
     def collectives(self) -> Any:
         """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves."""
@@ -204,7 +206,11 @@ class FoldedModule(nn.Module):
     # --- compiling ---
 
     def _emission(self) -> tuple[Pass, ...]:
+        self._notes = ()
         if self._kernels == "aten" or (self._kernels == "auto" and self._device().type != "cuda"):
+            return ()
+        if self._kernels == "auto" and (why := unusable()) is not None:
+            self._notes = (f"{why}, so the program runs as ATen.",)
             return ()
         return (Emit(edited=self._kernels if isinstance(self._kernels, ModuleType) else None),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,35 @@ def test_kernels_give_the_same_losses_and_gradients(family: str) -> None:
     print(triton.kernels.coverage())
     assert triton.kernels.coverage().share >= 0.9
     assert foldcc.verify(triton, rounds=1).ok
+
+
+def test_only_what_torch_distributed_needs_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number is read off a tensor where rows are exchanged, whose sizes torch.distributed wants on the host; nowhere else."""
+    callers: set[str] = set()
+
+    def watched(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            frame: Any = sys._getframe(1)
+            while not str(frame.f_globals.get("__name__")).startswith("foldcc"):
+                frame = frame.f_back
+            name = Path(frame.f_code.co_filename).name
+            callers.add(name if name == "collectives.py" else f"{name} {frame.f_code.co_name}")
+            return read(*args, **kwargs)
+
+        return call
+
+    batch = token_batch(4)
+    folded = foldcc.parallelize(tiny_model("mixtral"), FoldedMesh.parse(MESH), example_inputs=batch, kernels="triton")
+    outputs = folded(**batch)
+    for name in ("item", "tolist", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(Tensor, name, watched(getattr(Tensor, name)))
+    inner = [folded.kernels[name].source for name in folded.kernels]
+    gradients(folded, batch)
+    tables = {k.name for k in folded.kernels.values() if "by_expert" in k.nodes}  # of counts that are on the host
+    waiting = {c for c in callers if c.split()[-1] not in tables}
+    assert waiting == {"experts.py _splits", "collectives.py"}
+    assert not any(word in text for text in inner for word in (".item()", ".tolist()", ".cpu()"))
+    assert outputs.loss.isfinite()
 
 
 # --- single kernels ---
@@ -281,3 +311,27 @@ def test_triton_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     with pytest.raises(FoldError, match="Triton is not installed"):
         source.require_triton()
+
+
+def test_triton_of_another_version_is_an_error_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "4.1.0")
+    with pytest.raises(FoldError, match="Triton 4.1.0 is installed, and kernels are written for 3.6 and 3.7"):
+        source.require_triton()
+    assert_a_note(monkeypatch, "Triton 4.1.0 is installed")
+
+
+def test_a_gpu_that_is_too_old_is_an_error_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 0))
+    with pytest.raises(FoldError, match="The GPU is an sm_70, and kernels are written for sm_80 and later"):
+        source.require_triton()
+    assert_a_note(monkeypatch, "The GPU is an sm_70")
+
+
+def assert_a_note(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """What was chosen automatically runs as ATen, and says why."""
+    with monkeypatch.context() as here:
+        here.setattr("torch.cuda.is_available", lambda: False)
+        folded = foldcc.parallelize(tiny_model("llama"), FoldedMesh.parse("dp=2"))
+    monkeypatch.setattr(folded, "_device", lambda: torch.device("cuda"))
+    assert folded._emission() == () and folded.kernels.notes[0].startswith(why)
