@@ -4,14 +4,10 @@ Errors are relative to the result's norm, so that no scale hides a wrong one, an
 is NaN.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +32,8 @@ from foldcc.ops.experts import expert_of_row, grouped_linear, grouped_outer, per
 from tests.models import WITH_AUX_LOSS, tiny_model, token_batch
 
 aten = torch.ops.aten
-few = settings(max_examples=4, deadline=None, derandomize=True)
+few = settings(max_examples=2, deadline=None, derandomize=True)
+MORE = ([0, 1, 0], [97], [16, 32, 16])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4}  # of float16, the result's own rounding is 2e-4
 
 
@@ -231,7 +228,7 @@ def test_a_kernel_computes_what_its_program_says(
     check(name, inputs_of(name, counts, k, i, dtype, strided))
 
 
-@pytest.mark.parametrize("counts", [[1], [0, 1, 0], [0, 0, 33], [97], [0, 0], [16, 32, 16]], ids=str)
+@pytest.mark.parametrize("counts", [[1], [0, 0, 33], [0, 0], *(pytest.param(c, marks=pytest.mark.slow) for c in MORE)], ids=str)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_tokens_may_be_few_or_all_of_one_expert(name: str, counts: list[int]) -> None:
     check(name, inputs_of(name, counts, 24, 20, torch.float32))
