@@ -79,7 +79,7 @@ def load(path: Path) -> ModuleType:
         FoldError: Triton is missing.
     """
     require_triton()
-    name = f"foldcc_kernels_{path.stem}"
+    name = f"foldcc_kernels_{path.stem}" if target() is None else f"foldcc_kernels_{path.stem}_{target()}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

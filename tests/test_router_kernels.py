@@ -181,7 +181,10 @@ def test_what_is_claimed_is_left_alone() -> None:
     assert not router.find(graph, set(region.nodes))
 
 
-@pytest.mark.parametrize(
+OTHERS = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
     "family", ["deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "qwen3_moe", "gpt_oss"))]
 )
 def test_the_router_of_a_program_is_one_region(family: str) -> None:
