@@ -185,8 +185,6 @@ OTHERS = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
-    "family", ["deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "qwen3_moe", "gpt_oss"))]
-)
 def test_the_router_of_a_program_is_one_region(family: str) -> None:
     """From the logits, which a matrix product makes, to the ids that are counted and the weights of the rows."""
     for graph in blocks_of(family):
