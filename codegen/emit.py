@@ -13,8 +13,9 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,19 +46,24 @@ class Emit(Pass):
     def run(self, program: Program) -> Program:
         assert program.backward is not None and program.backward_for is not None
         build = program.backward_for
+        names: dict[str, str] = {}
         for main, direction in ((program.graph, "forward"), (program.backward, "backward")):
-            self._emitted(program.name, main, direction)
-        return replace(program, backward_for=lambda given: self._emitted(program.name, build(given), "backward"))
+            self._emitted(program.name, main, direction, names)
+        return replace(program, backward_for=lambda given: self._emitted(program.name, build(given), "backward", names))
 
-    def _emitted(self, program: str, main: fx.GraphModule, direction: str) -> fx.GraphModule:
-        """Replaces the regions of every block of a main graph, in place."""
-        taken: dict[str, int] = {}
+    def _emitted(self, program: str, main: fx.GraphModule, direction: str, names: dict[str, str]) -> fx.GraphModule:
+        """Replaces the regions of every block of a main graph, in place.
+
+        Args:
+            names: of kernels by what they are, so that the backward passes of a program call one kernel by one name.
+        """
         texts: list[str] = []
         calls: list[tuple[fx.GraphModule, str, Region, Kernel]] = []
         for block_name, block in main.named_children():
             assert isinstance(block, fx.GraphModule)
             for found in regions(block.graph):
-                name = _unique(_named(found, direction), taken)
+                what = f"{block_name} {direction} {found.source('kernel')}"
+                name = names.setdefault(what, _unique(_named(found, direction), names.values()))
                 head, bytes_, flops = described(name, found, block_name, direction)
                 text = f"{head}\n{found.source(name)}\n"
                 texts.append(text)
@@ -177,9 +183,8 @@ def _named(found: Region, direction: str) -> str:
     return f"{name}_backward" if direction == "backward" else name
 
 
-def _unique(name: str, taken: dict[str, int]) -> str:
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else f"{name}_{taken[name]}"
+def _unique(name: str, taken: Collection[str]) -> str:
+    return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
 
 
 def _replace(

@@ -147,7 +147,8 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     read = [n for n in inputs if n in before.loads or n in after.loads or n is w]
     symbols = {*before.symbols, *after.symbols}
     beside = [n for n in after.loads if len(value_sizes(n)) == 2 and value_sizes(n)[0] == rows]
-    many, few = (_shape(t, len(columns.names) + bool(beside)) for t in tiles(dtype))
+    held = len(columns.names) + bool(beside)  # tiles that the epilogue needs at once, beside those that it computes
+    many, few = (_shape(t, 1 if held == 1 else 2 * held) for t in tiles(dtype))
     launch = [
         f"n_rows = {after.text(rows)}",
         "if n_rows > 0:",
@@ -265,7 +266,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _shape(tile: Tile, pieces: int) -> tuple[int, int, int, int, int]:
     """A tile whose columns several accumulators share, or one with what is loaded after it: all of them stand in registers."""
-    return tile.rows, tile.columns >> (pieces - 1).bit_length(), tile.step, tile.warps, tile.stages
+    return tile.rows, max(16, tile.columns >> (pieces - 1).bit_length()), tile.step, tile.warps, tile.stages
 
 
 def _width(nodes: Nodes, outputs: Nodes, rows: Expr) -> Expr:

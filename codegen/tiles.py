@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from foldcc.codegen import source
+
 MANY = 64  # rows of an expert, on average, from which on they are many
 
 
@@ -46,10 +48,11 @@ _TILES = {
 
 
 def chip() -> str:
-    """What kernels are emitted for: the GPU of this process, or Triton's interpreter."""
-    if not torch.cuda.is_available():
+    """What kernels are emitted for: the GPU that they are only compiled for, that of this process, or the interpreter."""
+    found = source.target()
+    if found is None and not torch.cuda.is_available():
         return "interpreter"
-    found = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    found = found or "sm_{}{}".format(*torch.cuda.get_device_capability())
     return found if (found, 2) in _TILES else "other"
 
 
