@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from foldcc.codegen import experts, plan, router, rows, source
 from foldcc.codegen.kernels import Kernel, Kernels, counted, described, modules, moved
-from foldcc.codegen.regions import Region, chains, in_sequence, is_free
+from foldcc.codegen.regions import Region, chains, in_sequence, is_free, mark_inline
 from foldcc.errors import FoldError
 from foldcc.passes.manager import Pass
 from foldcc.program import Program
@@ -101,6 +101,7 @@ class Emit(Pass):
 
 def regions(graph: fx.Graph) -> list[Region]:
     """The regions of a graph: what a skeleton takes, then chains of what is left."""
+    mark_inline(graph)
     found: list[Region] = []
     for skeleton in SKELETONS:
         for each in skeleton(graph, {n for r in found for n in r.nodes if not is_free(n)}):

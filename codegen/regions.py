@@ -68,13 +68,22 @@ def read_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether a node only moves elements, or makes elements that need no reading."""
+    """Whether a node only moves elements, makes elements that need no reading, or is computed wherever it is read."""
     if node.op != "call_function":
         return False
+    if node.meta.get("inline"):
+        return True
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and name_of(source.target) in ("aten.split", "aten.split_with_sizes")
     return name_of(node.target) in _FREE
+
+
+def mark_inline(graph: fx.Graph) -> None:
+    """What a backward pass computes again, and chains read, is computed in each of them, and not stored in between."""
+    for node in reversed(graph.nodes):
+        if node.meta.get("again") and is_computed(node) and all(is_free(u) or is_computed(u) for u in node.users):
+            node.meta["inline"] = True
 
 
 def is_computed(node: fx.Node) -> bool:

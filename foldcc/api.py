@@ -31,6 +31,7 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE, Pass, Stages, check_types, run_passes
+from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
 from foldcc.program import Program
 from foldcc.rules.aten import argument
@@ -205,6 +206,17 @@ class FoldedModule(nn.Module):
 
     # --- compiling ---
 
+    def _passes(self) -> list[Pass]:
+        emission = self._emission()
+        found: list[Pass] = []
+        for p in (*PIPELINE, *emission):
+            if isinstance(p, ShardPass):
+                p = replace(p, kept=self._layouts)
+            elif isinstance(p, Differentiate):
+                p = replace(p, for_kernels=bool(emission))
+            found.append(p)
+        return found
+
     def _emission(self) -> tuple[Pass, ...]:
         self._notes = ()
         if self._kernels == "aten" or (self._kernels == "auto" and self._device().type != "cuda"):
@@ -247,8 +259,7 @@ class FoldedModule(nn.Module):
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
         seconds = time.perf_counter() - start
-        passes = [replace(p, kept=self._layouts) if isinstance(p, ShardPass) else p for p in PIPELINE]
-        stages = run_passes(program, [*passes, *self._emission()], seconds=seconds, check=check_types, progress=self._progress)
+        stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
         self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
         key = self._key(leaves, spec)

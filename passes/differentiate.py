@@ -5,13 +5,17 @@ becomes                                 backward:  dx, dw   = block_backward(sav
 
 AOTAutograd traces each block once. Every collective has its transpose registered, so gradient synchronisation appears in
 the backward graph by itself: where a parameter enters as I and is used as R, the transpose of that step is its reduction.
+
+Where kernels are emitted, what one kernel computes in pieces is traced in pieces, and what kernels can compute again is not
+saved (`passes/recompute.py`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,25 +25,41 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from foldcc import ops
 from foldcc.layout import Layout
 from foldcc.passes.manager import Pass
+from foldcc.passes.recompute import between, kept
 from foldcc.program import Program
 from foldcc.runtime.groups import active
 
 aten = torch.ops.aten
+Nodes = Collection[fx.Node]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Differentiate(Pass):
+    """Attributes:
+    for_kernels: Triton kernels are emitted for the program.
+    """
+
     requires = frozenset({"localized"})
     provides = frozenset({"differentiated"})
     in_place = False
+    for_kernels: bool = False
 
     def run(self, program: Program) -> Program:
         with active(program.mesh):
-            joints = {name: _split(block, _trace(block)) for name, block in program.blocks.items()}
+            joints = {name: self._joint(name, block) for name, block in program.blocks.items()}
         backward = Backward(program, joints)
         return replace(program, graph=_forward(program, joints), backward=backward.main(None), backward_for=backward.main)
+
+    def _joint(self, name: str, block: fx.GraphModule) -> Joint:
+        instead = {ops.local_token_loss: ops.token_loss_in_pieces} if self.for_kernels else {}
+        return _split(block, _trace(block, instead), partial(self.saved, name))
+
+    def saved(self, block: str, forward: Nodes, wanted: Nodes, backward: Nodes, free: Nodes) -> list[fx.Node]:
+        """The values of a block's forward pass that are kept for its backward pass, see `recompute.kept`."""
+        return kept(wanted, backward, free) if self.for_kernels else list(wanted)
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,12 @@ class Joint:
     variants: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
 
 
-def _trace(block: fx.GraphModule) -> fx.GraphModule | None:
-    """The joint graph of a block, None when nothing in it has a gradient."""
+def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule | None:
+    """The joint graph of a block, None when nothing in it has a gradient.
+
+    Args:
+        instead: what is traced in place of some operators.
+    """
     (output,) = block.graph.find_nodes(op="output")
     if not any(n.meta["grad"] for n in output.args[0]):
         return None
@@ -81,7 +105,7 @@ def _trace(block: fx.GraphModule) -> fx.GraphModule | None:
             )
             for n in block.graph.find_nodes(op="placeholder")
         )
-        joint: Any = aot_export_joint_simple(_without_views(block), inputs, trace_joint=True)
+        joint: Any = aot_export_joint_simple(_without_views(block, instead), inputs, trace_joint=True)
     _drop_clones(joint, len(output.args[0]))
     for node in joint.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # what another block computed may have other strides than what was traced
@@ -92,9 +116,14 @@ def _trace(block: fx.GraphModule) -> fx.GraphModule | None:
     return joint
 
 
-def _without_views(block: fx.GraphModule) -> Callable[..., Any]:
+def _without_views(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> Callable[..., Any]:
     """The block with copies as results: AOTAutograd refuses views, such as what `linear` makes of three dimensions."""
-    run = fx.Interpreter(block).run
+
+    class Run(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return super().call_function(instead.get(target, target), args, kwargs)
+
+    run = Run(block).run
     return lambda *values: tuple(x.clone() for x in run(*values))
 
 
@@ -107,8 +136,14 @@ def _drop_clones(joint: fx.GraphModule, results: int) -> None:
     output.args = (tuple(leaves),)
 
 
-def _split(block: fx.GraphModule, joint: fx.GraphModule | None) -> Joint:
-    """Cuts a joint graph: what the results need runs forward, the rest runs backward."""
+def _split(
+    block: fx.GraphModule, joint: fx.GraphModule | None, choose: Callable[[Nodes, Nodes, Nodes, Nodes], list[fx.Node]]
+) -> Joint:
+    """Cuts a joint graph: what the results need runs forward, the rest runs backward, with what is computed again.
+
+    Args:
+        choose: what the forward pass keeps, see `Differentiate.saved`.
+    """
     (output,) = block.graph.find_nodes(op="output")
     grads = tuple(bool(n.meta["grad"]) for n in output.args[0])
     if joint is None:
@@ -137,13 +172,28 @@ def _split(block: fx.GraphModule, joint: fx.GraphModule | None) -> Joint:
     early = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
     late = [n for n in graph.nodes if n in _ancestors(gradients) and n not in needed and n.op != "placeholder"]
     inside = {*late, *tangents}
+    _read_sizes(late, inside)
     read = [i for n in late for i in n.all_input_nodes] + [g for g in gradients if isinstance(g, fx.Node)]
-    saved = list(dict.fromkeys(n for n in read if n not in inside))
+    wanted = list(dict.fromkeys(n for n in read if n not in inside))
+    free = {*results, *(p for p, f in zip(primals, formals, strict=True) if f.meta["parameter"])}
+    saved = choose([*primals, *early], wanted, late, free)
+    again = between(saved, wanted)
     left = [(n.name, n.meta["layout"]) for n in output.args[0]]
     asked = [(f"grad_{n.name}", n.meta["layout"].transposed) for n in formals]
     forward = _extract(primals, early, (tuple(results), tuple(saved)), names, left)
-    backward = _extract([*saved, *tangents], late, tuple(gradients), names, asked)
+    for node in again:
+        node.meta["again"] = True
+    backward = _extract([*saved, *tangents], [*again, *late], tuple(gradients), names, asked)
     return Joint(forward, backward, grads, len(grads), len(saved))
+
+
+def _read_sizes(late: list[fx.Node], inside: set[fx.Node]) -> None:
+    """Has sizes that data decide read off values that the backward pass reads anyway, so that none is kept for its size."""
+    sizes = [n for n in late if n.target is aten.sym_size.int and n.args[0] not in inside]
+    read = dict.fromkeys(x for n in late if n not in sizes for x in n.all_input_nodes if x not in inside)
+    known = {str(s): (x, i) for x in read for i, s in enumerate(getattr(x.meta["val"], "shape", ()))}
+    for node in sizes:
+        node.args = known.get(str(node.meta["val"]), node.args)
 
 
 def _ancestors(nodes: list[Any]) -> set[fx.Node]:
@@ -164,7 +214,10 @@ def _extract(
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        new[node] = graph.placeholder(names.get(node, node.name))
+        name = names.get(node, node.name)
+        while any(name == n.target for n in new.values()):  # a formal may be called like a node of this block
+            name += "_"
+        new[node] = graph.placeholder(name)
         new[node].meta = dict(node.meta)
     for node in nodes:
         new[node] = graph.node_copy(node, lambda n: new[n])

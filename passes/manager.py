@@ -42,6 +42,7 @@ class Stage:
         name: of the pass.
         seconds: that the pass took.
         before, after: nodes of the whole program, repeated blocks counted as often as they are called.
+        by: the pass; None for what was captured.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     before: int
     after: int
     program: Program
+    by: Pass | None = None
 
     def __str__(self) -> str:
         from foldcc.inspect.text import stage_text
@@ -80,6 +82,11 @@ class Stages(Sequence[Stage]):
     def lowered(self) -> Stages:
         """The stages whose nodes are operators; a stage after them has kernels in their place."""
         return Stages([s for s in self if "emitted" not in s.program.properties])
+
+    def passes(self, *, after: str) -> list[Pass]:
+        """The passes that ran after a stage."""
+        first = [s.name for s in self].index(self[after].name)
+        return [s.by for s in self._stages[first + 1 :] if s.by is not None]
 
     def diff(self, first: str, second: str) -> str:
         """The lines that differ between two stages, as a unified diff."""
@@ -128,6 +135,6 @@ def run_passes(
         result = p.run(program.copied() if p.in_place else program).with_property(*p.provides)
         check(result)
         before, after = program.node_count(), result.node_count()
-        stages.append(Stage(p.name, time.perf_counter() - start, before, after, result))
+        stages.append(Stage(p.name, time.perf_counter() - start, before, after, result, p))
         program = result
     return Stages(stages)

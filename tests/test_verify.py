@@ -45,11 +45,10 @@ def mixtral() -> FoldedModule:
 
 def broken_at(model: FoldedModule, stage: str, edit: Callable[[Program], None]) -> FoldedModule:
     """The model with its program edited after a stage, and the later passes run on it."""
-    order = [s.name for s in model.stages]
-    start = order.index(stage)
+    start = [s.name for s in model.stages].index(stage)
     program = model.stages[stage].program.copied()
     edit(program)
-    later = run_passes(program, [p for p in PIPELINE if p.name in order[start + 1 :]])
+    later = run_passes(program, model.stages.passes(after=stage))
     stages = [*model.stages[:start], _stage(model, stage, program), *list(later)[1:]]
     other = copy.copy(model)
     other.__dict__["_programs"] = {model._newest: (model._programs[model._newest][0], Stages(stages))}

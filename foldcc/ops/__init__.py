@@ -28,7 +28,7 @@ from foldcc.ops.experts import (
     splits,
     unpermute,
 )
-from foldcc.ops.loss import local_token_loss, token_loss
+from foldcc.ops.loss import local_token_loss, token_loss, token_loss_in_pieces
 from foldcc.ops.operator import Operator, record, records
 
 __all__ = [
@@ -61,5 +61,6 @@ __all__ = [
     "shard",
     "splits",
     "token_loss",
+    "token_loss_in_pieces",
     "unpermute",
 ]

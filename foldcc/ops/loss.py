@@ -12,6 +12,15 @@ def _token_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
 
 
+def token_loss_in_pieces(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The same in operators that kernels join with what is around them: of each token, two numbers are kept."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = wide - wide.detach().amax(-1, True)
+    valid = target != ignore_index
+    picked = shifted.gather(-1, torch.where(valid, target, 0).unsqueeze(-1)).squeeze(-1)
+    return ((shifted.exp().sum(-1).log() - picked) * valid).to(logits.dtype)
+
+
 # As for attention: the captured node stays one node, the local one dissolves into ATen.
 LIBRARY.define("token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor")
 LIBRARY.define("local_token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor")

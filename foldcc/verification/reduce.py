@@ -23,13 +23,9 @@ from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.layout import Layout
 from foldcc.passes.bucket import Bucket
-from foldcc.passes.differentiate import Differentiate
-from foldcc.passes.dispatch import Dispatch
-from foldcc.passes.localize import Localize
-from foldcc.passes.lower import Lower
+from foldcc.passes.differentiate import Differentiate, Nodes
 from foldcc.passes.manager import Pass, Stage, Stages, run_passes
 from foldcc.passes.shard import reshard
-from foldcc.passes.simplify import Simplify
 from foldcc.program import Program, where
 from foldcc.rules.aten import argument, name_of, operands
 
@@ -52,8 +48,7 @@ def reduced(stages: Stages) -> Stages:
     sharded: Program = stages["shard"].program
     captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded)
     start = _resized(_shortened(sharded), sizes)
-    passes: list[Pass] = [Dispatch(), Localize(), Differentiate(), Lower(), Simplify(), _SameBuckets(actual=stages)]
-    later = run_passes(start, passes)
+    later = run_passes(start, [_sized_as(p, stages) for p in stages.lowered.passes(after="shard")])
     names = ("capture", "outline", "annotate")
     return Stages([*(Stage(n, 0.0, 0, 0, captured) for n in names), Stage("shard", 0.0, 0, 0, start), *list(later)[1:]])
 
@@ -66,6 +61,27 @@ def _smallest(captured: Program, sharded: Program) -> tuple[Program, Sizes]:
     except FoldError:
         sizes = smaller(sharded, pieces=False)
         return _resized(captured, sizes), sizes
+
+
+def _sized_as(p: Pass, actual: Stages) -> Pass:
+    """A pass that makes the choices that depend on sizes as they are made in the actual program."""
+    if isinstance(p, Differentiate):
+        return _SameSaved(for_kernels=p.for_kernels, actual=actual)
+    return _SameBuckets(actual=actual) if isinstance(p, Bucket) else p
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SameSaved(Differentiate):
+    """Saves for the backward pass what the actual program saves, whose values have other sizes."""
+
+    name = "differentiate"
+    actual: Stages
+
+    def saved(self, block: str, forward: Nodes, wanted: Nodes, backward: Nodes, free: Nodes) -> list[fx.Node]:
+        there = self.actual["differentiate"].program.graph.get_submodule(block).graph
+        (output,) = there.find_nodes(op="output")
+        twins = dict(zip(there.nodes, forward, strict=False))
+        return [twins[n] for n in output.args[0][1]]
 
 
 @dataclass(frozen=True, kw_only=True)

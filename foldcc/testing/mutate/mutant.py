@@ -20,7 +20,7 @@ from torch import fx
 
 from foldcc.api import FoldedModule
 from foldcc.inspect.graphs import FORWARD, module_of, parts
-from foldcc.passes import PIPELINE, Stage, Stages, run_passes
+from foldcc.passes import Stage, Stages, run_passes
 from foldcc.program import Program
 from foldcc.runtime.executable import Executable
 
@@ -117,7 +117,7 @@ def rewrite(model: FoldedModule, *, after: str, edit: Callable[[Program], None])
     position = [s.name for s in stages].index(after)
     program = stage.program.copied()
     edit(program)
-    rerun = run_passes(program, PIPELINE[position:])
+    rerun = run_passes(program, stages.passes(after=after))
     found = copy.copy(model)
     kept = [*stages[:position], replace(stage, program=program), *rerun[1:]]
     found._programs = {model._newest: (Executable(kept[-1].program), Stages(kept))}

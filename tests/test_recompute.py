@@ -1,0 +1,107 @@
+"""What a block keeps for its backward pass: enough, no more than before, and nothing that a kernel can compute again."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import foldcc
+from foldcc.api import FoldedModule
+from foldcc.mesh import FoldedMesh
+from foldcc.passes.recompute import between, kept
+from foldcc.rules.aten import name_of
+from tests.models import tiny_model, token_batch
+
+VOCABULARY = 128
+MESHES = ("dp=2,tp=2|ep=4", "dp=2")
+
+
+@cache
+def folded(mesh: str, kernels: str) -> FoldedModule:
+    model = tiny_model("mixtral", vocab_size=VOCABULARY).bfloat16()
+    return foldcc.parallelize(model, FoldedMesh.parse(mesh), example_inputs=token_batch(4, 8), kernels=kernels)
+
+
+def saved(model: FoldedModule) -> list[fx.Node]:
+    """What the blocks keep, parameters aside."""
+    found = []
+    for block in model.stages["differentiate"].program.graph.children():
+        (output,) = block.graph.find_nodes(op="output")  # type: ignore[union-attr, operator]
+        found += [n for n in output.args[0][1] if isinstance(n.meta["val"], Tensor) and not n.meta.get("parameter")]
+    return found
+
+
+def size(nodes: list[fx.Node]) -> int:
+    """Bytes, of tensors that are not views of each other."""
+    values = [n.meta["val"] for n in nodes]
+    return sum(math.prod(s if isinstance(s, int) else 32 for s in v.shape) * v.element_size() for v in values)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_less_is_kept_where_kernels_compute_again(mesh: str) -> None:
+    assert size(saved(folded(mesh, "triton"))) < size(saved(folded(mesh, "aten")))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_are_kept_once(mesh: str) -> None:
+    shape = str([16, VOCABULARY // FoldedMesh.parse(mesh).size("tp")])
+    held, before = ([n for n in saved(folded(mesh, k)) if str(list(n.meta["val"].shape)) == shape] for k in ("triton", "aten"))
+    assert [n.meta["val"].dtype for n in held] == [torch.bfloat16]
+    assert torch.float32 in [n.meta["val"].dtype for n in before]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_experts_keep_no_activation_and_no_product_is_taken_twice(mesh: str) -> None:
+    model = folded(mesh, "triton")
+    wide = [n for n in saved(model) if n.meta["val"].dim() == 2 and n.meta["val"].dtype == torch.bfloat16]
+    assert wide and not any(name_of(n.target) in ("aten.silu", "aten.mul", "foldcc.gather_rows") for n in wide)
+    backward = model.stages["differentiate"].program.backward
+    assert backward is not None
+    again = {n for b in backward.children() for n in b.graph.nodes if n.meta.get("again")}  # type: ignore[union-attr]
+    assert {"aten.silu", "aten.mul"} <= {name_of(n.target) for n in again if hasattr(n.target, "_schema")}
+    assert not any(hasattr(n.target, "_schema") and name_of(n.target) in ("aten.topk", "aten.mm") for n in again)
+
+
+def graph_of_a_norm() -> dict[str, fx.Node]:
+    """x -> wide -> square -> scale (a sum) -> normal -> narrow, with a backward pass that reads wide, scale and narrow."""
+    graph, aten, nodes = fx.Graph(), torch.ops.aten, {}
+
+    def put(name: str, target: object, args: tuple[object, ...], value: Tensor) -> None:
+        nodes[name] = graph.call_function(target, args) if target else graph.placeholder(name)  # type: ignore[arg-type]
+        nodes[name].meta["val"] = value
+
+    wide, narrow = torch.empty(8, 16), torch.empty(8, 16, dtype=torch.bfloat16)
+    put("x", None, (), narrow)
+    put("wide", aten._to_copy.default, (nodes["x"],), wide)
+    put("square", aten.mul.Tensor, (nodes["wide"], nodes["wide"]), wide)
+    put("scale", aten.sum.dim_IntList, (nodes["square"], [-1], True), torch.empty(8, 1))
+    put("normal", aten.mul.Tensor, (nodes["wide"], nodes["scale"]), wide)
+    put("narrow", aten._to_copy.default, (nodes["normal"],), narrow)
+    put("grad", None, (), narrow)
+    put("grad_weight", aten.mul.Tensor, (nodes["narrow"], nodes["grad"]), narrow)
+    put("grad_wide", aten.mul.Tensor, (nodes["wide"], nodes["scale"]), wide)
+    return nodes
+
+
+def test_what_is_kept_is_the_smallest_choice() -> None:
+    n = graph_of_a_norm()
+    wanted, backward = [n["wide"], n["scale"], n["narrow"]], {n["grad_weight"], n["grad_wide"]}
+    assert kept(wanted, backward, ()) == [n["x"], n["scale"]]
+    assert between({n["x"], n["scale"]}, wanted) == [n["wide"], n["normal"], n["narrow"]]
+
+
+def test_what_a_product_reads_is_kept() -> None:
+    n = graph_of_a_norm()
+    product = n["x"].graph.call_function(torch.ops.aten.mm.default, (n["narrow"], n["grad"]))
+    wanted, backward = [n["wide"], n["scale"], n["narrow"]], {n["grad_weight"], n["grad_wide"], product}
+    assert kept(wanted, backward, ()) == [n["x"], n["scale"], n["narrow"]]
+
+
+def test_what_is_there_anyway_costs_nothing() -> None:
+    n = graph_of_a_norm()
+    assert kept([n["wide"]], {n["grad_wide"]}, [n["wide"]]) == [n["wide"]]
+    assert kept([n["wide"]], {n["grad_wide"]}, ()) == [n["x"]]
