@@ -32,20 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foldcc
+from foldcc.codegen import tune
 from foldcc.codegen.aot import standard_model
+from foldcc.codegen.tune import Moe, Shifted, folded_experts, gated, on_device, random_weights
 from foldcc.errors import FoldError
 from foldcc.inspect.tables import table
 
-SHAPES = {  # H, I, E, K
-    "Qwen3-30B-A3B": (2048, 768, 128, 8),
-    "DeepSeek-V3": (7168, 2048, 256, 8),
-    "Mixtral-8x7B": (4096, 14_336, 8, 2),
-    "Mixtral-8x22B": (6144, 16_384, 8, 2),
-    "gpt-oss-20b": (2880, 2880, 32, 4),
-    "gpt-oss-120b": (2880, 2880, 128, 4),
-    "Qwen3-Next": (2048, 512, 512, 10),
-    "OLMoE": (2048, 1024, 64, 8),
-}
+SHAPES = {**tune.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K
 TOKENS = (8192, 32_768)
 STEPS = {"Qwen3-30B-A3B": 4, "Mixtral-8x7B": 2}  # layers
 PARTS = ("peak", "kernels", "moe", "step")
@@ -201,32 +194,7 @@ def timing(launcher: Callable[..., Any], name: str, seconds: dict[str, float], t
     return timed
 
 
-def on_device(fn: Callable[[], Any], turns: int) -> float:
-    """Median seconds on the device alone: the launch happens while the device waits, and its caches are cold."""
-    cold = torch.empty(2**28, device=DEVICE, dtype=torch.uint8)
-    times = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(turns + 3):
-        cold.zero_()
-        torch.cuda._sleep(2_000_000)
-        start.record()
-        fn()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[3:])
-
-
 # --- a router and its experts ---
-
-
-def gated(hidden: Tensor) -> Tensor:
-    gate, up = hidden.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def folded_experts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return foldcc.ops.experts(x, ids, weights, up, down, activation_fn=gated)
 
 
 def torch_experts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -238,32 +206,6 @@ def torch_experts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Ten
     hidden = gated(torch._grouped_mm(rows, up.transpose(1, 2), offs=ends))
     back = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)[order.argsort()]
     return (back.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
-
-
-class Moe(nn.Module):
-    """A router over experts that a function computes."""
-
-    def __init__(self, gate: nn.Parameter, up: nn.Parameter, down: nn.Parameter, chosen: int, experts: Callable[..., Tensor]):
-        super().__init__()
-        self.gate, self.up, self.down, self.chosen, self.experts = gate, up, down, chosen, experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)
-        weights, ids = F.linear(tokens, self.gate).softmax(-1, dtype=torch.float32).topk(self.chosen)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-        return self.experts(tokens, ids, weights, self.up, self.down).view_as(x)
-
-
-class Shifted(nn.Module):
-    """A layer after one with a parameter, so that the gradient of what comes in is computed."""
-
-    def __init__(self, layer: nn.Module, hidden: int):
-        super().__init__()
-        self.layer, self.shift = layer, nn.Parameter(torch.zeros(hidden, device=DEVICE, dtype=DTYPE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x + self.shift)
-        return y[0] if isinstance(y, tuple) else y
 
 
 def moe(name: str, tokens: int, result: dict[str, Any], turns: int) -> list[dict[str, Any]]:
@@ -312,10 +254,7 @@ def once(layer: nn.Module, x: Tensor, grad: Tensor | None) -> Callable[[], None]
 def moe_layers(hidden: int, width: int, experts: int, chosen: int, x: Tensor, notes: list[str]) -> dict[str, nn.Module]:
     """The contenders. They share one set of weights, except for foldcc, which copies it, and libraries with their own."""
 
-    def weight(*shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.randn(shape, device=DEVICE, dtype=DTYPE).mul_(shape[-1] ** -0.5))
-
-    gate, up, down = weight(experts, hidden), weight(experts, 2 * width, hidden), weight(experts, hidden, width)
+    gate, up, down = random_weights(hidden, width, experts, DEVICE, DTYPE)
 
     def layer(run: Callable[..., Tensor]) -> nn.Module:
         return Shifted(Moe(gate, up, down, chosen, run), hidden)

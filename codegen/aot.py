@@ -31,12 +31,11 @@ from torch import Tensor, fx, nn
 from foldcc.capture.masks import changed
 from foldcc.codegen import source
 from foldcc.codegen.index import sizes
+from foldcc.codegen.tiles import SHARED
 from foldcc.errors import FoldError, listed
 from foldcc.mesh import FoldedMesh
 from foldcc.program import Program
 
-# Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of technical specifications).
-SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
 SPILLED = 32  # bytes of a thread that may stand in memory instead of registers without a remark
 _ROWS = (65_537, 33)  # sizes that data decide: odd, as most are, so that nothing is taken to be aligned
 _READ = 4096  # elements of a vector of whole numbers that a launcher may read, such as the rows of each expert
@@ -349,14 +348,17 @@ def report(found: Sequence[Compiled], target: str) -> str:
         used = [str(c.registers), str(c.spilled), f"{c.shared:,}", ", ".join(c.instructions)]
         rows.append([c.launch.kernel, c.launch.function, tile, *wide, *used, f"{c.seconds:.1f}"])
     lines = [table(head, rows, right=(3, 4, 5, 6, 7, 9)), ""]
-    for c in found:
-        if c.error:
-            lines.append(f"{c.launch.function} does not compile: {c.error}")
-        elif c.shared > SHARED[target]:
-            lines.append(f"{c.launch.function} exceeds the shared memory of {target}: {c.shared:,} of {SHARED[target]:,} bytes")
-        elif c.spilled > SPILLED:
-            lines.append(f"{c.launch.function} spills {c.spilled} bytes")
+    lines += [f"{c.launch.function} {wrong}" for c in found if (wrong := complaint(c, target))]
     return "\n".join(lines)
+
+
+def complaint(c: Compiled, target: str) -> str:
+    """What is wrong with a launch, "" if nothing is."""
+    if c.error:
+        return f"does not compile: {c.error}"
+    if c.shared > SHARED[target]:
+        return f"exceeds the shared memory of {target}: {c.shared:,} of {SHARED[target]:,} bytes"
+    return f"spills {c.spilled} bytes" if c.spilled > SPILLED else ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -398,4 +400,15 @@ def _record(c: Compiled) -> dict[str, Any]:
     return {**launch, **used, "seconds": c.seconds, "error": c.error}
 
 
-__all__ = ["MODELS", "SHARED", "Compiled", "Launch", "compile_all", "compile_model", "launches", "main", "standard_model"]
+__all__ = [
+    "MODELS",
+    "SHARED",
+    "Compiled",
+    "Launch",
+    "compile_all",
+    "compile_model",
+    "complaint",
+    "launches",
+    "main",
+    "standard_model",
+]

@@ -3,9 +3,9 @@
     permute -> grouped_linear -> split -> silu -> mul          one region
     permute -> grouped_outer                                   another; both read the rows through the order
 
-A product takes the pointwise nodes that follow it, those that only they read, and those that are computed again of what it
-reads. Rows that are put in order only for
-products are put in order by them; rows that anything else reads, such as a backward pass, are there and are read in order.
+A product takes the pointwise nodes that follow it, those that only they read, and those that read only what it reads. Rows
+that are put in order only for products are put in order by them; rows that anything else reads, such as a backward pass, are
+there and are read in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from foldcc.codegen.grouped import linear_text, outer_text
+from foldcc.codegen.grouped import is_row_sum, linear_text, outer_text
 from foldcc.codegen.regions import (
     MOST,
     Region,
@@ -71,11 +71,15 @@ def _grown(product: fx.Node, found: Region, claimed: set[fx.Node], others: Seque
 
 
 def _belongs(node: fx.Node, product: fx.Node, found: Region, taken: set[fx.Node]) -> bool:
-    """Whether a node computes with a result of the region, or only for it, or again with what the region reads."""
-    if node in taken or node in found.nodes or not is_computed(node) or name_of(node.target) in _REFUSED:
+    """Whether a node computes with a result of the region, or only for it, or with nothing but what the region reads."""
+    if node in taken or node in found.nodes or not is_computed(node):
+        return False
+    if is_row_sum(node):
+        return node.args[0] in found.nodes
+    if name_of(node.target) in _REFUSED:
         return False
     read = {n for n in _read(node, taken) if not is_free(n)}
-    if node.meta.get("again") and read and read <= set(found.inputs):
+    if read and read <= set(found.inputs):
         return True
     after = any(n in found.nodes for n in read)
     return after or not (read_outside(node, set(found.nodes)) or node in _read(product, taken))

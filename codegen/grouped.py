@@ -2,7 +2,8 @@
 
     h = grouped_linear(permute(x, order, 2), w, counts, False)          one kernel: rows of x are read through the order,
     gate, up = h.split(48, -1)                                          gate and up columns are accumulated side by side,
-    y = silu(gate) * up                                                 and h and y are written once
+    y = silu(gate) * up                                                 and h and y are written once; a sum over columns
+    s = sum(y * z, [1])                                                 is stored by tiles and added up afterwards
 
 A program computes a tile of rows of one expert. Which tile, a table says that is made of the experts' numbers of rows, on the
 host or on the device, wherever they are: nothing waits for the device. The gradient of the weights is a loop over the rows
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from sympy import Expr, Integer, Symbol
@@ -20,7 +22,7 @@ from torch import Tensor, fx
 
 from foldcc.codegen.chains import bound
 from foldcc.codegen.index import Index, Ranges, value_sizes
-from foldcc.codegen.tiles import MANY, Tile, tiles
+from foldcc.codegen.tiles import MANY, Tile, outer, tiles
 from foldcc.codegen.values import C, NoText, R, Values, computed
 from foldcc.rules.aten import argument_or, name_of
 
@@ -87,7 +89,8 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     dtype = x.meta["val"].dtype
     wide, precision = computed(dtype), _precision(dtype)
     rows, depth = value_sizes(x)
-    width = _width(nodes, outputs, rows)
+    sums = [n for n in outputs if is_row_sum(n)]
+    width = _width(nodes, [n for n in outputs if n not in sums], rows)
 
     before = Values(_operands(product, inputs), depth, Ranges({R: rows, C: depth}), looped=True, _taken=set(_TAKEN))
     operand = f"{before.at(x, (R, C))}.to(tl.{str(dtype)[6:]})"
@@ -96,7 +99,13 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     after = Values(set(nodes), width, Ranges({R: rows, C: width}), uniform=frozenset({"expert"}), _taken=set(_TAKEN))
     after.given[product] = columns.element
     after.given |= {n: lambda index: "expert" for n in inputs if _expert_of_row(n, counts)}
-    stores = [store for output in outputs for store in _stores(output, after, width, any(_steps(n) for n in nodes))]
+    after.given |= dict.fromkeys(sums, _unread)
+    for n in outputs:  # each is stored as soon as it is known, for fewer values to be held
+        if n in sums:
+            _store_part(n, after, rows, width)
+        else:
+            _store(n, after, width, any(_steps(n) for n in nodes))
+    parts = f"triton.cdiv({after.text(width)}, BN), n_rows"
     alternate = columns.alternate
     if not columns.names:
         raise NoText(f"nothing is read of {product.name}")
@@ -142,12 +151,13 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     if alternate:
         names = [columns.names.get(column, f"acc{1 - i}") for i, column in enumerate((2 * C, 2 * C + 1))]
         body.append(f"{', '.join(names)} = tl.split(tl.reshape(acc, (BM, BN, 2)))")
-    body += ["c = (block + tl.arange(0, BN))[None, :]", f"c_ok = c < {width_text}", *after.body, *stores]
+    body += ["c = (block + tl.arange(0, BN))[None, :]", f"c_ok = c < {width_text}", *after.body]
 
     read = [n for n in inputs if n in before.loads or n in after.loads or n is w]
     symbols = {*before.symbols, *after.symbols}
     beside = [n for n in after.loads if len(value_sizes(n)) == 2 and value_sizes(n)[0] == rows]
-    held = len(columns.names) + bool(beside)  # tiles that the epilogue needs at once, beside those that it computes
+    # Tiles that the epilogue needs at once, beside those that it computes; one that puts every second column joins two.
+    held = len(columns.names) + bool(beside) * (1 + any(_steps(n) for n in nodes))
     many, few = (_shape(t, 1 if held == 1 else 2 * held) for t in tiles(dtype))
     launch = [
         f"n_rows = {after.text(rows)}",
@@ -155,7 +165,9 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
         f"    BM, BN, BK, warps, stages = {many} if n_rows > {after.text(MANY * value_sizes(counts)[0])} else {few}",
         f"    tile_table = {name}_tiles({counts.name}, n_rows, BM, {w.name}.device)",
         "    n_tiles = tile_table.shape[1]",
+        *(f"    {n.name}_out = torch.empty(({parts}), dtype=torch.{wide[3:]}, device={w.name}.device)" for n in sums),
         f"    {name}_kernel[(n_tiles * triton.cdiv({width_text}, BN),)]({_CALL})",
+        *(f"    {n.name}_out = {n.name}_out.sum(0)[:, None].to({n.meta['val'].dtype})" for n in sums),
     ]
     table = [
         f"def {name}_tiles(counts, rows, height, device):",
@@ -223,7 +235,7 @@ def outer_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     ]
     read = [n for n in inputs if n in one.loads or n in other.loads]
     launch = [
-        f"BM, BN, BK, warps, stages = {_shape(tiles(dtype)[0], 1)}",
+        f"BM, BN, BK, warps, stages = {_shape(outer(dtype), 1)}",
         f"row_ends = {counts.name}.cumsum(0).to({read[0].name}.device, non_blocking=True)",
         f"blocks = triton.cdiv({high}, BM) * triton.cdiv({wide_text}, BN)",
         f"{name}_kernel[(blocks, {one.text(experts)})]({_CALL})",
@@ -287,8 +299,8 @@ def _width(nodes: Nodes, outputs: Nodes, rows: Expr) -> Expr:
     return width
 
 
-def _stores(output: fx.Node, values: Values, width: Expr, alternate: bool) -> list[str]:
-    """Stores of all columns of an output that belong to columns `c` of the kernel."""
+def _store(output: fx.Node, values: Values, width: Expr, alternate: bool) -> None:
+    """Stores all columns of an output that belong to columns `c` of the kernel."""
     whole = value_sizes(output)[1]
     pieces = int(whole / width)
     row = f"{output.name}_out + r * {whole}"
@@ -297,10 +309,33 @@ def _stores(output: fx.Node, values: Values, width: Expr, alternate: bool) -> li
         even, odd = (values.at(output, (R, 2 * C + i)) for i in range(2))
         both = f"tl.interleave({zeros} + {even}, {zeros} + {odd})"
         place = "(2 * block + tl.arange(0, 2 * BN))[None, :]"
-        return [f"tl.store({row} + {place}, {both}, mask=r_ok & ({place} < {whole}))"]
-    starts = [i * width for i in range(pieces)]
-    found = [(values.text(C + start), values.at(output, (R, C + start))) for start in starts]
-    return [f"tl.store({row} + {place}, {text}, mask=r_ok & c_ok)" for place, text in found]
+        values.body.append(f"tl.store({row} + {place}, {both}, mask=r_ok & ({place} < {whole}))")
+        return
+    for i in range(pieces):
+        text = values.at(output, (R, C + i * width))
+        values.body.append(f"tl.store({row} + {values.text(C + i * width)}, {text}, mask=r_ok & c_ok)")
+
+
+def is_row_sum(node: fx.Node) -> bool:
+    """Whether a node sums the columns of a table, to one column."""
+    if name_of(node.target) != "aten.sum" or not isinstance(node.args[0], fx.Node):
+        return False
+    dims: Any = argument_or(node, "dim")
+    return len(value_sizes(node.args[0])) == 2 and dims in ([1], [-1]) and bool(argument_or(node, "keepdim"))
+
+
+def _unread(index: Index) -> str:
+    raise NoText("a sum over all columns is read in the kernel, which has some of them")
+
+
+def _store_part(node: fx.Node, values: Values, rows: Expr, width: Expr) -> None:
+    """Stores a row's sum over the columns of a tile; the launcher adds those of all tiles, in one order."""
+    x: Any = node.args[0]
+    if value_sizes(x)[1] != width:
+        raise NoText(f"a sum over {value_sizes(x)[1]} columns, and the kernel has {width}")
+    term = f"tl.where(r_ok & c_ok, {values.converted(values.at(x, (R, C)), x, node)}, 0)"
+    place = f"{node.name}_out + (inside // high).to(tl.int64) * {values.text(rows)} + r"
+    values.body.append(f"tl.store({place}, tl.sum({term}, 1)[:, None], mask=r_ok)")
 
 
 def _module(

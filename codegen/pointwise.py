@@ -36,6 +36,9 @@ FLOATS = {
     aten.div.Scalar: "{0} / {other}",
 }
 
+# Of a large number they keep arrays in memory; a kernel computes them once, and another reads the table.
+SLOW = {aten.sin.default, aten.cos.default}
+
 ANY = {
     aten.mul.Tensor: "{0} * {1}",
     aten.mul.Scalar: "{0} * {other}",

@@ -34,7 +34,7 @@ from foldcc.codegen.index import (
     source_index,
     value_sizes,
 )
-from foldcc.codegen.pointwise import FLOATS, expression, number
+from foldcc.codegen.pointwise import FLOATS, SLOW, expression, number
 from foldcc.rules.aten import argument, argument_or, name_of
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ class Values:
     _where: dict[Symbol, frozenset[Symbol]] = field(default_factory=lambda: {R: frozenset({R}), C: frozenset({C})})
     _masks: tuple[tuple[str, frozenset[Symbol]], ...] = ()
     _taken: set[str] = field(default_factory=set)
-    _reduced: dict[fx.Node, Index] = field(default_factory=dict)
+    _reduced: dict[tuple[fx.Node, str], Index] = field(default_factory=dict)
 
     def at(self, node: Any, index: Index) -> str:
         """The name of, or a number for, an element of a node."""
@@ -109,6 +109,8 @@ class Values:
             return known
         if not isinstance(node.meta.get("val"), Tensor):
             raise NoText(f"{node.target} returns no tensor")
+        if node.target in SLOW and self._reduced.setdefault((node, "once"), index) != index:
+            raise NoText(f"{node.name}, which is slow, is needed at two places of a row")
         operands = []
         for x in node.args:
             if isinstance(x, fx.Node):

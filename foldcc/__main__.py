@@ -1,4 +1,4 @@
-"""`python -m foldcc` runs the demo; `python -m foldcc kernels` compiles the kernels of a model without a GPU."""
+"""`python -m foldcc` runs the demo; with `kernels` it compiles a model's kernels without a GPU, with `tune` it times tiles."""
 
 import sys
 
@@ -7,6 +7,10 @@ if __name__ == "__main__":
         from foldcc.codegen.aot import main as kernels
 
         sys.exit(kernels(sys.argv[2:]))
+    if sys.argv[1:2] == ["tune"]:
+        from foldcc.codegen.tune import main as tune
+
+        sys.exit(tune(sys.argv[2:]))
     from foldcc.demo import main
 
     main()

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
 from foldcc.layout import Layout
+from foldcc.passes.experts import rewrite_experts
 from foldcc.passes.manager import Pass
 from foldcc.passes.recompute import between, kept
 from foldcc.program import Program
@@ -54,8 +55,10 @@ class Differentiate(Pass):
         return replace(program, graph=_forward(program, joints), backward=backward.main(None), backward_for=backward.main)
 
     def _joint(self, name: str, block: fx.GraphModule) -> Joint:
-        instead = {ops.local_token_loss: ops.token_loss_in_pieces} if self.for_kernels else {}
-        return _split(block, _trace(block, instead), partial(self.saved, name))
+        joint = _trace(block, {ops.local_token_loss: ops.token_loss_in_pieces} if self.for_kernels else {})
+        if self.for_kernels and joint is not None:
+            rewrite_experts(joint)
+        return _split(block, joint, partial(self.saved, name))
 
     def saved(self, block: str, forward: Nodes, wanted: Nodes, backward: Nodes, free: Nodes) -> list[fx.Node]:
         """The values of a block's forward pass that are kept for its backward pass, see `recompute.kept`."""

@@ -27,7 +27,7 @@ _VIEWS = frozenset(
     for name in """_unsafe_view alias detach expand permute reshape select slice split split_with_sizes squeeze t transpose
     unsqueeze view""".split()
 ) | {"foldcc.retype"}
-_COPIES = {"aten.cat", "aten.clone", "aten._to_copy", "foldcc.permute"}
+_COPIES = {"aten.cat", "aten.clone", "aten._to_copy", "aten.index", "aten.index_select", "foldcc.permute"}
 _SLOW = {"aten.sin", "aten.cos"}  # in a table of positions, which is small
 _KERNELS = {"aten.sum", "foldcc.grouped_linear", "foldcc.grouped_outer"}  # beside pointwise operators
 _DATA = 4096  # what a size that data decide is taken to be

@@ -31,8 +31,8 @@ from foldcc.codegen.aot import main
 from foldcc.codegen.tiles import Tile
 
 emit.SKELETONS = (experts.find,)
-tiles._TILES["sm_90", 2] = Tile(128, 256, 128, 8, 4), Tile(96, 128, 64, 4, 3)
-sys.exit(main(sys.argv[1:]))
+with tiles.using("sm_90", 2, many=Tile(128, 256, 128, 8, 4), few=Tile(96, 128, 64, 4, 3)):
+    sys.exit(main(sys.argv[1:]))
 """
 
 

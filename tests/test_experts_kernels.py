@@ -94,6 +94,13 @@ def _clamped_backward(grad: Tensor, w: Tensor, h: Tensor, counts: Tensor) -> Any
     return placed[0] + placed[1]
 
 
+def _weighed(x: Tensor, order: Tensor, w: Tensor, h: Tensor, s: Tensor, counts: Tensor) -> Any:
+    rows = grouped_linear(permute(x, order, 2), w, counts, True)
+    gate, up = h.split(h.shape[1] // 2, -1)
+    y = _act(gate, up)
+    return (rows * y).sum(1, keepdim=True), y * s, rows * s
+
+
 def _outer(x: Tensor, h: Tensor, counts: Tensor) -> Any:
     return grouped_outer(x, h, counts, False)
 
@@ -111,24 +118,27 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "down": _down,
     "gated_backward": _gated_backward,
     "clamped_backward": _clamped_backward,
+    "weighed": _weighed,
     "outer": _outer,
     "outer_turned": _outer_turned,
 }
-_TURNED = ("turned", "gathered", "clamped", "gated_backward")
+_TURNED = ("turned", "gathered", "clamped", "gated_backward", "weighed")
+_NARROW = ("gated_backward", "clamped_backward", "weighed", "plain", "turned", "down")
 
 
 def inputs_of(name: str, counts: Sequence[int], k: int, i: int, dtype: torch.dtype, strided: bool = False) -> list[Tensor]:
     """Random inputs of a program: `k` is what its product sums over, `2 * i` or `i` are its columns."""
     random = torch.Generator().manual_seed(sum(counts) + 7 * k + i)
     rows, experts = sum(counts), len(counts)
-    columns = i if name in ("gated_backward", "clamped_backward", "plain", "turned", "down") else 2 * i
-    copied = name in ("gathered", "outer_turned")
+    columns = i if name in _NARROW else 2 * i
+    copied = name in ("gathered", "weighed", "outer_turned")
     shapes = {
         "x": ((rows + 1) // 2 if copied else rows, k),
         "grad": (rows, k),
         "w": (experts, k, columns) if name in _TURNED else (experts, columns, k),
         "b": (experts, columns),
         "h": (rows, 2 * i),
+        "s": (rows, 1),
     }
     found = []
     code = PROGRAMS[name].__code__
@@ -284,6 +294,8 @@ MISTAKES = {
     "float16 accumulators": ("plain", "w_tile, acc0", "w_tile, acc0.to(tl.float16).to(tl.float32)"),
     "bias of another expert": ("clamped", "b_1_ptr + expert *", "b_1_ptr + (1 - expert) *"),
     "halves are swapped": ("gated_backward", "r * 40 + (c + 20)", "r * 40 + c"),
+    "sums of one tile only": ("weighed", ".sum(0)[:, None]", "[0][:, None]"),
+    "padding is summed": ("weighed", "tl.where(r_ok & c_ok, mul_1, 0)", "mul_1 + 1"),
     "the gradient takes the next expert's rows": ("outer", "stop = tl.load(row_ends + expert)", "stop = tl.load(row_ends + 1)"),
     "the gradient starts too late": ("outer", "for r0 in range(first,", "for r0 in range(first + BK,"),
 }
@@ -411,8 +423,8 @@ def test_two_products_that_read_each_other_run_one_after_the_other() -> None:
 
 def test_steps_in_flight_fit_into_shared_memory() -> None:
     limit = {"sm_90": 232_448, "sm_100": 232_448, "other": 101_376, "interpreter": 101_376}
-    for (chip, element), both in tiles._TILES.items():
-        assert all(t.shared(element) <= limit[chip] for t in both), (chip, element)
+    for (chip, element, name), tile in tiles.table().tiles.items():
+        assert tile.shared(element) <= limit[chip], (chip, element, name)
 
 
 _COMPILE = """

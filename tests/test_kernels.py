@@ -46,9 +46,17 @@ def gradients(model: FoldedModule, batch: dict[str, Tensor]) -> dict[str, Tensor
 SOME = ("mixtral", "deepseek_v3", "llama")
 
 
-@pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
-def test_kernels_give_the_same_losses_and_gradients(family: str) -> None:
-    mesh, batch = FoldedMesh.parse(MESH), token_batch(4)
+CASES = [(f, MESH) for f in FAMILIES] + [(f, "dp=2") for f in ("mixtral", "gpt_oss", "llama")]
+
+
+def marked(family: str, mesh: str) -> Any:
+    quick = family in SOME and (family, mesh) != ("llama", "dp=2")
+    return pytest.param(family, mesh, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "fold"), [marked(*case) for case in CASES])
+def test_kernels_give_the_same_losses_and_gradients(family: str, fold: str) -> None:
+    mesh, batch = FoldedMesh.parse(fold), token_batch(4)
     model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS)
     aten = foldcc.parallelize(model, mesh, example_inputs=batch, kernels="aten")
     triton = foldcc.parallelize(model, mesh, example_inputs=batch, kernels="triton")

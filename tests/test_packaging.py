@@ -58,6 +58,12 @@ def test_a_wheel_holds_every_module(installed: Path) -> None:
     assert inside == modules(ROOT / "foldcc") | beside
 
 
+def test_a_wheel_holds_the_table_of_tiles(installed: Path, tmp_path: Path) -> None:
+    where = "from foldcc.codegen import tiles; print(tiles.PATH); print(tiles.table(), end='')"
+    path, table = python(where, folder=installed, cwd=tmp_path).split("\n", 1)
+    assert path == str(installed / "foldcc/codegen/tiles.json") and table == (ROOT / "codegen/tiles.json").read_text()
+
+
 def test_the_readme_runs_from_a_wheel_without_transformers(installed: Path, tmp_path: Path) -> None:
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     where = "\nimport foldcc.passes\nprint(foldcc.__file__, foldcc.passes.__file__, sep='\\n')"

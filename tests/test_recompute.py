@@ -66,6 +66,15 @@ def test_experts_keep_no_activation_and_no_product_is_taken_twice(mesh: str) -> 
     assert not any(hasattr(n.target, "_schema") and name_of(n.target) in ("aten.topk", "aten.mm") for n in again)
 
 
+def test_rows_that_stay_on_their_rank_are_not_kept_for_their_weights() -> None:
+    products = {k: [n for n in saved(folded("dp=2", k)) if "grouped_linear" in str(n.target)] for k in ("aten", "triton")}
+    assert len(products["triton"]) == 1 and products["triton"][0].meta["val"].shape[1] == 96  # gate and up
+    backward = folded("dp=2", "triton").stages["differentiate"].program.backward
+    assert backward is not None
+    targets = {str(n.target) for b in backward.children() for n in b.graph.nodes}  # type: ignore[union-attr]
+    assert "foldcc.unpermute_weights.default" not in targets and "foldcc.gather_rows.default" in targets
+
+
 def graph_of_a_norm() -> dict[str, fx.Node]:
     """x -> wide -> square -> scale (a sum) -> normal -> narrow, with a backward pass that reads wide, scale and narrow."""
     graph, aten, nodes = fx.Graph(), torch.ops.aten, {}
