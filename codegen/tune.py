@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import foldcc
 from foldcc.api import FoldedModule
@@ -272,7 +273,7 @@ def timing(rivals: Mapping[Tile, Launcher], seconds: dict[Tile, float], out: dic
 def failure(launcher: Launcher, arguments: Sequence[Any], wanted: Any) -> str:
     """Why a launcher is none, "" if it is: it does not run, its kernel spills, or it computes something else."""
     compiled: list[Any] = []
-    names: dict[str, Any] = launcher.__globals__  # type: ignore[attr-defined]
+    names: dict[str, Any] = launcher.__globals__
     kernel = f"{launcher.__name__}_kernel"
     try:
         with changed(names, {kernel: _Kept(names[kernel], compiled)}):
@@ -385,7 +386,7 @@ def tune(out: Path, gpu: str, names: Sequence[str], dtype: torch.dtype, turns: i
     check_writable(out)
     torch.manual_seed(0)
     before, element = tiles.table().with_chip(gpu), dtype.itemsize
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
     try:
         mesh = init_folded_mesh("cuda", attention={})
         seconds = all_measured(names, dtype, mesh, candidates(before, gpu, element), turns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from foldcc import ops
 from foldcc.api import FoldedModule
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.passes import Pass
+from foldcc.program import Program
 from foldcc.verification.prove import too_large
 from foldcc.verification.reduce import reduced
 from foldcc.verification.same import first_unlike
@@ -55,6 +58,37 @@ def test_a_large_program_is_reduced_unasked() -> None:
     large = foldcc.parallelize(model, FoldedMesh.parse("dp=2,tp=2|ep=4"), example_inputs=token_batch(4))
     assert too_large(large.stages)
     assert "proved over smaller sizes" in str(foldcc.verify(large, rounds=1).raise_if_failed())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Pass):
+    """A pass of a user's own: every summed gradient times a number."""
+
+    requires = frozenset({"bucketed"})
+    provides = frozenset({"scaled"})
+    by: float
+
+    def run(self, program: Program) -> Program:
+        build = program.backward_for
+        assert build is not None and program.backward is not None
+        return replace(program, backward=self.scaled(program.backward), backward_for=lambda given: self.scaled(build(given)))
+
+    def scaled(self, main: fx.GraphModule) -> fx.GraphModule:
+        for block in main.children():
+            assert isinstance(block, fx.GraphModule)
+            for node in block.graph.find_nodes(op="call_function", target=ops.all_reduce.overload):
+                with block.graph.inserting_after(node):
+                    new = block.graph.call_function(aten.mul.Scalar, (node, self.by))
+                new.meta = dict(node.meta)
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            block.recompile()
+        return main
+
+
+def test_a_pass_of_a_users_own_is_part_of_a_reduced_program(mixtral: FoldedModule) -> None:
+    foldcc.verify(mixtral.with_passes(Scale(by=1.0)), reduced=True, rounds=1).raise_if_failed()
+    proof = foldcc.verify(mixtral.with_passes(Scale(by=2.0)), reduced=True, rounds=1)
+    assert not proof.ok and proof.stage == "scale" and "2 times what it should be" in str(proof)
 
 
 def last_edit(model: FoldedModule, change: Callable[[fx.GraphModule], None], direction: str = "graph") -> None:

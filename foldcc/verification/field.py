@@ -88,9 +88,10 @@ class Field:
         return self.reduced(-x)
 
     def times(self, x: Tensor, y: Tensor | float) -> Tensor:
-        high = torch.floor(x / 65536)
-        low = x - high * 65536
-        return self.reduced(self.reduced(high * y) * 65536 + low * y)
+        high = (x / 65536).floor_()
+        low = torch.sub(x, high, alpha=65536)
+        total = high * y  # from here on in place: on many ranks, a new tensor costs more than what is computed in it
+        return (total.remainder_(self.prime).mul_(65536).add_(low * y)).remainder_(self.prime)
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """The product of matrices, [..., m, k] by [..., k, n]: exact, because every partial sum stays below 2**53."""
@@ -101,14 +102,14 @@ class Field:
             halves = zip(x.split(longest, -1), y.split(longest, -2), strict=True)
             return self.reduced(sum((self.matmul(a, b) for a, b in halves), torch.zeros((), dtype=x.dtype)))
         step = float(1 << bits)
-        total = torch.zeros((), dtype=torch.float64)
         limbs = []
         for _ in range(math.ceil(31 / bits)):
-            high = torch.floor(x / step)
-            limbs.append(x - high * step)
+            high = (x / step).floor_()
+            limbs.append(torch.sub(x, high, alpha=step))
             x = high
-        for limb in reversed(limbs):
-            total = self.reduced(total * step + self.reduced(limb @ y))
+        total = (limbs.pop() @ y).remainder_(self.prime)
+        while limbs:
+            total.mul_(step).add_((limbs.pop() @ y).remainder_(self.prime)).remainder_(self.prime)
         return total
 
     def sum(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,9 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
     program: Program = stages[stage].program
     difference, proved = None, ()
     for field in fields:
-        generator = torch.Generator().manual_seed(field.seed)
-        reference = Reference(captured, field, random_inputs(captured, field, buffers, generator), generator)
-        difference, proved = _round(stages, program, reference)
+        difference, proved = _round(stages, program, field, buffers)
+        if too_large(stages):
+            gc.collect()  # graphs and their modules are in cycles, which hold the values of a round
         if difference is not None:
             break
     return Proof(
@@ -140,10 +141,15 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
     )
 
 
-def _round(stages: Stages, program: Program, reference: Reference) -> tuple[Difference | None, tuple[str, ...]]:
+def _round(
+    stages: Stages, program: Program, field: Field, buffers: Mapping[str, Tensor]
+) -> tuple[Difference | None, tuple[str, ...]]:
+    captured: Program = stages["capture"].program
+    generator = torch.Generator().manual_seed(field.seed)
+    reference = Reference(captured, field, random_inputs(captured, field, buffers, generator), generator)
     differentiated = "differentiated" in program.properties
     run = Folded(program, reference) if differentiated else OnRanks(program, reference)
-    mesh, field = program.mesh, reference.field
+    mesh = program.mesh
     for i, (values, wanted, layout) in enumerate(zip(run.outputs, reference.outputs, run.layouts, strict=True)):
         rank = wrong_rank(values, wanted.detach(), layout, mesh, field)
         if rank is not None:
