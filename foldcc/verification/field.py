@@ -149,7 +149,8 @@ class Field:
     def remember(self, logarithm: Tensor, exponential: Tensor) -> None:
         """Keeps the exponential of a result that is a logarithm, for a derivative that is given the logarithm only."""
         assert logarithm.is_contiguous() and exponential.is_contiguous()
-        self.exponentials[logarithm.untyped_storage().data_ptr()] = (logarithm, exponential)
+        values = logarithm.detach(), exponential.detach()  # without what autograd will keep for them
+        self.exponentials[logarithm.untyped_storage().data_ptr()] = values
 
     def exponential(self, x: Tensor) -> Tensor:
         """The exponential of a value, or of a view of one, that is a remembered logarithm; else a hash."""
