@@ -28,7 +28,7 @@ types: $(INSTALLED)
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p foldcc
 
 bench: $(INSTALLED)           # those that need no GPU; benchmarks/kernels.py needs one
-	for benchmark in compile_time step_time verify; do $(BIN)/python benchmarks/$$benchmark.py || exit; done
+	for benchmark in compile_time step_time verify aot; do $(BIN)/python benchmarks/$$benchmark.py || exit; done
 
 mutations: $(INSTALLED)       # plants every mistake and tables which checker finds it; an hour
 	$(BIN)/python -m tests.mutations

@@ -75,6 +75,19 @@ def test_rows_that_stay_on_their_rank_are_not_kept_for_their_weights() -> None:
     assert "foldcc.unpermute_weights.default" not in targets and "foldcc.gather_rows.default" in targets
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_loss_in_pieces_is_cross_entropy(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(12, 20, generator=random, dtype=torch.float64)).to(dtype).requires_grad_()
+    target = torch.randint(20, (12,), generator=random).index_fill_(0, torch.tensor([3, 7]), -100)
+    weights = torch.randn(12, generator=random, dtype=torch.float64).to(dtype)
+    limit = 1e-12 if dtype == torch.float64 else 1e-2
+    found, wanted = foldcc.ops.token_loss_in_pieces(logits, target, -100), foldcc.ops.local_token_loss(logits, target, -100)
+    assert found.dtype == wanted.dtype and (found - wanted).norm() <= limit * wanted.norm()
+    grads = [torch.autograd.grad((x * weights).sum(), logits)[0] for x in (found, wanted)]
+    assert (grads[0] - grads[1]).norm() <= limit * grads[1].norm() and not grads[0][[3, 7]].any()
+
+
 def graph_of_a_norm() -> dict[str, fx.Node]:
     """x -> wide -> square -> scale (a sum) -> normal -> narrow, with a backward pass that reads wide, scale and narrow."""
     graph, aten, nodes = fx.Graph(), torch.ops.aten, {}
