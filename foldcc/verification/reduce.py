@@ -151,9 +151,10 @@ def smaller(program: Program, *, pieces: bool = True) -> Sizes:
             ratio = max(r for r in _divisors(math.gcd(*sizes)) if _fits(sizes, [degrees.get(f, 1) for f in there], r))
         found |= {f: program.sizes[f] // (ratio if f in there else 1) for f in members & entering}
     shared: Sizes = {}  # inputs of one length, such as tokens and their labels, keep one length
-    for f in sorted(entering - found.keys(), key=lambda f: f.name):
+    tokens = _tokens(program)  # which nearly all values have, so that they choose first
+    for f in sorted(entering - found.keys(), key=lambda f: (f not in tokens, f.name)):
         size, degree = program.sizes[f], degrees.get(f, 1)
-        alike = [g for g in _tokens(program) if f in _tokens(program) and program.sizes[g] == size]
+        alike = [g for g in tokens if f in tokens and program.sizes[g] == size]
         degree = math.lcm(degree, *(degrees.get(g, 1) for g in alike))
         # A rank has one position of a factor only where it has one in the full program: PyTorch treats that case apart.
         choices = [degree * m for m in (1,) if size == degree] or [degree * m for m in range(2, _SMALL + 2)]
