@@ -100,7 +100,7 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     after.given[product] = columns.element
     after.given |= {n: lambda index: "expert" for n in inputs if _expert_of_row(n, counts)}
     after.given |= dict.fromkeys(sums, _unread)
-    for n in outputs:  # each is stored as soon as it is known, for fewer values to be held
+    for n in [*(n for n in outputs if n not in sums), *sums]:  # each is stored as soon as it is known, to hold fewer values
         if n in sums:
             _store_part(n, after, rows, width)
         else:
