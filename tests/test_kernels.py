@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from foldcc.mesh import FoldedMesh
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -300,6 +303,17 @@ def test_a_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FOLDCC_CACHE", str(tmp_path / "file"))
     with pytest.raises(FoldError, match="Emitted kernels cannot be written"):
         source.write("kernels", "x = 1\n")
+
+
+_WRITES = "from foldcc.codegen import source\nfor i in range(30): source.write(f'kernels{i}', f'x = {i}\\n' * 20_000)"
+
+
+def test_processes_that_emit_at_once_leave_whole_files(tmp_path: Path) -> None:
+    environment = {**os.environ, "FOLDCC_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITES], env=environment, cwd=ROOT) for _ in range(2)]
+    assert [w.wait() for w in writers] == [0, 0]
+    texts = {path.read_text() for path in tmp_path.iterdir()}
+    assert texts == {f"x = {i}\n" * 20_000 for i in range(30)} and len(list(tmp_path.iterdir())) == 30
 
 
 def test_kernels_of_an_unknown_kind_are_an_error() -> None:
