@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import FoldedModule, parallelize
+    from foldcc.api import parallelize
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
     from foldcc.mesh import FoldedMesh, init_folded_mesh
+    from foldcc.module import FoldedModule
     from foldcc.runtime.clip import clip_grad_norm_
     from foldcc.verification import verify
 
@@ -42,7 +43,7 @@ if all((_beside / part).exists() for part in ("pyproject.toml", "passes/__init__
 _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "FoldError": "foldcc.errors",
     "FoldedMesh": "foldcc.mesh",
-    "FoldedModule": "foldcc.api",
+    "FoldedModule": "foldcc.module",
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
     "load_kernels": "foldcc.codegen",

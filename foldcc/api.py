@@ -1,45 +1,27 @@
-"""The public entry: `parallelize` and the module that it returns."""
+"""The public entry: `parallelize`, and the checks of what a user gives."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from math import gcd
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.fx import GraphModule
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import capture
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
-from foldcc.capture.unchanged import in_mode
-from foldcc.codegen import Emit, Kernels, kernels_of
-from foldcc.codegen.source import unusable
-from foldcc.errors import FoldError, divides, divisors
-from foldcc.layout import Layout
+from foldcc.errors import FoldError, divisors
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.ops.experts import experts_node
-from foldcc.passes import PIPELINE, Pass, Stages, check_types, run_passes
-from foldcc.passes.differentiate import Differentiate
-from foldcc.passes.shard import ShardPass
-from foldcc.program import Program
+from foldcc.passes import PIPELINE
 from foldcc.rules.aten import argument
-from foldcc.runtime.checkpoint import store_boxes
-from foldcc.runtime.executable import Executable
-from foldcc.runtime.groups import create_groups
-from foldcc.runtime.placement import cut, placements
-from foldcc.verification import first_broken
 
 KERNELS = ("auto", "triton", "aten")
 
@@ -86,7 +68,7 @@ def parallelize(
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
     quiet = progress or (lambda name: None)
-    folded = FoldedModule(model, mesh, tracer=capture, kernels=kernels, verified=verify, progress=quiet)
+    folded = FoldedModule(model, mesh, tracer=capture, kernels=kernels, pipeline=PIPELINE, verified=verify, progress=quiet)
     fixed = example_inputs is not None
     given = example_inputs if fixed else _dummy(model, mesh)
     if given is not None:
@@ -97,283 +79,6 @@ def parallelize(
 
 def _arguments(given: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
-
-
-class FoldedModule(nn.Module):
-    """A model that runs in parallel. It is called like the original and returns the same type of output.
-
-    Parameters keep their names and global shapes: full tensors on a virtual mesh, DTensors otherwise.
-
-    Attributes:
-        mesh: the FoldedMesh.
-        stages: every pass of the newest program: its name, time, and the program after it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        mesh: FoldedMesh,
-        *,
-        tracer: str,
-        kernels: str | ModuleType,
-        verified: bool,
-        progress: Callable[[str], None],
-    ):
-        super().__init__()
-        self.mesh = mesh
-        self.training = model.training
-        self._held = (model,)  # in a tuple, for it is no submodule: its parameters are not this module's
-        self._tracer = tracer
-        self._kernels = kernels
-        self._notes: tuple[str, ...] = ()
-        self._verified = verified
-        self._progress = progress
-        self._programs: dict[Any, tuple[Executable, Stages]] = {}
-        self._newest: Any = None
-        self._structure: str | None = None
-        self._structure_names = ""
-        self._layouts: dict[str, Layout] = {}
-        _copy_tree(model, self, mesh)
-        self.register_state_dict_post_hook(store_boxes)
-
-    @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec, names = self._bind(args, kwargs)
-        key = self._key(leaves, spec)
-        if key not in self._programs:
-            self._compile(leaves, spec, names)
-        executable, _ = self._programs[key]
-        program = executable.program
-        inputs = iter(x for x in leaves if isinstance(x, Tensor))
-        held = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
-        values = []
-        for slot in program.slots:
-            if slot.kind == "input":
-                values.append(next(inputs))
-            elif slot.kind == "constant":
-                values.append(program.constants[slot.name])
-            else:
-                values.append(_local(held[slot.names[0]]))
-        return program.returned(executable(values))
-
-    def with_passes(self, *passes: Pass) -> FoldedModule:
-        """The same module, with the same parameters, its newest program rewritten by passes of your own.
-
-        They run after the last stage, before kernels are emitted, and become stages themselves; types are checked after
-        each. This module is left as it is.
-        """
-        stages = self.stages.lowered
-        later = run_passes(stages[-1].program, [*passes, *self._emission()], check=check_types)
-        other = copy.copy(self)
-        other._programs = {self._newest: (Executable(later[-1].program), Stages([*stages, *list(later)[1:]]))}
-        return other
-
-    # --- what a person reads ---
-
-    @property
-    def program(self) -> Program:
-        """The newest program, lowered."""
-        return self._current()[0].program
-
-    @property
-    def stages(self) -> Stages:
-        return self._current()[1]
-
-    @property
-    def kernels(self) -> Kernels:
-        """The Triton kernels of the newest program, by name, and what of it they cover; none if it runs as ATen."""
-        return kernels_of(self.program, self._notes)
-
-    def collectives(self) -> Any:
-        """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves."""
-        from foldcc.inspect.collectives import collectives
-
-        return collectives(self.stages)
-
-    def summary(self) -> Any:
-        """FLOPs and parameters of a rank against those of the whole model."""
-        from foldcc.inspect.summary import summary
-
-        return summary(self.stages)
-
-    def _current(self) -> tuple[Executable, Stages]:
-        if self._newest is None:
-            raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
-        return self._programs[self._newest]
-
-    # --- compiling ---
-
-    def _passes(self) -> list[Pass]:
-        emission = self._emission()
-        found: list[Pass] = []
-        for p in (*PIPELINE, *emission):
-            if isinstance(p, ShardPass):
-                p = replace(p, kept=self._layouts)
-            elif isinstance(p, Differentiate):
-                p = replace(p, for_kernels=bool(emission))
-            found.append(p)
-        return found
-
-    def _emission(self) -> tuple[Pass, ...]:
-        self._notes = ()
-        if self._kernels == "aten" or (self._kernels == "auto" and self._device().type != "cuda"):
-            return ()
-        if self._kernels == "auto" and (why := unusable()) is not None:
-            self._notes = (f"{why}, so the program runs as ATen.",)
-            return ()
-        return (Emit(edited=self._kernels if isinstance(self._kernels, ModuleType) else None),)
-
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
-        """The leaves of a call, all arguments by name, their structure, and their paths."""
-        signature = inspect.signature(self._held[0].forward)
-        bound = signature.bind(*args, **kwargs).arguments
-        named: dict[str, Any] = {}
-        for name, value in bound.items():
-            kind = signature.parameters[name].kind
-            if kind == inspect.Parameter.VAR_POSITIONAL:
-                raise FoldError(f"The forward of {type(self._held[0]).__name__} takes *{name}; pass arguments by name.")
-            named.update(value if kind == inspect.Parameter.VAR_KEYWORD else {name: value})
-        paths, spec = pytree.tree_flatten_with_path(named)
-        return [x for _, x in paths], spec, [pytree.keystr(p) for p, _ in paths]
-
-    def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-        told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return (str(spec), told, self.training)
-
-    def _compile(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], *, fixed: bool = False) -> None:
-        structure = f"{spec} {[n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]}"
-        if self._structure is not None and structure != self._structure:
-            raise FoldError(
-                f"The model is called with {', '.join(names)}, and was compiled for another structure of inputs.",
-                compiled=self._structure_names,
-                valid="the structure of example_inputs; without example_inputs, any",
-            )
-        kwargs = pytree.tree_unflatten(self._global(leaves, names), spec)
-        start = time.perf_counter()
-        self._progress("capture")
-        with in_mode(self._held[0], self.training), warnings.catch_warnings():
-            # torch.export copies its own specifications in a way that it has deprecated.
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
-        seconds = time.perf_counter() - start
-        stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
-        self._take_places(stages[-1].program)
-        executable = Executable(stages[-1].program)
-        key = self._key(leaves, spec)
-        self._programs[key] = (executable, stages)
-        self._newest = key
-        if self._verified:
-            self._progress("verify")
-            first_broken(self).raise_if_failed()
-        if fixed:
-            self._structure, self._structure_names = structure, ", ".join(names)
-
-    def _device(self) -> torch.device:
-        if not self.mesh.is_virtual:
-            return torch.device(self.mesh.device_type)
-        device = next(self._held[0].parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
-
-    def _global(self, leaves: list[Any], names: list[str]) -> list[Any]:
-        """Stand-ins for the inputs with global shapes, on the model's device."""
-        dp = self.mesh.size("dp")
-        device = next(self._held[0].parameters()).device
-        batch = next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), None)
-        found: list[Any] = []
-        for x, name in zip(leaves, names, strict=True):
-            if not isinstance(x, Tensor):
-                found.append(x)
-                continue
-            shape = list(x.shape)
-            if 0 in shape:
-                raise FoldError(f"Input {name} is empty: its shape is {shape}.")
-            if shape and shape[0] == batch:
-                if self.mesh.is_virtual:
-                    divides("samples", shape[0], "dp", dp, input=name, mesh=str(self.mesh), valid=f"multiples of {dp}")
-                else:
-                    shape[0] *= dp
-            found.append(torch.zeros(shape, dtype=x.dtype, device=device))
-        return found
-
-    def _take_places(self, program: Program) -> None:
-        """Puts each parameter into its layout, the first time that it has one."""
-        layouts = {s.names[0]: n.meta["layout"] for s, n in zip(program.slots, program.placeholders, strict=True)}
-        kinds = {s.names[0]: s.kind for s in program.slots}
-        for name, layout in layouts.items():
-            if kinds[name] != "parameter" or name in self._layouts:
-                continue
-            self._layouts[name] = layout
-            if not self.mesh.is_virtual:
-                self._distribute(name, layout)
-        if not self.mesh.is_virtual:
-            create_groups(self.mesh, _axes_used(program))
-
-    def _distribute(self, name: str, layout: Layout) -> None:
-        """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""
-        parameter = self.get_parameter(name)
-        assert isinstance(parameter, DTensor)
-        local = cut(parameter.to_local().detach(), layout, self.mesh, dist.get_rank()).clone()
-        side = self.mesh.attention if layout.view == "attention" else self.mesh.moe
-        there = placements(layout, self.mesh)
-        whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
-        torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-
-
-def _local(held: Tensor) -> Tensor:
-    return held.to_local(grad_placements=held.placements) if isinstance(held, DTensor) else held
-
-
-def _axes_used(program: Program) -> list[str]:
-    from foldcc.ops import record
-
-    found = set()
-    for graph in (program.graph, program.backward):
-        for block in graph.children() if graph is not None else ():
-            assert isinstance(block, GraphModule)
-            for node in block.graph.nodes:
-                known = record(node.target)
-                if known is not None and known.simulate is not None:
-                    found.add(known.arguments(node.args, dict(node.kwargs))["axes"])
-    return sorted(found)
-
-
-def _copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
-    """Gives `root` the same tree of names, with copies of the parameters and buffers; what is tied stays tied.
-
-    On a real mesh parameters are DTensors from the start, replicated until a program says how they are laid out: a
-    DTensor can become another one in place, an ordinary tensor cannot become a DTensor.
-    """
-    copies: dict[int, Any] = {}
-
-    def copied(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        return x if mesh.is_virtual or x.device.type == "meta" else x.to(mesh.device_type)
-
-    def parameter(p: nn.Parameter) -> nn.Parameter:
-        x = copied(p)
-        if not mesh.is_virtual:
-            x = DTensor.from_local(x, mesh.attention, [Replicate()] * mesh.attention.ndim, run_check=False)
-        return nn.Parameter(x, requires_grad=p.requires_grad)
-
-    for path, module in model.named_modules(remove_duplicate=False):
-        target = root
-        for part in path.split(".") if path else ():
-            if part not in target._modules:
-                target.add_module(part, nn.Module())
-            target = target.get_submodule(part)
-        for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in copies:
-                    copies[id(p)] = parameter(p)
-                target.register_parameter(name, copies[id(p)])
-        for name, b in module._buffers.items():
-            if b is not None:
-                if id(b) not in copies:
-                    copies[id(b)] = copied(b)
-                target.register_buffer(name, copies[id(b)], persistent=name not in module._non_persistent_buffers_set)
 
 
 def _check_parameters(model: nn.Module) -> None:

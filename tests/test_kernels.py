@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import foldcc
-from foldcc.api import FoldedModule
 from foldcc.codegen import source
 from foldcc.codegen.chains import chain_text, column_sum_text
 from foldcc.codegen.values import NoText
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 import foldcc
-from foldcc.api import FoldedModule
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.passes.recompute import between, kept
 from foldcc.rules.aten import name_of
 from tests.models import tiny_model, token_batch

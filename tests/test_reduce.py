@@ -11,9 +11,9 @@ from torch import fx
 
 import foldcc
 from foldcc import ops
-from foldcc.api import FoldedModule
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.passes import Pass
 from foldcc.program import Program
 from foldcc.verification.prove import too_large

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 import foldcc
 from foldcc import ops
-from foldcc.api import FoldedModule
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.passes import PIPELINE, Pass, Stages, run_passes
 from foldcc.program import Program
 from foldcc.simulate import simulate

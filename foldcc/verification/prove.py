@@ -27,7 +27,7 @@ from foldcc.verification.same import first_unlike
 from foldcc.verification.wiring import wired_alike
 
 if TYPE_CHECKING:
-    from foldcc.api import FoldedModule
+    from foldcc.module import FoldedModule
 
 _ELEMENTS = 5_000_000  # of parameters and inputs
 _CALLS = 1_000_000  # of operators, over all ranks

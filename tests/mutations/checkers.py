@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import foldcc
-from foldcc.api import FoldedModule
 from foldcc.layout import Layout, Shard
+from foldcc.module import FoldedModule
 from foldcc.passes import check_types
 from foldcc.runtime.executable import Executable
 from foldcc.testing.equivalence import relative_error

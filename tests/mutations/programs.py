@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import foldcc
-from foldcc.api import FoldedModule
+from foldcc.module import FoldedModule
 from foldcc.testing import in_float64
 from foldcc.testing.mutate import Mutant, mutants
 from tests.models import tiny_model, token_batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foldcc
-from foldcc.api import FoldedModule
+from foldcc.module import FoldedModule
 from foldcc.testing import mutate
 from tests.models import token_batch
 from tests.mutations.programs import folded

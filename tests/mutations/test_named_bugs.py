@@ -12,7 +12,7 @@ from torch import fx
 
 import foldcc
 from foldcc import ops
-from foldcc.api import FoldedModule
+from foldcc.module import FoldedModule
 from foldcc.program import Program
 from foldcc.testing import mutate
 from foldcc.testing.mutate.edits import before, feed, instead, wrap

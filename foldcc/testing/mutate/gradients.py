@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from foldcc import ops
-from foldcc.api import FoldedModule
 from foldcc.inspect.graphs import BACKWARD, module_of, parts
 from foldcc.layout import INVARIANT, Layout
+from foldcc.module import FoldedModule
 from foldcc.program import Program
 from foldcc.testing.mutate.collectives import axes_of_both_views
 from foldcc.testing.mutate.edits import before

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from foldcc.api import FoldedModule
 from foldcc.inspect.graphs import FORWARD, module_of, parts
+from foldcc.module import FoldedModule
 from foldcc.passes import Stage, Stages, run_passes
 from foldcc.program import Program
 from foldcc.runtime.executable import Executable

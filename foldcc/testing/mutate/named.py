@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 
 import torch
 
-from foldcc.api import FoldedModule
 from foldcc.errors import FoldError, listed
+from foldcc.module import FoldedModule
 from foldcc.testing.mutate.gradients import Gradient, followed, gradients, missing, not_summed, summed_again
 from foldcc.testing.mutate.mutant import Mutant
 

@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 
 from torch import fx
 
-from foldcc.api import FoldedModule
 from foldcc.errors import FoldError, listed
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.testing.mutate.collectives import Mistakes, left_out, other_axes, other_blocks, other_kinds, scaled
 from foldcc.testing.mutate.gradients import gradient_mutants
 from foldcc.testing.mutate.means import summed
