@@ -1,16 +1,35 @@
-"""`python -m foldcc` runs the demo; with `kernels` it compiles a model's kernels without a GPU, with `tune` it times tiles."""
+"""`python -m foldcc`: the commands; without one, the demo."""
 
 import sys
+from argparse import REMAINDER, ArgumentParser
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["kernels"]:
+COMMANDS = {
+    "demo": "trains a small Mixtral on eight processes next to itself in one (the default)",
+    "kernels": "compiles a model's kernels without a GPU",
+    "tune": "times tiles on this GPU and writes their table",
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="python -m foldcc", description="A compiler for distributed transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, title="commands, each with a --help of its own")
+    for name, help in COMMANDS.items():
+        commands.add_parser(name, help=help, add_help=False).add_argument("rest", nargs=REMAINDER)
+    own = arguments[:1] in (["-h"], ["--help"]) or (arguments and not arguments[0].startswith("-"))
+    command, rest = (parser.parse_known_args(arguments[:1])[0].command, arguments[1:]) if own else ("demo", arguments)
+    if command == "kernels":
         from foldcc.codegen.aot import main as kernels
 
-        sys.exit(kernels(sys.argv[2:]))
-    if sys.argv[1:2] == ["tune"]:
+        return kernels(rest)
+    if command == "tune":
         from foldcc.codegen.tune import main as tune
 
-        sys.exit(tune(sys.argv[2:]))
-    from foldcc.demo import main
+        return tune(rest)
+    from foldcc.demo import main as demo
 
-    main()
+    demo(rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from math import gcd
 from types import ModuleType
@@ -24,24 +25,33 @@ from foldcc.passes import PIPELINE
 from foldcc.rules.aten import argument
 
 KERNELS = ("auto", "triton", "aten")
+# Options of other tools, and what there is here.
+_ELSEWHERE = {
+    "zero": "parameters, gradients and optimizer states are replicated over dp; storing them divided is not supported yet",
+    "fsdp": "parameters, gradients and optimizer states are replicated over dp; storing them divided is not supported yet",
+    "capacity_factor": "dispatch is dropless: every token reaches its experts, whatever the routing",
+    "recompute": "what is kept for the backward pass is chosen by a minimum cut where kernels are emitted",
+    "precision": "the dtypes of the model's own parameters, and torch.autocast around the call",
+}
 
 
 def parallelize(
     model: nn.Module,
-    mesh: FoldedMesh | DeviceMesh,
+    mesh: FoldedMesh | DeviceMesh | str,
     *,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     capture: str = "export",
     kernels: str | ModuleType = "auto",
     verify: bool = False,
     progress: Callable[[str], None] | None = None,
+    **others: Any,
 ) -> FoldedModule:
     """The same model, running in parallel on a folded mesh.
 
     Args:
         model: any nn.Module, on `meta` or with weights; it is left as it is, and the parameters are copies.
-        mesh: from `init_folded_mesh` or `FoldedMesh.parse`; or a DeviceMesh with axes among pp, dp, cp, tp, for which
-            the MoE side is chosen.
+        mesh: from `init_folded_mesh`; or the text of a virtual one, such as `"dp=2,tp=2|ep=4"`; or a DeviceMesh with
+            axes among pp, dp, cp, tp, for which the MoE side is chosen.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; tensors give only their shape, dtype
             and device. On a virtual mesh they hold the global batch, else this rank's samples. With them the model is
             compiled now and takes no other structure of inputs. Without them the model's `dummy_inputs` serve, and any
@@ -63,7 +73,11 @@ def parallelize(
         raise FoldError(f"There is no tracer {capture!r}.", valid=", ".join(TRACERS))
     if isinstance(kernels, str) and kernels not in KERNELS:
         raise FoldError(f"There are no kernels {kernels!r}.", valid=f"{', '.join(KERNELS)}, or what load_kernels returns")
+    for name in others:
+        raise FoldError(f"parallelize takes no option {name!r}.", instead=_ELSEWHERE.get(name), valid=", ".join(_OPTIONS))
     _check_parameters(model)
+    if isinstance(mesh, str):
+        mesh = FoldedMesh.parse(mesh)
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
@@ -133,5 +147,7 @@ def _chosen_mesh(
     shared = gcd(*counts) if counts else 1
     return FoldedMesh.from_device_mesh(mesh, ep=max(d for d in divisors(stage) if shared % d == 0))
 
+
+_OPTIONS = [p.name for p in inspect.signature(parallelize).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 __all__ = ["FoldedModule", "parallelize"]

@@ -1,4 +1,4 @@
-"""`python -m foldcc`: train a small Mixtral on eight processes, folded, next to the same model in one process.
+"""`python -m foldcc demo`: train a small Mixtral on eight processes, folded, next to the same model in one process.
 
 Each process is a rank of `dp=4,tp=2|ep=8` on gloo; the text is the standard library's own source, as bytes. It prints which
 rank plays which part in attention and in the experts, the stages of compilation, the collectives of a step, and both
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ LEARNING_RATE, CLIP = 1e-3, 1.0
 TIMEOUT = 3600.0  # seconds for everything, on a slow machine too
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line; what cannot be folded is told on standard error, with exit code 2."""
     try:
-        run(options())
+        run(options(arguments))
     except FoldError as error:
         print(f"python -m foldcc: {error}", file=sys.stderr)
         sys.exit(2)
@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
         raise refused
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m foldcc", description=(__doc__ or "").splitlines()[0])
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m foldcc demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mesh", default="dp=4,tp=2|ep=8", help="the folded mesh; a process for each rank")
     parser.add_argument("--steps", type=int, default=20, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="samples of the whole batch")
     parser.add_argument("--length", type=int, default=64, help="bytes of a sample")
     parser.add_argument("--out", default="foldcc-demo", help="folder for the text of each stage")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def model() -> torch.nn.Module:

@@ -34,6 +34,14 @@ Groups = tuple[tuple[int, ...], ...]
 
 _VIEWS: dict[View, tuple[str, ...]] = {"attention": ATTENTION, "moe": MOE}
 _ALL = ATTENTION + MOE[1:]
+# Axes of other tools, and what there is here.
+_ELSEWHERE = {
+    "fsdp": "dp, over which weights are replicated: storing them divided is not supported yet",
+    "efsdp": "edp, which is derived; expert weights are replicated over it",
+    "dp_replicate": "dp",
+    "dp_shard": "dp, over which weights are replicated: storing them divided is not supported yet",
+    "sp": "tp, which divides the sequence between its products",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -312,7 +320,7 @@ def _product(sizes: Mapping[str, int]) -> str:
 
 def _check_axis(axis: str, valid: tuple[str, ...]) -> None:
     if axis not in valid:
-        raise FoldError(f"unknown axis {axis!r}.", valid=listed(valid))
+        raise FoldError(f"unknown axis {axis!r}.", instead=_ELSEWHERE.get(axis), valid=listed(valid))
 
 
 def _check_size(axis: str, size: object) -> None:

@@ -40,7 +40,7 @@ class Slot:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """A model as graphs, on its way from one rank's module to every rank's program.
 
@@ -67,6 +67,9 @@ class Program:
     backward_for: Callable[[tuple[bool, ...]], fx.GraphModule] | None = None
     literals: Mapping[int, Any] = field(default_factory=dict)
     name: str = "program"
+
+    def __repr__(self) -> str:
+        return f"<program {self.name} on {self.mesh}: {len(self.blocks)} blocks, {self.node_count()} nodes>"
 
     @property
     def placeholders(self) -> list[fx.Node]:

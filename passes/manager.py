@@ -34,7 +34,7 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__} defines no run")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """A program after a pass.
 
@@ -56,6 +56,19 @@ class Stage:
         from foldcc.inspect.text import stage_text
 
         return stage_text(self)
+
+    def __repr__(self) -> str:
+        return f"<stage {self.name} of {self.program.name}: {self.before} -> {self.after} nodes; print it to read it>"
+
+    def block(self, name: str) -> str:
+        """One block alone, as text, in each direction that it has; `main` is the graph that calls the blocks.
+
+        Raises:
+            FoldError: the program has no such block.
+        """
+        from foldcc.inspect.text import block_text
+
+        return block_text(self, name)
 
 
 class Stages(Sequence[Stage]):
@@ -93,6 +106,9 @@ class Stages(Sequence[Stage]):
         from foldcc.inspect.text import stage_diff
 
         return stage_diff(self[first], self[second])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} stages: {', '.join(s.name for s in self)}>"
 
     def __str__(self) -> str:
         from foldcc.inspect.tables import stages_table

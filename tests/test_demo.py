@@ -36,11 +36,10 @@ def test_both_models_train_alike(tmp_path: Path) -> None:
     assert all(len(line) <= WIDTH for line in done.stdout.splitlines() if str(tmp_path) not in line)
 
 
-def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """What `python -m foldcc` with these arguments says as it exits with code 2."""
-    monkeypatch.setattr(sys, "argv", ["foldcc", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        main()
+        main(arguments)
     assert stopped.value.code == 2
     return capfd.readouterr().err
 
@@ -55,15 +54,14 @@ def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(
-    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first, *facts = refusal(arguments, monkeypatch, capfd).splitlines()
+    first, *facts = refusal(arguments, capfd).splitlines()
     assert first == f"python -m foldcc: {sentence}"
     assert facts and all(fact.startswith("  ") for fact in facts)
 
 
-def test_help_names_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["foldcc", "--help"])
+def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main()
+        main(["--help"])
     assert not stopped.value.code and "--mesh" in capsys.readouterr().out

@@ -180,3 +180,56 @@ def test_heads_that_are_fewer_than_ranks_are_listed_as_replicated():
     summary = fold(transformers.LlamaForCausalLM(config), "tp=4").summary()
     assert {r.module.rsplit(".", 1)[1] for r in summary.replicated} <= {"k_proj", "v_proj"}
     assert summary.flops_ratio == pytest.approx(1 + sum(r.share for r in summary.replicated), abs=0.01)
+
+
+def test_what_a_console_shows_of_a_program_is_one_line(folded):
+    for shown in (folded.stages, folded.stages["dispatch"], folded.program):
+        assert len(repr(shown)) < 300 and "\n" not in repr(shown)
+
+
+def test_a_line_that_returns_is_wrapped_and_one_block_can_be_printed(folded):
+    stage = folded.stages["bucket"]
+    returning = str(stage).split("  return ")[1:]
+    assert max(len(line) for text in returning for line in text.split("\n\n")[0].splitlines()) <= 120
+    for name in folded.program.blocks:
+        text = stage.block(name)
+        assert text.startswith(f"{name} forward") and all(part in str(stage) for part in text.split("\n\n"))
+    with pytest.raises(FoldError, match="no block 'nix'.*\n.*main"):
+        stage.block("nix")
+
+
+def test_a_mesh_may_be_given_as_text():
+    ids = torch.randint(0, V, (BATCH, S))
+    model = torch.nn.Sequential(torch.nn.Embedding(V, H), torch.nn.Linear(H, V))
+    folded = foldcc.parallelize(model, "dp=2,tp=2|ep=4", example_inputs=(ids,))
+    assert folded.mesh == FoldedMesh.parse("dp=2,tp=2|ep=4")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"zero": 3}, "no option 'zero'.\n.*replicated over dp"),
+        ({"capacity_factor": 1.0}, "no option 'capacity_factor'.\n.*dropless"),
+        ({"nix": 1}, "no option 'nix'.\n  valid   example_inputs, capture, kernels"),
+    ],
+)
+def test_options_of_other_tools_say_what_there_is_instead(options, says):
+    with pytest.raises(FoldError, match=says):
+        foldcc.parallelize(torch.nn.Linear(2, 2), "dp=2", **options)
+
+
+def test_axes_of_other_tools_say_what_there_is_instead():
+    with pytest.raises(FoldError, match="unknown axis 'fsdp'.\n  instead dp"):
+        foldcc.init_folded_mesh("virtual", attention={"fsdp": 2})
+
+
+def test_help_lists_the_commands(capsys):
+    from foldcc.__main__ import COMMANDS, main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["nix"])
+    assert "invalid choice: 'nix'" in capsys.readouterr().err

@@ -17,11 +17,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 import torch
 from torch import fx
 
+from foldcc.errors import FoldError
 from foldcc.inspect.graphs import Part, module_of, parts
 from foldcc.inspect.sizes import Sizes, communicates, human
 from foldcc.layout import Layout
@@ -31,6 +33,7 @@ from foldcc.program import Program
 
 _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u"}
 _WIDEST = (52, 64, 72)  # columns: name, type, operation
+_RETURN = 120  # columns of a line that returns
 
 
 def stage_text(stage: Stage) -> str:
@@ -40,19 +43,37 @@ def stage_text(stage: Stage) -> str:
         f"program {program.name} · stage {stage.name} · {program.mesh} · {1000 * stage.seconds:.0f} ms",
         " ".join(["factors", *(f"{f.name}={n}" for f, n in program.sizes.items())]),
     ]
+    for _, text in _sections(program):
+        lines += ["", *text]
+    return "\n".join(lines)
+
+
+def block_text(stage: Stage, name: str) -> str:
+    """One block of a stage, forward and backward.
+
+    Raises:
+        FoldError: there is no such block.
+    """
+    sections = list(_sections(stage.program))
+    found = ["\n".join(text) for block, text in sections if block == name]
+    if not found:
+        raise FoldError(f"Stage {stage.name} has no block {name!r}.", valid=", ".join(dict.fromkeys(b for b, _ in sections)))
+    return "\n\n".join(found)
+
+
+def _sections(program: Program) -> Iterator[tuple[str, list[str]]]:
+    """The name and the text of each block in each direction, then of the main graphs."""
     sizes: dict[str, Sizes] = {}
+    both = program.backward is not None
     for part in parts(program):
-        if part.name == "main":
-            continue
-        known = sizes.setdefault(part.name, Sizes(program.mesh))
-        both = f" {part.direction}" if program.backward is not None else ""
-        lines += ["", f"{part.name}{both} × {part.calls}", *_lines(program, part, known)]
+        if part.name != "main":
+            known = sizes.setdefault(part.name, Sizes(program.mesh))
+            head = f"{part.name} {part.direction} × {part.calls}" if both else f"{part.name} × {part.calls}"
+            yield part.name, [head, *_lines(program, part, known)]
     for direction, main in (("forward", program.graph), ("backward", program.backward)):
         if main is not None:
-            both = f" {direction}" if program.backward is not None else ""
             part = Part("main", direction, 1, main)
-            lines += ["", f"main{both}", *_lines(program, part, Sizes(program.mesh))]
-    return "\n".join(lines)
+            yield "main", [f"main {direction}" if both else "main", *_lines(program, part, Sizes(program.mesh))]
 
 
 def stage_diff(first: Stage, second: Stage) -> str:
@@ -73,7 +94,7 @@ def _lines(program: Program, part: Part, sizes: Sizes) -> Iterator[str]:
             at = f"{where} {source}"
             rows.append(f"  # {where or program.name:<64} {source}".rstrip())
         if node.op == "output":
-            rows.append(f"  return {_argument(node.args[0])}")
+            rows += wrap(f"return {_argument(node.args[0])}", _RETURN, initial_indent="  ", subsequent_indent=" " * 9)
         else:
             note = _note(node, sizes if localized else None)
             rows.append((f"%{node.name}", _type(node), _operation(program, part, node), note))
