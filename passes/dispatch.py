@@ -105,7 +105,10 @@ class _Dispatcher:
     def _fold(self, x: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
         """A value with one row per token, on the MoE side of the mesh."""
         layout = self.layout(((self.tokens,), *x.meta["dims"][1:]))
-        return self.emit(cross_fold, (x, layout), layout, dtype)
+        folded = self.emit(cross_fold, (x, layout), layout, dtype)
+        # Routers keep float32 where experts are narrower: the other side of the mesh changes no dtype.
+        folded.meta["dtype"] = x.meta["dtype"] if "dtype" in x.meta else x.meta["val"].dtype
+        return folded
 
     def _weight(self, name: str, **factors: str) -> fx.Node | None:
         """An expert weight, each named factor divided over its axis."""
