@@ -1,4 +1,4 @@
-"""Parameters in every floating-point dtype train as in one process."""
+"""Parameters in a narrower dtype than the router train as in one process."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import foldcc
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_router_weights_keep_their_own_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
