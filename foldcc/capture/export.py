@@ -70,7 +70,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         modules.adapt(model)
-        stack.enter_context(transformers.adapted(model))
+        stack.enter_context(transformers.adapted(model, kwargs))
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
     regions.detach_no_grad(exported)

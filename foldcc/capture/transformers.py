@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ from foldcc.errors import FoldError
 from foldcc.ops import attention, experts
 
 _NAME = "foldcc"
-# Arguments of an attention function that change nothing of what it computes.
+# Arguments of an attention function that change nothing of what it computes and returns.
 _HARMLESS = {
-    "position_ids", "cache_position", "past_key_values", "use_cache", "output_attentions", "output_hidden_states",
+    "position_ids", "cache_position", "past_key_values", "use_cache", "output_hidden_states",
     "output_router_logits", "return_dict", "position_embeddings", "num_items_in_batch", "labels", "logits_to_keep",
 }  # fmt: skip
 
@@ -44,6 +44,8 @@ def _attention(
     given = [f"{name}={x}" if isinstance(x, (bool, int, float, str)) else name for name, x in used.items()]
     if dropout:
         given.append(f"dropout={dropout}")
+    if not used.get("output_attentions") and any(key.endswith("attentions") for key in _recorded()):
+        given.append("output_attentions=True")
     valid = None
     if attention_mask is None:
         pattern = Pattern(bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
@@ -68,6 +70,34 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     y = attention(query, key, value, s_aux, valid, float(scale), pattern.causal, pattern.window)
     return y, None
+
+
+def _recorded() -> Iterable[str]:
+    """What the model is asked to return of its modules' outputs; our attention has no weights that could be recorded."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return _active_collector.get() or ()
+
+
+def _install_recorders(model: nn.Module) -> None:
+    """Installs the hooks that record outputs, each once; the caller removes them.
+
+    The library installs them in the first forward that records, under a lock, which Dynamo cannot trace. It does so
+    from the module that records down; installed from further up, they would be there twice where it has been before.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.utils import output_capturing
+
+    install = output_capturing.install_all_output_capturing_hooks
+
+    def install_once(module: nn.Module, prefix: str | None = None) -> None:
+        if not getattr(module, "_output_capturing_hooks_installed", False):
+            install(module, prefix)
+
+    with changed(vars(output_capturing), {"install_all_output_capturing_hooks": install_once}):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                output_capturing.maybe_install_capturing_hooks(module)
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -103,15 +133,25 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """Attention, masks and experts are foldcc's nodes inside this context, and nothing is changed after it."""
+def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Attention, masks and experts are foldcc's nodes inside this context, and nothing is changed after it.
+
+    Args:
+        given: the arguments by name that the model will be called with.
+
+    Raises:
+        FoldError: the model is asked for a key/value cache.
+    """
     if not _is_transformers(model):
         yield
         return
+    if given.get("use_cache"):
+        raise FoldError(
+            "use_cache=True asks for a key/value cache, which no program returns.", valid="use_cache=False, or none"
+        )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     changes = {
         "_attn_implementation_internal": _NAME,
@@ -125,10 +165,7 @@ def adapted(model: nn.Module) -> Iterator[None]:
         stack.enter_context(as_patterns())
         for config in _configurations(model):
             stack.enter_context(changed(config.__dict__, changes))
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                # The library does this in the first forward, under a lock, which Dynamo cannot trace.
-                maybe_install_capturing_hooks(module)
+        _install_recorders(model)
         yield
 
 

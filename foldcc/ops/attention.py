@@ -1,5 +1,7 @@
 """Attention over grouped heads, as one node. Its meaning is PyTorch's own scaled_dot_product_attention.
 
+A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here.
+
 Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k] -> [b, q, h, e], where h = g * r.
 """
 
@@ -23,10 +25,7 @@ def _allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: i
     if window:
         allowed = allowed & (distance < window) & (distance > -window)
     allowed = allowed[None, None]
-    if valid is not None:
-        # A padded query attends to itself, so that no row of the softmax is empty.
-        allowed = (allowed & valid[:, None, None].to(torch.bool)) | (distance == 0)
-    return allowed
+    return allowed if valid is None else allowed & valid[:, None, None].to(torch.bool)
 
 
 def _attend(
