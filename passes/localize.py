@@ -302,7 +302,7 @@ def _slice(node: fx.Node) -> None:
         return
     whole, local = x.meta["layout"].global_shape[dim], x.meta["layout"].shape[dim]
     start, stop = argument(node, "start") or 0, argument(node, "end")
-    start = start + whole if start < 0 else start
+    start = max(start + whole, 0) if start < 0 else start
     stop = whole if stop is None or stop > whole else stop + whole if stop < 0 else stop
     node.args = (x, dim, start * local // whole, stop * local // whole, argument(node, "step"))
     node.kwargs = {}

@@ -92,7 +92,17 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
         aten.scatter_add.default, real(a := n(), v := n()), -1, ids(v, a, 2), real(a, 2),
     )  # fmt: skip
     yield "aten.pad", lambda n: (aten.pad.default, real(n(), n()), [1, 2])
-    yield "aten.constant_pad_nd", lambda n: (aten.constant_pad_nd.default, real(n(), n()), [1, 2], 1.0)
+    yield "aten.constant_pad_nd", _shifted
+    yield "aten.type_as", lambda n: (aten.type_as.default, real(n(), n()), real(n()))
+    yield "aten.select_scatter", lambda n: (
+        aten.select_scatter.default, real(a := n(), 3, b := n()), real(a, b), -2, n() % 3,
+    )  # fmt: skip
+    yield "aten.convolution", lambda n: (
+        aten.convolution.default, real(n(), i := n(), 5), real(o := n(), i, 3), real(o), [1], [1], [1], False, [0], 1,
+    )  # fmt: skip
+    for rank in (1, 2, 3):
+        yield f"aten.conv{rank}d", partial(_conv, f"conv{rank}d", "default", rank)
+        yield f"aten.conv_transpose{rank}d", partial(_conv, f"conv_transpose{rank}d", "default" if rank == 1 else "input", rank)
     yield "aten.reshape", _reshape
     yield "aten.split", lambda n: (aten.split.Tensor, real(n(), 2 * (m := n())), m, 1)
     yield "aten.split_with_sizes", lambda n: (aten.split_with_sizes.default, real(n(), (a := n()) + (b := n())), [a, b], 1)
@@ -132,6 +142,23 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "aten._to_copy", lambda n: (aten._to_copy.default, real(n(), n()), {"dtype": torch.float64})
     yield "aten.copy", lambda n: (aten.copy.default, real(a := n(), b := n()), real(a, b))
     yield "aten.dropout", lambda n: (aten.dropout.default, real(n(), n()), 0.5, False)
+
+
+def _shifted(n: Size) -> Call:
+    """Amounts of both signs, which may keep a dimension's size and move its entries."""
+    amounts = [(n() % 4) - 1 for _ in range(2)]
+    sizes = [n() + 1, n() + 1]
+    back = [-a if n() > 2 else 1 for a in amounts]
+    return aten.constant_pad_nd.default, real(*sizes), [amounts[0], back[0], amounts[1], back[1]], 0.0
+
+
+def _conv(name: str, overload: str, rank: int, n: Size) -> Call:
+    i, o, groups = n(), n(), n() > 4
+    count = i if groups else 1
+    weight = (i, o) if "transpose" in name else (o * count, i // count)
+    bias = o * count
+    rest = ([1], [0], [0], count) if "transpose" in name else ([1], [1], [1], count)
+    return getattr(getattr(aten, name), overload), real(n(), i, *[4] * rank), real(*weight, *[3] * rank), real(bias), *rest
 
 
 def _attention(n: Size) -> Call:
@@ -360,4 +387,26 @@ def test_a_wrong_rule_is_caught(name: str, table: dict[str, Any], wrong: Any, mo
     attempt()
     monkeypatch.setitem(table, name, wrong)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        attempt()
+
+
+def by_size(node: fx.Node, inputs: list[Any], outputs: list[Any]) -> Rule:
+    """A rule for padding that takes a dimension that keeps its size for one that keeps its entries."""
+    (source,), (out,) = inputs, outputs
+    letters = tuple((f"d{i}",) for i in range(len(source)))
+    result = tuple(x if n == m else (f"padded{i}",) for i, (x, n, m) in enumerate(zip(letters, source, out, strict=True)))
+    sizes = {x: k for (x,), k in [*zip(letters, source, strict=True), *zip(result, out, strict=True)]}
+    changed = {x for a, b in zip(letters, result, strict=True) if a != b for x in (*a, *b)}
+    return Rule((letters,), (result,), sizes, frozenset(changed), (frozenset([0]),))
+
+
+def test_a_rule_that_looks_at_sizes_is_found_within_200_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.DERIVED, "aten.constant_pad_nd", by_size)
+
+    @settings(max_examples=200, phases=[Phase.generate], deadline=None, derandomize=True)
+    @given(data=st.data())
+    def attempt(data: st.DataObject) -> None:
+        check_every_strategy("aten.constant_pad_nd", lambda: data.draw(SIZES), 2, fine=False)
+
+    with pytest.raises(AssertionError):
         attempt()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ WHOLE = {
 _CASTS = ("aten._to_copy", "aten.neg", "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.where", "aten.masked_fill")
 _FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full")
 _LIKE = ("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.copy", "aten.dropout")
+_SAME = ("aten._to_copy", "aten.type_as", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy")
 _LIKE += ("aten.pow", "aten.bitwise_not", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy")
 
 
@@ -89,9 +91,26 @@ def rule_of(node: Node) -> Rule | None:
 
 def rule_for(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     """The rule of a call whose operands and results have these shapes, None if it has none."""
+    rule = _rule_for(node, inputs, outputs)
+    if rule is None or 0 not in rule.sizes.values():
+        return rule
+    return replace(rule, whole=rule.whole | {x for x, n in rule.sizes.items() if n == 0})  # nothing to divide
+
+
+def mixes_by_argument(node: Node) -> bool:
+    """Whether an argument away from its usual value makes the operator mix what its line in a table keeps apart."""
     name = name_of(node.target)
-    if name == "aten.embedding" and argument(node, "scale_grad_by_freq"):
-        return None  # its gradient counts the tokens of the whole batch
+    if name == "aten.embedding":
+        return bool(argument(node, "scale_grad_by_freq"))  # its gradient counts the tokens of the whole batch
+    if name == "aten.histc":
+        return bool(argument(node, "min") == argument(node, "max"))  # the range is that of the whole data
+    return len(argument_or(node, "normalized_shape") or ()) > 1  # a line for norms is about one dimension
+
+
+def _rule_for(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
+    name = name_of(node.target)
+    if name in TABLE and name.startswith("aten.") and mixes_by_argument(node):
+        return None
     if name in TABLE:
         while inputs and inputs[-1] is None and len(inputs) > len(TABLE[name].operands):
             inputs.pop()
@@ -146,7 +165,17 @@ def _pointwise(name: str, node: Node, inputs: list[Shape | None], outputs: list[
         patterns.append(tuple(x if n == m else () for n, (x, m) in zip(shape, tail, strict=True)))
     tensors = [i for i, s in enumerate(inputs) if s is not None]
     linear: list[list[int]] = []
-    if name in ("aten.neg", "aten._to_copy", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy"):
+    if name in ("aten._to_copy", "aten.type_as") and not node.meta["val"].dtype.is_floating_point:
+        linear = []  # rounding a term is not rounding the sum
+    elif name in (
+        "aten.neg",
+        "aten._to_copy",
+        "aten.type_as",
+        "aten.clone",
+        "aten.alias",
+        "aten.detach",
+        "aten.lift_fresh_copy",
+    ):
         linear = [[0]]
     elif name == "aten.mul":
         linear = [[i] for i in tensors]
@@ -182,6 +211,9 @@ def _arange(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
 def _view(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
     source, target = inputs[0], outputs[0]
     assert source is not None and target is not None
+    if 0 in source:
+        names = [_names(side, len(shape)) for side, shape in (("x", source), ("y", target))]
+        return _build([names[0]], [names[1]], [source, target], whole={x for p in names for (x,) in p}, linear=[[0]])
     left: list[list[str]] = [[] for _ in source]
     right: list[list[str]] = [[] for _ in target]
     sizes: dict[str, int] = {}
@@ -226,6 +258,9 @@ def _moved(order: Callable[[Node, int], list[int | None]]) -> Callable[..., Rule
         letters = _names("d", len(source))
         kept = order(node, len(source))
         dropped = {letters[i][0] for i in range(len(source)) if i not in kept}
+        if name_of(node.target) == "aten.squeeze":
+            # A dimension that stays must not get size 1 on a rank, where it would go.
+            dropped |= {letters[i][0] for i in _dims(node, len(source))}
         result = tuple(() if i is None else letters[i] for i in kept)
         return _build([letters], [result], [source, target], whole=dropped, linear=[[0]])
 
@@ -264,10 +299,10 @@ def _slice(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     left, right = list(_names("d", len(source))), list(_names("d", len(source)))
     n, m = source[dim], target[dim]
     start = argument(node, "start") or 0
-    start = start + n if start < 0 else start
+    start = max(start + n, 0) if start < 0 else start
     sizes, whole = {}, set()
     if n != m:
-        if argument(node, "step") == 1 and n % m == 0 and start % m == 0:
+        if m and argument(node, "step") == 1 and n % m == 0 and start % m == 0:
             left[dim], right[dim] = ("pieces", "piece"), ("piece",)
             sizes, whole = {"pieces": n // m, "piece": m}, {"pieces"}
         else:
@@ -296,7 +331,7 @@ def _split(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     lengths = {shape[dim] for shape in outputs if shape is not None}
     results: list[Pattern | None] = []
     sizes, whole = {}, set()
-    if len(lengths) == 1:
+    if len(lengths) == 1 and 0 not in lengths:
         (m,) = lengths
         left[dim] = ("pieces", "piece")
         sizes, whole = {"pieces": source[dim] // m, "piece": m}, {"pieces"}
@@ -324,10 +359,14 @@ def _cat(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) ->
     assert out is not None
     dim = argument(node, "dim") % len(out)
     letters = list(_names("d", len(out)))
-    lengths = [shape[dim] for shape in inputs if shape is not None]
+    # A vector without entries may stand among operands of any rank.
+    lengths = [0 if len(shape) != len(out) else shape[dim] for shape in inputs if shape is not None]
     patterns: list[Pattern | None] = []
     sizes, whole = {}, set()
     for k, shape in enumerate(inputs):
+        if shape is not None and len(shape) != len(out):
+            patterns.append(((f"part{k}",),))
+            continue
         own: Letters = ("piece",) if len(set(lengths)) == 1 else (f"part{k}",)
         patterns.append(None if shape is None else tuple(own if i == dim else x for i, x in enumerate(letters)))
     if len(set(lengths)) == 1:
@@ -368,6 +407,8 @@ def _reduced(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]
 
 def _along(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
     """softmax, topk, sort, cumsum, amax …: one dimension must be whole; the others are independent of each other."""
+    if len(inputs) == 2:  # the larger of two tensors
+        return _pointwise(name_of(node.target), node, inputs, outputs)
     (source,) = inputs
     assert source is not None
     letters, dims = _names("d", len(source)), _dims(node, len(source))
@@ -397,13 +438,17 @@ def _gather(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
     first, second = tuple(letters), tuple(chosen)
     if name_of(node.target) == "aten.gather":
         return _build([first, second], [second], [source, ids, outputs[0]], whole=whole, linear=[[0]])
+    if any(shape != ids for shape in inputs[2:]):
+        return None  # only a corner of what is scattered is read
     rest: list[Pattern | None] = [second for _ in inputs[2:]]
     return _build([first, second, *rest], [first], [*inputs, outputs[0]], whole=whole)
 
 
-def _one_hot(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
+def _one_hot(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     (source,) = inputs
     assert source is not None
+    if argument(node, "num_classes") < 0:
+        return None  # the largest class of the whole data
     letters = _names("d", len(source))
     return _build([letters], [(*letters, ("classes",))], [source, outputs[0]], whole={"classes"})
 
@@ -411,11 +456,59 @@ def _one_hot(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]
 def _pad(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
     source, out = inputs[0], outputs[0]
     assert source is not None and out is not None
-    letters = list(_names("d", len(source)))
-    result = [x if n == m else (f"padded{i}",) for i, (x, n, m) in enumerate(zip(letters, source, out, strict=True))]
-    whole = {x[0] for x, y in zip(letters, result, strict=True) if x != y} | {y[0] for y in result if y not in letters}
+    # What is added in front and cut off at the end may keep the size, so the amounts decide, from the last dimension on.
+    amounts = list(argument(node, "pad"))
+    touched = {len(source) - 1 - i for i in range(len(amounts) // 2) if any(amounts[2 * i : 2 * i + 2])}
+    letters = _names("d", len(source))
+    result = [(f"padded{i}",) if i in touched else x for i, x in enumerate(letters)]
+    whole = {x for i in touched for x in (*letters[i], *result[i])}
     linear = [[0]] if not argument_or(node, "value") else []
-    return _build([tuple(letters)], [tuple(result)], [source, out], whole=whole, linear=linear)
+    return _build([letters], [tuple(result)], [source, out], whole=whole, linear=linear)
+
+
+def _type_as(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
+    # The second operand gives only the dtype.
+    return _pointwise("aten.type_as", node, [inputs[0], None], outputs)
+
+
+def _select_scatter(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
+    base, part = inputs[0], inputs[1]
+    assert base is not None and part is not None
+    dim, letters = argument(node, "dim") % len(base), _names("d", len(base))
+    one = (*letters[:dim], *letters[dim + 1 :])
+    return _build([letters, one], [letters], [base, part, outputs[0]], whole=set(letters[dim]), linear=[[0, 1]])
+
+
+def convolved(node: Node, x: Shape, weight: Shape) -> tuple[tuple[Pattern, Pattern, Pattern, Pattern], set[str]] | None:
+    """Patterns of a convolution's operand, weight, bias and result, and what must be whole; places mix, samples do not."""
+    rank = len(weight) - 2
+    if len(x) not in (rank + 1, rank + 2):
+        return None
+    batch = (("b",),) * (len(x) - rank - 1)
+    places, taps, found = _names("s", rank), _names("k", rank), _names("r", rank)
+    whole = {x for pattern in (places, taps, found) for (x,) in pattern}
+    channels, outputs, inner = ("i",), ("o",), ("i",)
+    if argument(node, "groups") != 1:
+        inner, whole = ("within",), whole | {"i", "o", "within"}
+    first = (outputs, inner, *taps)
+    if argument_or(node, "transposed") or "transpose" in name_of(node.target):
+        first = (inner, outputs, *taps)
+        if argument(node, "groups") != 1:
+            first = (channels, inner, *taps)
+    return ((*batch, channels, *places), first, (outputs,), (*batch, outputs, *found)), whole
+
+
+def _convolution(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
+    x, weight = inputs[0], inputs[1]
+    assert x is not None and weight is not None
+    known = convolved(node, x, weight)
+    if known is None:
+        return None
+    (first, second, bias, result), whole = known
+    biased = len(inputs) > 2 and inputs[2] is not None
+    rest: list[Pattern | None] = [bias if biased else None] * len(inputs[2:])
+    rule = _build([first, second, *rest], [result], [*inputs, outputs[0]], whole=whole, linear=[[0], [1]])
+    return replace(rule, add=frozenset({2} if biased else ()))
 
 
 def _triangle(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
@@ -501,6 +594,10 @@ def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield "aten.cat", _cat
     yield "aten.stack", _stack
     yield "aten.one_hot", _one_hot
+    yield "aten.type_as", _type_as
+    yield "aten.select_scatter", _select_scatter
+    convolutions = "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+    yield from ((f"aten.{n}", _convolution) for n in convolutions.split())
     yield "foldcc.experts", _experts
 
 

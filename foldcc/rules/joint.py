@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from foldcc.rules.aten import argument, argument_or, name_of, operands, rule_for
+from foldcc.rules.aten import argument, argument_or, convolved, mixes_by_argument, name_of, operands, rule_for
 from foldcc.rules.notation import Letters, Notation, Pattern, Rule, dimensions, notation
 
 Shape = tuple[int, ...]
@@ -37,9 +37,6 @@ TABLE = {
         "aten.baddbmm": "b m n, b m k, b k n -> b m n ; linear 1 | 2 ; add 0",
         "aten.embedding": "[vocab] h, ... -> ... h ; linear 0",  # rows of other ranks are masked later: V or P
         "aten.embedding_dense_backward": "... h, ... -> [vocab] h ; linear 0",
-        "aten._safe_softmax": "... -> ...",
-        "aten._softmax_backward_data": "..., ... -> ... ; linear 0",
-        "aten._log_softmax_backward_data": "..., ... -> ... ; linear 0",
         "aten.nll_loss_forward": "t [v], t, [v] -> t",
         "aten.nll_loss_backward": "t, t [v], t, [v] -> t [v] ; linear 0",
         "aten.native_dropout": "... -> ..., ... ; linear 0",
@@ -97,16 +94,28 @@ def joint_rule(node: Node) -> Rule | None:
         return DERIVED[name](node, inputs, outputs)
     if name in GROUPED:
         return _written(GROUPED[name][argument(node, "transposed")], inputs, outputs)
+    if mixes_by_argument(node):
+        linear = (frozenset({0}),) if name.endswith("_backward") else ()
+        return replace(_unknown(inputs, outputs), linear=linear)
     if name in TABLE:
         return _written(TABLE[name], inputs, outputs)
     rule = None if name in _OPAQUE else rule_for(node, inputs, outputs)
     if name in _LINEAR:
-        linear = () if name == "aten.masked_fill" and argument(node, "value") != 0 else _LINEAR[name]
+        linear = _LINEAR[name] if _adds(name, node, inputs) else ()
         return None if rule is None else replace(rule, linear=linear)
     if name in _OPAQUE or name.endswith(("_backward", "_backward_data")):
         # The derivative of any operator is linear in the gradient that it is given, its first operand.
         return replace(rule or _unknown(inputs, outputs), linear=(frozenset({0}),))
     return rule
+
+
+def _adds(name: str, node: Node, inputs: list[Shape | None]) -> bool:
+    """Whether the arguments leave an operator of `_LINEAR` linear: a number that is put in is no term of a sum."""
+    if name == "aten.rsub":
+        return len(inputs) == 2
+    if name == "aten.scatter" and argument_or(node, "reduce") is not None:
+        return False
+    return name == "aten.scatter_add" or argument_or(node, "value") in (None, 0)
 
 
 def is_zero(node: Node) -> bool:
@@ -238,6 +247,30 @@ def _slice_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape 
     return Rule((letters,), (letters,), {}, whole, (frozenset({0}),))
 
 
+def _softmax(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
+    """What a softmax mixes is whole, in its derivative too, which is linear in the gradient."""
+    source = inputs[0]
+    assert source is not None
+    letters = _letters(source)
+    linear = (frozenset({0}),) if name_of(node.target).endswith("_backward_data") else ()
+    mixed = frozenset(letters[argument(node, "dim")] if letters else ())
+    return Rule(tuple(letters for _ in inputs), (letters,), {}, mixed, linear)
+
+
+def _convolution_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
+    """The gradients of the operand, the weight and the bias; the last two are sums over samples."""
+    x, weight = inputs[1], inputs[2]
+    assert x is not None and weight is not None
+    known = convolved(node, x, weight)
+    if known is None:
+        return replace(_unknown(inputs, outputs), linear=(frozenset({0}),))
+    (first, second, bias, result), whole = known
+    if len(outputs) > 2 and outputs[2] is not None:
+        whole = whole | {"i"}  # each part of the operand's channels would make the whole gradient of the bias
+    results = tuple(p if s is not None else None for p, s in zip((first, second, bias), outputs, strict=True))
+    return Rule((result, first, second), results, {}, frozenset(whole), (frozenset({0}),))
+
+
 def _select_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     part, out = inputs[0], outputs[0]
     assert part is not None and out is not None
@@ -268,6 +301,9 @@ def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield from ((f"aten.{n}", _turned) for n in ("flip", "roll", "cumsum"))
     yield "aten.slice_backward", _slice_backward
     yield "aten.select_backward", _select_backward
+    softmaxes = "_safe_softmax _softmax_backward_data _log_softmax_backward_data"
+    yield from ((f"aten.{n}", _softmax) for n in softmaxes.split())
+    yield "aten.convolution_backward", _convolution_backward
 
 
 DERIVED = dict(_tables())
