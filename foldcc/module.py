@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import capture
-from foldcc.capture.unchanged import in_mode
+from foldcc.capture.unchanged import in_modes
 from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError, divides
@@ -179,8 +179,11 @@ class FoldedModule(nn.Module):
         return [x for _, x in paths], spec, [pytree.keystr(p) for p, _ in paths]
 
     def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-        told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return (str(spec), told, self.training)
+        """What a program is specialised to. Python numbers by type and digits, for True == 1 and 0.0 == -0.0."""
+        told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
+        modes = tuple(m.training for m in self.modules())
+        dtypes = tuple(x.dtype for x in (*self.parameters(), *self.buffers()))
+        return (str(spec), told, modes, dtypes)
 
     def _compile(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], *, fixed: bool = False) -> None:
         structure = f"{spec} {[n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]}"
@@ -193,7 +196,7 @@ class FoldedModule(nn.Module):
         kwargs = pytree.tree_unflatten(self._global(leaves, names), spec)
         start = time.perf_counter()
         self._progress("capture")
-        with in_mode(self._held[0], self.training), warnings.catch_warnings():
+        with in_modes(self._held[0], self), warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
@@ -303,6 +306,7 @@ def _copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
             if part not in target._modules:
                 target.add_module(part, nn.Module())
             target = target.get_submodule(part)
+        target.training = module.training
         for name, p in module._parameters.items():
             if p is not None:
                 if id(p) not in copies:

@@ -34,14 +34,11 @@ def _contents(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in train or eval mode inside this context; if it already is, each module stays in its own."""
-    if model.training == training:
-        yield
-        return
+def in_modes(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Each module in train or eval mode as the module of the same name in `other` is, inside this context."""
     before = [(m, m.training) for m in model.modules()]
-    for module, _ in before:
-        module.training = training  # not model.train(), which an exported module refuses
+    for name, module in model.named_modules():
+        module.training = other.get_submodule(name).training  # not model.train(), which an exported module refuses
     try:
         yield
     finally:
