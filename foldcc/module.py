@@ -7,7 +7,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,30 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
 from foldcc.verification import first_broken
+
+KEPT = 16  # programs of a module
+_ADVICE = {
+    "tensor": "A program is specialised to the shapes of its inputs: pad them to few different ones.",
+    "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
+    "flag": None,
+}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """An input as a person reads it, and what kind of thing it is."""
+
+    kind: str
+    text: str
+
+    @staticmethod
+    def of(x: Any) -> _Told:
+        if isinstance(x, Tensor):
+            return _Told("tensor", f": {str(x.dtype).removeprefix('torch.')}{list(x.shape)}")
+        return _Told("number" if isinstance(x, (int, float)) and not isinstance(x, bool) else "flag", f"={x!r}")
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class FoldedModule(nn.Module):
@@ -64,10 +88,13 @@ class FoldedModule(nn.Module):
         self._tracer = tracer
         self._kernels = kernels
         self._pipeline = pipeline
+        self._own: tuple[Pass, ...] = ()  # of with_passes
         self._notes: tuple[str, ...] = ()
         self._verified = verified
         self._progress = progress
-        self._programs: dict[Any, tuple[Executable, Stages]] = {}
+        self._programs: dict[Any, tuple[Executable, Stages]] = {}  # the least recently used first
+        self._calls: dict[Any, dict[str, _Told]] = {}  # what each was compiled for: the inputs, as a person reads them
+        self._announced: set[str] = set()
         self._newest: Any = None
         self._structure: str | None = None
         self._structure_names = ""
@@ -81,7 +108,7 @@ class FoldedModule(nn.Module):
         key = self._key(leaves, spec)
         if key not in self._programs:
             self._compile(leaves, spec, names)
-        executable, _ = self._programs[key]
+        executable, _ = self._programs[key] = self._programs.pop(key)
         program = executable.program
         inputs = iter(x for x in leaves if isinstance(x, Tensor))
         held = {
@@ -102,12 +129,14 @@ class FoldedModule(nn.Module):
         """The same module, with the same parameters, its newest program rewritten by passes of your own.
 
         They run after the last stage, before kernels are emitted, and become stages themselves; types are checked after
-        each. This module is left as it is.
+        each. So they do in every program that the returned module compiles later. This module is left as it is.
         """
         stages = self.stages.lowered
         later = run_passes(stages[-1].program, [*passes, *self._emission()], check=check_types)
         other = copy.copy(self)
+        other._own = (*self._own, *passes)
         other._programs = {self._newest: (Executable(later[-1].program), Stages([*stages, *list(later)[1:]]))}
+        other._calls = {self._newest: self._calls[self._newest]}
         return other
 
     # --- what a person reads ---
@@ -116,6 +145,15 @@ class FoldedModule(nn.Module):
     def program(self) -> Program:
         """The newest program, lowered."""
         return self._current()[0].program
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The calls that programs are kept for, as text, the least recently used first; at most 16.
+
+        A program is specialised to shapes, dtypes, Python values and modes; another call compiles another one. What is
+        evicted is compiled again when it is needed again.
+        """
+        return tuple(", ".join(f"{name}{told}" for name, told in self._calls[key].items()) for key in self._programs)
 
     @property
     def stages(self) -> Stages:
@@ -148,7 +186,7 @@ class FoldedModule(nn.Module):
     def _passes(self) -> list[Pass]:
         emission = self._emission()
         found: list[Pass] = []
-        for p in (*self._pipeline, *emission):
+        for p in (*self._pipeline, *self._own, *emission):
             if isinstance(p, ShardPass):
                 p = replace(p, kept=self._layouts)
             elif isinstance(p, Differentiate):
@@ -205,13 +243,39 @@ class FoldedModule(nn.Module):
         self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
         key = self._key(leaves, spec)
-        self._programs[key] = (executable, stages)
-        self._newest = key
+        self._keep(key, (executable, stages), {n: _Told.of(x) for n, x in zip(names, leaves, strict=True)})
         if self._verified:
             self._progress("verify")
             first_broken(self).raise_if_failed()
         if fixed:
             self._structure, self._structure_names = structure, ", ".join(names)
+
+    def _keep(self, key: Any, made: tuple[Executable, Stages], call: dict[str, _Told]) -> None:
+        """Stores a program under its key, says once why there is another one, and evicts the least recently used."""
+        others = [c for k in self._programs if (c := self._calls[k]).keys() == call.keys()]
+        changed = min(([n for n in call if call[n] != other[n]] for other in others), key=len, default=[])
+        for name in changed[:1]:
+            was = next(other[name] for other in others if other[name] != call[name])
+            advice = _ADVICE[call[name].kind]
+            if advice is not None:
+                what = f"Another program was compiled, for {name}{call[name]} instead of {name}{was}. "
+                self._announce(call[name].kind, what + advice)
+        self._programs[key] = made
+        self._calls[key] = call
+        self._newest = key
+        while len(self._programs) > KEPT:
+            evicted = next(iter(self._programs))
+            del self._programs[evicted], self._calls[evicted]
+            self._announce(
+                "eviction",
+                f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
+                "and compiled again when it is needed. model.programs lists them.",
+            )
+
+    def _announce(self, cause: str, text: str) -> None:
+        if cause not in self._announced:
+            self._announced.add(cause)
+            warnings.warn(text, stacklevel=2)
 
     def _device(self) -> torch.device:
         if not self.mesh.is_virtual:
