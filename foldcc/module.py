@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import capture
-from foldcc.capture.unchanged import in_modes
+from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError, divides
@@ -37,7 +37,7 @@ from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
 _ADVICE = {
-    "tensor": "A program is specialised to the shapes of its inputs: pad them to few different ones.",
+    "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
     "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
     "flag": None,
 }
@@ -234,7 +234,7 @@ class FoldedModule(nn.Module):
         kwargs = pytree.tree_unflatten(self._global(leaves, names), spec)
         start = time.perf_counter()
         self._progress("capture")
-        with in_modes(self._held[0], self), warnings.catch_warnings():
+        with in_modes(self._held[0], self), in_dtypes(self._held[0], self), warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
@@ -280,7 +280,7 @@ class FoldedModule(nn.Module):
     def _device(self) -> torch.device:
         if not self.mesh.is_virtual:
             return torch.device(self.mesh.device_type)
-        device = next(self._held[0].parameters()).device
+        device = next(self.parameters()).device  # where they are now, which `.to` may have changed
         return torch.device("cpu") if device.type == "meta" else device
 
     def _global(self, leaves: list[Any], names: list[str]) -> list[Any]:

@@ -91,7 +91,7 @@ def capture(
         slots=slots,
         out_spec=exported.call_spec.out_spec,
         literals=literals,
-        constants={s.name: exported.constants[s.names[0]] for s in slots if s.kind == "constant"},
+        constants={s.name: exported.constants[s.names[0]].to(device) for s in slots if s.kind == "constant"},
         mesh=mesh,
         properties=frozenset({"captured"}),
         name=type(model).__name__,

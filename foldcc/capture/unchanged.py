@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -44,3 +45,29 @@ def in_modes(model: nn.Module, other: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def in_dtypes(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """The model with its parameters and buffers in the dtypes that they have in `other`, inside this context.
+
+    One of another dtype is an empty tensor meanwhile: what is captured depends on its dtype and not on its values.
+    """
+    before = [(held, dict(held)) for m in model.modules() for held in (m._parameters, m._buffers)]
+    empty: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        theirs = other.get_submodule(path)
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            wanted = None if x is None else getattr(theirs, name)
+            if x is None or wanted is None or x.dtype == wanted.dtype:
+                continue
+            held = module._parameters if name in module._parameters else module._buffers
+            if id(x) not in empty:
+                like = torch.empty_like(x, dtype=wanted.dtype, requires_grad=False)
+                empty[id(x)] = nn.Parameter(like, x.requires_grad) if isinstance(x, nn.Parameter) else like
+            held[name] = empty[id(x)]
+    try:
+        yield
+    finally:
+        for held, content in before:
+            held.update(content)
