@@ -29,7 +29,7 @@ from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
 from foldcc.program import Program
-from foldcc.runtime.checkpoint import store_boxes
+from foldcc.runtime.checkpoint import refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
@@ -101,6 +101,9 @@ class FoldedModule(nn.Module):
         self._layouts: dict[str, Layout] = {}
         _copy_tree(model, self, mesh)
         self.register_state_dict_post_hook(store_boxes)
+        self.register_load_state_dict_pre_hook(refuse_overwritten)
+        if not mesh.is_virtual:
+            watch_optimizers(mesh.attention, mesh.moe)
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:

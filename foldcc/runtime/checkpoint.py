@@ -1,16 +1,28 @@
-"""What a checkpoint sees of a folded model: shards that are boxes.
+"""What a checkpoint sees of a folded model and of its optimizer: shards that are boxes.
 
 The shard of a fused weight, such as gate and up over `etp`, is several blocks of its dimension; `_StridedShard` says
-so, and torch.distributed.checkpoint, which stores one box for each rank, refuses it.
+so. torch.distributed.checkpoint and torch.distributed.checkpoint.state_dict take the first block's offset for that of all,
+so that they refuse to store it, and load something else into it.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils import _pytree as pytree
+
+from foldcc.errors import FoldError
+
+_meshes: WeakSet[DeviceMesh] = WeakSet()  # of folded models; what others lay out in blocks is theirs
+_watching: list[Any] = []
+_hooked: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def store_boxes(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -19,6 +31,57 @@ def store_boxes(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     Loading needs no counterpart: copying into a parameter brings the values to the layout that the parameter has.
     """
     for name, value in state.items():
-        if isinstance(value, DTensor) and any(isinstance(p, _StridedShard) for p in value.placements):
-            boxes = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in value.placements]
-            state[name] = value.redistribute(placements=boxes)
+        state[name] = _boxed(value)
+
+
+def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A load_state_dict hook against `set_model_state_dict(..., full_state_dict=True)`.
+
+    It writes one box into the parameters themselves, and then loads them into themselves.
+    """
+    for name, parameter in module.named_parameters():
+        if state.get(prefix + name) is parameter and _in_blocks(parameter):
+            raise FoldError(
+                f"{name} was written over as if a rank held one box of it, and it holds blocks; the model must be loaded again.",
+                placements=parameter.placements,  # type: ignore[attr-defined]
+                valid="load_state_dict, or set_model_state_dict without full_state_dict, with DTensors; "
+                "torch.distributed.checkpoint.load into state_dict()",
+            )
+
+
+def watch_optimizers(*meshes: DeviceMesh) -> None:
+    """From its first step on, an optimizer of parameters on these meshes stores boxes too, and takes them."""
+    _meshes.update(meshes)
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer not in _hooked and any(_in_blocks(p) for group in optimizer.param_groups for p in group["params"]):
+        _hooked.add(optimizer)
+        optimizer.register_state_dict_post_hook(_store_moments)
+        optimizer.register_load_state_dict_post_hook(_take_moments)
+        _take_moments(optimizer)  # what was loaded before the first step
+
+
+def _store_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "state": pytree.tree_map_only(Tensor, _boxed, state["state"])}
+
+
+def _take_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Brings what the optimizer keeps of each parameter, in its shape, to the parameter's layout."""
+    for parameter, kept in optimizer.state.items():
+        if _in_blocks(parameter):
+            for name, value in kept.items():
+                if isinstance(value, DTensor) and value.shape == parameter.shape:
+                    kept[name] = value.redistribute(placements=parameter.placements)
+
+
+def _in_blocks(x: Any) -> bool:
+    return isinstance(x, DTensor) and x.device_mesh in _meshes and any(isinstance(p, _StridedShard) for p in x.placements)
+
+
+def _boxed(x: Any) -> Any:
+    if not _in_blocks(x):
+        return x
+    return x.redistribute(placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in x.placements])
