@@ -43,6 +43,7 @@ def parallelize(
     capture: str = "export",
     kernels: str | ModuleType = "auto",
     verify: bool = False,
+    batch_dims: Mapping[str, int | None] | None = None,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -61,6 +62,8 @@ def parallelize(
             CUDA. On CPU they run in Triton's interpreter, which is slow and for tests. Or kernels that were emitted and
             edited, from `load_kernels`.
         verify: proves every program that is compiled equal to the captured one, as `foldcc.verify` does.
+        batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
+            not named it is the first, where that has the size of the others' samples.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -82,7 +85,16 @@ def parallelize(
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
     quiet = progress or (lambda name: None)
-    folded = FoldedModule(model, mesh, tracer=capture, kernels=kernels, pipeline=PIPELINE, verified=verify, progress=quiet)
+    folded = FoldedModule(
+        model,
+        mesh,
+        tracer=capture,
+        kernels=kernels,
+        pipeline=PIPELINE,
+        verified=verify,
+        progress=quiet,
+        batch_dims=batch_dims,
+    )
     fixed = example_inputs is not None
     given = example_inputs if fixed else _dummy(model, mesh)
     if given is not None:

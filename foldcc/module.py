@@ -33,6 +33,7 @@ from foldcc.runtime.checkpoint import refuse_overwritten, store_boxes, watch_opt
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
+from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
@@ -80,6 +81,7 @@ class FoldedModule(nn.Module):
         pipeline: tuple[Pass, ...],
         verified: bool,
         progress: Callable[[str], None],
+        batch_dims: Mapping[str, int | None] | None = None,
     ):
         super().__init__()
         self.mesh = mesh
@@ -89,6 +91,7 @@ class FoldedModule(nn.Module):
         self._kernels = kernels
         self._pipeline = pipeline
         self._own: tuple[Pass, ...] = ()  # of with_passes
+        self._batch_dims = dict(batch_dims or {})
         self._notes: tuple[str, ...] = ()
         self._verified = verified
         self._progress = progress
@@ -234,15 +237,20 @@ class FoldedModule(nn.Module):
                 compiled=self._structure_names,
                 valid="the structure of example_inputs; without example_inputs, any",
             )
-        kwargs = pytree.tree_unflatten(self._global(leaves, names), spec)
+        divided = self.mesh.size("dp") > 1
+        batch_dims = sample_dims(leaves, names, self._batch_dims, divided=divided)
+        kwargs = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec)
         start = time.perf_counter()
         self._progress("capture")
         with in_modes(self._held[0], self), in_dtypes(self._held[0], self), warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
+        program = replace(program, batch_dims=batch_dims)
         seconds = time.perf_counter() - start
         stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
+        if divided and not self.mesh.is_virtual and not self._batch_dims:
+            refuse_attention_over_samples(stages["annotate"].program)
         self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
         key = self._key(leaves, spec)
@@ -286,11 +294,10 @@ class FoldedModule(nn.Module):
         device = next(self.parameters()).device  # where they are now, which `.to` may have changed
         return torch.device("cpu") if device.type == "meta" else device
 
-    def _global(self, leaves: list[Any], names: list[str]) -> list[Any]:
+    def _global(self, leaves: list[Any], names: list[str], batch_dims: Mapping[str, int | None]) -> list[Any]:
         """Stand-ins for the inputs with global shapes, on the model's device."""
         dp = self.mesh.size("dp")
         device = next(self._held[0].parameters()).device
-        batch = next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), None)
         found: list[Any] = []
         for x, name in zip(leaves, names, strict=True):
             if not isinstance(x, Tensor):
@@ -299,11 +306,12 @@ class FoldedModule(nn.Module):
             shape = list(x.shape)
             if 0 in shape:
                 raise FoldError(f"Input {name} is empty: its shape is {shape}.")
-            if shape and shape[0] == batch:
+            d = batch_dims[name]
+            if d is not None:
                 if self.mesh.is_virtual:
-                    divides("samples", shape[0], "dp", dp, input=name, mesh=str(self.mesh), valid=f"multiples of {dp}")
+                    divides("samples", shape[d], "dp", dp, input=name, mesh=str(self.mesh), valid=f"multiples of {dp}")
                 else:
-                    shape[0] *= dp
+                    shape[d] *= dp
             found.append(torch.zeros(shape, dtype=x.dtype, device=device))
         return found
 

@@ -53,6 +53,7 @@ class Program:
         constants: values of the slots of that kind.
         sizes: size of each factor.
         backward: the main backward graph, for gradients of all outputs.
+        batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
         backward_for: makes the main backward graph for the outputs whose gradients are given.
     """
 
@@ -67,6 +68,7 @@ class Program:
     backward_for: Callable[[tuple[bool, ...]], fx.GraphModule] | None = None
     literals: Mapping[int, Any] = field(default_factory=dict)
     name: str = "program"
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<program {self.name} on {self.mesh}: {len(self.blocks)} blocks, {self.node_count()} nodes>"
@@ -117,6 +119,10 @@ class Program:
         count = len(outputs) + len(self.literals)
         leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(count)]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def batch_dim(self, node: fx.Node) -> int | None:
+        """Which dimension of an input is samples."""
+        return self.batch_dims.get(self.slot(node.name).names[0], 0 if node.meta["val"].dim() else None)
 
     def slot(self, name: str) -> Slot:
         return next(s for s in self.slots if s.name == name)

@@ -105,12 +105,22 @@ class _Inference:
 
 
 def _name_inputs(program: Program, inference: _Inference) -> None:
-    """The first two dimensions of an input are called batch and seq."""
+    """The samples of an input are called batch, and the other one of its first two dimensions is called seq.
+
+    Where it is said which dimension is samples, they are the same samples in every input.
+    """
+    factors = inference.factors
+    samples = None
     for node in program.placeholders:
         if program.slot(node.name).kind == "input":
-            for dim, name in zip(inference.dims[node], ("batch", "seq"), strict=False):
-                new = inference.factors.new(inference.factors.size(dim), name)
-                inference.factors.unify(dim, (new,))
+            dims, batch = inference.dims[node], program.batch_dim(node)
+            for d, dim in enumerate(dims):
+                name = "batch" if d == batch else "seq" if d == (0 if batch == 1 else 1) else None
+                if name is not None:
+                    factors.unify(dim, (factors.new(factors.size(dim), name),))
+            if batch is not None and program.batch_dims:
+                samples = samples or dims[batch]
+                factors.unify(samples, dims[batch])
 
 
 def letter_factors(rule: Rule, factors: list[tuple[tuple[object, ...], ...] | None], sizes: dict) -> dict:

@@ -325,11 +325,13 @@ def _factors(program: Program) -> set[Symbol]:
 
 
 def _batch(program: Program) -> Symbol | None:
-    """The factor of the first dimension of the inputs."""
+    """The factor of the samples of the inputs."""
     for node in program.placeholders:
-        if program.slot(node.name).kind == "input" and node.meta["dims"] and node.meta["dims"][0]:
-            first: Symbol = node.meta["dims"][0][0]
-            return first
+        if program.slot(node.name).kind == "input":
+            d = program.batch_dim(node)
+            if d is not None and node.meta["dims"][d]:
+                first: Symbol = node.meta["dims"][d][0]
+                return first
     return None
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from models import tiny_model, token_batch
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import foldcc
+from foldcc.samples import sample_dims
 from foldcc.testing import run_distributed
 
 
@@ -76,3 +79,57 @@ def written_over() -> str:
 def test_a_full_state_dict_that_was_written_over_weights_cut_in_blocks_is_refused():
     for said in run_distributed(written_over, 2):
         assert "was written over as if a rank held one box" in said
+
+
+class SequenceFirst(nn.Module):
+    """Attention over dimension 0; samples are in dimension 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.q, self.head = nn.Embedding(32, 16), nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.e(ids)
+        s, b, h = x.shape
+        q = self.q(x).view(s, b, 2, 8).permute(1, 2, 0, 3)
+        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).permute(2, 0, 1, 3).reshape(s, b, h)
+        return nn.functional.cross_entropy(self.head(x + y).flatten(0, 1), labels.flatten())
+
+
+def sequence_first(ids: Tensor) -> tuple[str, float, dict[str, Tensor]]:
+    mine = ids.chunk(2, 1)[dist.get_rank()].contiguous()
+    batch = {"ids": mine, "labels": mine}
+    mesh = foldcc.FoldedMesh.parse("dp=2", "cpu")
+    try:
+        foldcc.parallelize(SequenceFirst().double(), mesh, example_inputs=batch)
+        said = "nothing"
+    except foldcc.FoldError as error:
+        said = str(error)
+    folded = foldcc.parallelize(SequenceFirst().double(), mesh, example_inputs=batch, batch_dims={"ids": 1, "labels": 1})
+    loss = folded(**batch)
+    loss.backward()
+    return said, loss.item(), {n: p.grad.full_tensor() for n, p in folded.named_parameters()}
+
+
+def test_a_sequence_first_model_is_refused_until_its_samples_are_said_and_then_right():
+    ids = torch.randint(32, (6, 4), generator=torch.Generator().manual_seed(0))
+    model = SequenceFirst().double()
+    loss = model(ids, ids)
+    loss.backward()
+    for said, found, gradients in run_distributed(sequence_first, 2, ids):
+        assert "is the sequence of an attention" in said
+        assert found == pytest.approx(loss.item(), rel=1e-12)
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(gradients[n], p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_samples_that_are_ambiguous_are_refused():
+    inputs = [torch.zeros(4, 6), torch.zeros(6, 4)]
+    names = ["['a']", "['b']"]
+    with pytest.raises(foldcc.FoldError, match=r"Which dimension of \['b'\] is samples is ambiguous"):
+        sample_dims(inputs, names, {}, divided=True)
+    assert sample_dims(inputs, names, {"b": None}, divided=True) == {"['a']": 0, "['b']": None}
+    assert sample_dims(inputs, names, {"b": 1}, divided=True) == {"['a']": 0, "['b']": 1}
+    with pytest.raises(foldcc.FoldError, match="different numbers of samples"):
+        sample_dims(inputs, names, {"a": 0, "b": 0}, divided=True)

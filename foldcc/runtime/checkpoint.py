@@ -42,7 +42,7 @@ def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str, *_
     for name, parameter in module.named_parameters():
         if state.get(prefix + name) is parameter and _in_blocks(parameter):
             raise FoldError(
-                f"{name} was written over as if a rank held one box of it, and it holds blocks; the model must be loaded again.",
+                f"{name} was written over as if a rank held one box of it, and it holds blocks; load the model again.",
                 placements=parameter.placements,  # type: ignore[attr-defined]
                 valid="load_state_dict, or set_model_state_dict without full_state_dict, with DTensors; "
                 "torch.distributed.checkpoint.load into state_dict()",
