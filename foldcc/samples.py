@@ -44,7 +44,7 @@ def sample_dims(
     for name, x in rest.items():
         found[name] = 0 if x.dim() and x.shape[0] == size else None
         # Where the samples are said, an input that holds their number elsewhere has to be said as well.
-        if divided and found[name] is None and size in x.shape and size != 1:
+        if divided and found[name] is None and size is not None and size != 1 and size in x.shape:
             raise FoldError(
                 f"Which dimension of {name} is samples is ambiguous: {size} samples, and its shape is {list(x.shape)}.",
                 valid=f"parallelize(..., batch_dims={{{name[2:-2]!r}: {list(x.shape).index(size)}}}), or None for no samples",

@@ -43,7 +43,7 @@ def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str, *_
         if state.get(prefix + name) is parameter and _in_blocks(parameter):
             raise FoldError(
                 f"{name} was written over as if a rank held one box of it, and it holds blocks; load the model again.",
-                placements=parameter.placements,  # type: ignore[attr-defined]
+                placements=parameter.placements,
                 valid="load_state_dict, or set_model_state_dict without full_state_dict, with DTensors; "
                 "torch.distributed.checkpoint.load into state_dict()",
             )
@@ -71,7 +71,7 @@ def _store_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> d
 def _take_moments(optimizer: torch.optim.Optimizer) -> None:
     """Brings what the optimizer keeps of each parameter, in its shape, to the parameter's layout."""
     for parameter, kept in optimizer.state.items():
-        if _in_blocks(parameter):
+        if isinstance(parameter, DTensor) and _in_blocks(parameter):
             for name, value in kept.items():
                 if isinstance(value, DTensor) and value.shape == parameter.shape:
                     kept[name] = value.redistribute(placements=parameter.placements)
