@@ -44,6 +44,7 @@ def parallelize(
     kernels: str | ModuleType = "auto",
     verify: bool = False,
     batch_dims: Mapping[str, int | None] | None = None,
+    check_ranks: bool = True,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -64,6 +65,8 @@ def parallelize(
         verify: proves every program that is compiled equal to the captured one, as `foldcc.verify` does.
         batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
             not named it is the first, where that has the size of the others' samples.
+        check_ranks: on real ranks, every call begins with an exchange of eight bytes that finds ranks which call with other
+            shapes or values, or raise; the first also compares samples that ranks share and replicas of weights.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -94,6 +97,7 @@ def parallelize(
         verified=verify,
         progress=quiet,
         batch_dims=batch_dims,
+        check_ranks=check_ranks,
     )
     fixed = example_inputs is not None
     given = example_inputs if fixed else _dummy(model, mesh)

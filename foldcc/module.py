@@ -29,6 +29,7 @@ from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
 from foldcc.program import Program
+from foldcc.runtime.agreement import agree_on_call, agree_on_start
 from foldcc.runtime.checkpoint import refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
@@ -82,6 +83,7 @@ class FoldedModule(nn.Module):
         verified: bool,
         progress: Callable[[str], None],
         batch_dims: Mapping[str, int | None] | None = None,
+        check_ranks: bool = True,
     ):
         super().__init__()
         self.mesh = mesh
@@ -92,6 +94,8 @@ class FoldedModule(nn.Module):
         self._pipeline = pipeline
         self._own: tuple[Pass, ...] = ()  # of with_passes
         self._batch_dims = dict(batch_dims or {})
+        self._check_ranks = check_ranks and not mesh.is_virtual
+        self._started = False
         self._notes: tuple[str, ...] = ()
         self._verified = verified
         self._progress = progress
@@ -110,12 +114,14 @@ class FoldedModule(nn.Module):
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec, names = self._bind(args, kwargs)
+        leaves, spec, names = self._agreed(args, kwargs)
         key = self._key(leaves, spec)
         if key not in self._programs:
             self._compile(leaves, spec, names)
         executable, _ = self._programs[key] = self._programs.pop(key)
         program = executable.program
+        if self._check_ranks and not self._started:
+            self._check_start(leaves, names)
         inputs = iter(x for x in leaves if isinstance(x, Tensor))
         held = {
             **dict(self.named_parameters(remove_duplicate=False)),
@@ -222,6 +228,31 @@ class FoldedModule(nn.Module):
         paths, spec = pytree.tree_flatten_with_path(named)
         return [x for _, x in paths], spec, [pytree.keystr(p) for p, _ in paths]
 
+    def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
+        """`_bind`, and on real ranks all of them are about to run the same program."""
+        if not self._check_ranks:
+            return self._bind(args, kwargs)
+        try:
+            bound = self._bind(args, kwargs)
+            self._check_structure(*bound)
+        except Exception as error:
+            agree_on_call(self.mesh, "", error)
+            raise
+        leaves, _, names = bound
+        call = ", ".join(f"{name}{_Told.of(x)}" for name, x in zip(names, leaves, strict=True))
+        agree_on_call(self.mesh, f"{call}{' in training' if self.training else ' in evaluation'}")
+        return bound
+
+    def _check_start(self, leaves: list[Any], names: list[str]) -> None:
+        """The samples and the weights of the first step."""
+        parameters = {n: _local(p) for n, p in self.named_parameters()}
+        agree_on_start(
+            self.mesh,
+            {n: x for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)},
+            {n: (parameters[n], layout) for n, layout in self._layouts.items() if n in parameters},
+        )
+        self._started = True
+
     def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
         """What a program is specialised to. Python numbers by type and digits, for True == 1 and 0.0 == -0.0."""
         told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
@@ -230,13 +261,7 @@ class FoldedModule(nn.Module):
         return (str(spec), told, modes, dtypes)
 
     def _compile(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], *, fixed: bool = False) -> None:
-        structure = f"{spec} {[n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]}"
-        if self._structure is not None and structure != self._structure:
-            raise FoldError(
-                f"The model is called with {', '.join(names)}, and was compiled for another structure of inputs.",
-                compiled=self._structure_names,
-                valid="the structure of example_inputs; without example_inputs, any",
-            )
+        structure = self._check_structure(leaves, spec, names)
         divided = self.mesh.size("dp") > 1
         batch_dims = sample_dims(leaves, names, self._batch_dims, divided=divided)
         kwargs = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec)
@@ -260,6 +285,17 @@ class FoldedModule(nn.Module):
             first_broken(self).raise_if_failed()
         if fixed:
             self._structure, self._structure_names = structure, ", ".join(names)
+
+    def _check_structure(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str]) -> str:
+        """The structure of a call; with example_inputs it is theirs."""
+        structure = f"{spec} {[n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)]}"
+        if self._structure is not None and structure != self._structure:
+            raise FoldError(
+                f"The model is called with {', '.join(names)}, and was compiled for another structure of inputs.",
+                compiled=self._structure_names,
+                valid="the structure of example_inputs; without example_inputs, any",
+            )
+        return structure
 
     def _keep(self, key: Any, made: tuple[Executable, Stages], call: dict[str, _Told]) -> None:
         """Stores a program under its key, says once why there is another one, and evicts the least recently used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,54 @@ def test_samples_that_are_ambiguous_are_refused():
     assert sample_dims(inputs, names, {"b": 1}, divided=True) == {"['a']": 0, "['b']": 1}
     with pytest.raises(foldcc.FoldError, match="different numbers of samples"):
         sample_dims(inputs, names, {"a": 0, "b": 0}, divided=True)
+
+
+class Tokens(nn.Module):
+    """A mean over samples, whose number is a constant of the graph."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))).square().mean()
+
+
+def said(call: Any) -> str:
+    """What a call raises, with its kind; empty if it does not."""
+    try:
+        call()
+    except (foldcc.FoldError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def disagree(random: int) -> dict[str, str]:
+    rank = dist.get_rank()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(random))
+    over = {axis: foldcc.init_folded_mesh("cpu", attention={axis: 2}) for axis in ("dp", "tp")}
+    folded = foldcc.parallelize(Tokens(), over["dp"], example_inputs={"x": x})
+    twice = foldcc.parallelize(Tokens(seed=rank), over["dp"], example_inputs={"x": x})
+    shared = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x})
+    free = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x}, check_ranks=False)
+    return {
+        "uneven": said(lambda: folded(x=x[: 3 - 2 * rank])),
+        "one raises": said(lambda: folded(x=x) if rank else folded(y=x)),
+        "even": said(lambda: folded(x=x + rank)),
+        "one evaluates": said(lambda: folded.train(bool(rank))(x=x)),
+        "weights": said(lambda: twice(x=x)),
+        "samples": said(lambda: shared(x=x + rank)),
+        "unchecked": said(lambda: free(x=x + rank)),
+    }
+
+
+def test_ranks_that_disagree_are_named_on_all_of_them():
+    first, second = run_distributed(disagree, 2, 1)
+    assert first.pop("one raises").startswith("TypeError") and "Rank 0 of 2 raised" in second.pop("one raises")
+    assert first == second
+    assert not first["even"] and not first["unchecked"]
+    assert "Ranks 0 and 1 call the model with other shapes" in first["uneven"] and "[3, 8]" in first["uneven"]
+    assert "evaluation" in first["one evaluates"]
+    assert "Rank 1 has another up.weight than rank 0" in first["weights"]
+    assert "Rank 1 has other samples in ['x'] than rank 0" in first["samples"]

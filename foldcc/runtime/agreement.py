@@ -1,0 +1,101 @@
+"""Whether ranks that should agree do: on the call that they make, on its samples, and on the weights that they start from.
+
+Every call of a folded module begins with one exchange of eight bytes, so that a rank that calls otherwise, or that cannot call
+at all, is an error on all ranks instead of a wrong sum or a wait without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from foldcc.errors import FoldError, listed
+from foldcc.layout import Layout, Shard
+from foldcc.mesh import FoldedMesh
+
+_RAISED = -1
+
+
+def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = None) -> None:
+    """Compares what every rank is about to run. Collective over the world.
+
+    Args:
+        call: shapes, dtypes and values of the call, as a person reads them.
+        error: what this rank raises instead of making the call.
+
+    Raises:
+        FoldError: on the ranks without an error of their own: which ranks raised and what, or which ranks call otherwise.
+            Counts that are constants of a program, such as those of a mean, are wrong where shapes differ.
+    """
+    mine = _RAISED if error is not None else int.from_bytes(blake2b(call.encode(), digest_size=7).digest(), "big")
+    digests = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
+    dist.all_gather_into_tensor(digests, torch.tensor([mine], device=mesh.device_type))
+    if bool((digests == digests[0]).all()) and mine != _RAISED:
+        return
+    told: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(told, (call, None if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        return  # the caller raises it
+    raised = {rank: said for rank, (_, said) in enumerate(told) if said is not None}
+    if raised:
+        rank = min(raised)
+        raise FoldError(f"Rank {rank} of {mesh.world_size} raised before its forward.", rank=listed(raised), error=raised[rank])
+    first = told[0][0]
+    rank = next(r for r, (said, _) in enumerate(told) if said != first)
+    raise FoldError(
+        f"Ranks 0 and {rank} call the model with other shapes or values, and a program has one of each.",
+        **{"rank 0": first, f"rank {rank}": told[rank][0]},
+        valid="the same shapes on every rank: drop the last batch, or pad it with labels that the loss ignores",
+    )
+
+
+def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], parameters: Mapping[str, tuple[Tensor, Layout]]) -> None:
+    """Compares the samples of ranks that share a data-parallel coordinate, and the replicas of each parameter.
+
+    Collective over the world; reads every parameter once. A parameter is compared by a checksum of what this rank holds.
+
+    Raises:
+        FoldError: on all ranks: which rank was given other samples, or holds another weight.
+    """
+    rank, device = dist.get_rank(), mesh.device_type
+    shared = [axis for axis in mesh.axes("attention") if axis != "dp"]
+    compared: list[tuple[str, int, int]] = []  # what, its checksum, the rank to compare with
+    for name, x in inputs.items():
+        compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, tuple(shared))[0]))
+    for name, (x, layout) in parameters.items():
+        alike = tuple(a for a in mesh.axes(layout.view) if not isinstance(layout.states.get(a), Shard))
+        compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))
+    mine = torch.tensor([checksum for _, checksum, _ in compared], dtype=torch.int64, device=device)
+    every = torch.empty((mesh.world_size, len(compared)), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(every.flatten(), mine)
+    held = every.tolist()
+    differ = [(what, first) for i, (what, checksum, first) in enumerate(compared) if held[first][i] != checksum]
+    told: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(told, differ[:1])
+    for other, found in enumerate(told):
+        for what, first in found:
+            raise FoldError(
+                f"Rank {other} has {what} than rank {first}, and they share it.",
+                mesh=str(mesh),
+                valid=_advice(what),
+            )
+
+
+def _advice(what: str) -> str:
+    if what.startswith("other samples"):
+        return "the same samples on all ranks of one dp coordinate; data loaders shard by dp, not by rank"
+    return "the same seed, or the same checkpoint, on every rank"
+
+
+def _digest(x: Tensor) -> int:
+    whole = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(blake2b(whole, digest_size=7).digest(), "big")
+
+
+def _checksum(x: Tensor) -> int:
+    return int(torch.hash_tensor(x.detach()).view(torch.int64)) if x.numel() else 0
