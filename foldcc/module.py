@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -35,6 +35,7 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
 from foldcc.samples import refuse_attention_over_samples, sample_dims
+from foldcc.tree import Attributes, copy_tree, refuse_hooks
 from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
@@ -106,7 +107,9 @@ class FoldedModule(nn.Module):
         self._structure: str | None = None
         self._structure_names = ""
         self._layouts: dict[str, Layout] = {}
-        _copy_tree(model, self, mesh)
+        refuse_hooks(model)
+        copy_tree(model, self, mesh)
+        self._attributes = Attributes(self)
         self.register_state_dict_post_hook(store_boxes)
         self.register_load_state_dict_pre_hook(refuse_overwritten)
         if not mesh.is_virtual:
@@ -229,10 +232,12 @@ class FoldedModule(nn.Module):
         return [x for _, x in paths], spec, [pytree.keystr(p) for p, _ in paths]
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
-        """`_bind`, and on real ranks all of them are about to run the same program."""
+        """`_bind`, where the tree is as it was folded, and on real ranks all of them are about to run the same program."""
         if not self._check_ranks:
+            self._attributes.check(self)
             return self._bind(args, kwargs)
         try:
+            self._attributes.check(self)
             bound = self._bind(args, kwargs)
             self._check_structure(*bound)
         except Exception as error:
@@ -391,40 +396,3 @@ def _axes_used(program: Program) -> list[str]:
                 if known is not None and known.simulate is not None:
                     found.add(known.arguments(node.args, dict(node.kwargs))["axes"])
     return sorted(found)
-
-
-def _copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
-    """Gives `root` the same tree of names, with copies of the parameters and buffers; what is tied stays tied.
-
-    On a real mesh parameters are DTensors from the start, replicated until a program says how they are laid out: a
-    DTensor can become another one in place, an ordinary tensor cannot become a DTensor.
-    """
-    copies: dict[int, Any] = {}
-
-    def copied(x: Tensor) -> Tensor:
-        x = x.detach().clone()
-        return x if mesh.is_virtual or x.device.type == "meta" else x.to(mesh.device_type)
-
-    def parameter(p: nn.Parameter) -> nn.Parameter:
-        x = copied(p)
-        if not mesh.is_virtual:
-            x = DTensor.from_local(x, mesh.attention, [Replicate()] * mesh.attention.ndim, run_check=False)
-        return nn.Parameter(x, requires_grad=p.requires_grad)
-
-    for path, module in model.named_modules(remove_duplicate=False):
-        target = root
-        for part in path.split(".") if path else ():
-            if part not in target._modules:
-                target.add_module(part, nn.Module())
-            target = target.get_submodule(part)
-        target.training = module.training
-        for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in copies:
-                    copies[id(p)] = parameter(p)
-                target.register_parameter(name, copies[id(p)])
-        for name, b in module._buffers.items():
-            if b is not None:
-                if id(b) not in copies:
-                    copies[id(b)] = copied(b)
-                target.register_buffer(name, copies[id(b)], persistent=name not in module._non_persistent_buffers_set)

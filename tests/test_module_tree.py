@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import foldcc
+from foldcc.errors import FoldError
 from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2,tp=2|ep=2,etp=2"
@@ -21,7 +22,7 @@ class Mixer(nn.Module):
         self.second.weight = self.first.weight
         self.register_buffer("shift", torch.randn(16), persistent=False)
         self.constant = torch.randn(16)
-        self.switch = 1
+        self.switch, self.config = 1, object()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.second(self.norm(self.first(x)) + self.shift) * self.switch
@@ -58,3 +59,76 @@ def test_a_dtype_given_afterwards_is_the_dtype_of_the_programs_that_follow(dtype
     assert all(p is held[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
     assert_the_same(folded, model.to(dtype), x.to(dtype))
     assert_the_same(folded.float(), model.float(), x)
+
+
+def test_the_tree_keeps_classes_attributes_and_what_is_shared() -> None:
+    model = nn.Sequential(Mixer(), Shared())
+    folded = foldcc.parallelize(model, MESH)
+    assert {name: type(m) for name, m in folded.named_modules() if name} == {n: type(m) for n, m in model.named_modules() if n}
+    inner = folded.get_submodule("0")
+    assert isinstance(inner, Mixer) and inner.norm.eps == model[0].norm.eps and inner.config is model[0].config
+    assert folded.get_submodule("1.twice") is folded.get_submodule("1.once")
+    assert inner.first.weight is inner.second.weight is not model[0].first.weight
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+        self.twice = self.once
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.twice(self.once(x))
+        return y
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_hook_that_would_not_be_called_is_refused_by_name(register: str) -> None:
+    x = activations()
+
+    def watch(*_: object) -> None: ...
+
+    model = Mixer()
+    getattr(model.norm, f"register_{register}")(watch)
+    with pytest.raises(FoldError, match=r"norm \(LayerNorm\) has a .* hook|norm \(LayerNorm\) has a .*pre-hook.*watch"):
+        foldcc.parallelize(model, "dp=2")
+    folded = foldcc.parallelize(Mixer(), "dp=2", example_inputs=(x,))
+    handle = getattr(folded.norm, f"register_{register}")(watch)
+    with pytest.raises(FoldError, match=r"norm \(LayerNorm\) was given a"):
+        folded(x)
+    handle.remove()
+
+
+def test_hooks_of_the_folded_module_and_of_its_gradients_are_called() -> None:
+    folded, seen = foldcc.parallelize(Mixer(), "dp=2", example_inputs=(activations(),)), []
+    folded.register_forward_hook(lambda m, i, o: seen.append("forward"))
+    folded.register_full_backward_hook(lambda m, i, o: seen.append("backward"))
+    folded.norm.weight.register_hook(lambda g: g * 2)
+    folded.norm.bias.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)))
+    model = Mixer()
+    model.load_state_dict(folded.state_dict())
+    folded(activations()).square().sum().backward()
+    assert {"forward", "backward", (16,)} == set(seen)
+
+
+def test_a_gradient_hook_of_the_original_is_refused() -> None:
+    model = Mixer()
+    model.norm.weight.register_hook(lambda g: g * 2)
+    with pytest.raises(FoldError, match=r"Parameter norm\.weight has a gradient hook"):
+        foldcc.parallelize(model, "dp=2")
+
+
+def test_an_attribute_that_is_set_afterwards_is_refused_by_name() -> None:
+    x = activations()
+    folded = foldcc.parallelize(nn.Sequential(Mixer()), "dp=2", example_inputs=(x,))
+    folded.get_submodule("0").switch = 2
+    with pytest.raises(FoldError, match=r"0 \(Mixer\) is not what it was when the model was folded: switch"):
+        folded(x)
+
+
+def test_a_parametrization_is_folded() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), activations()
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    assert_the_same(foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,)), model, x)

@@ -1,0 +1,169 @@
+"""The module tree of a folded model: the classes, names and attributes of the original, with parameters of its own.
+
+The tree is what one reads and trains; a compiled program computes. So what would be called in between, such as a forward
+hook, or what forward would read anew, such as a switch, is refused by name instead of being ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+
+_CALLED = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_HELD = ("_parameters", "_buffers", "_modules")
+_INSIDE = "hooks on the module that parallelize returns, which are called; or what the model returns"
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raises for hooks that a folded model would not call: those of modules, and those of parameters' gradients."""
+    own = {id(m) for m in model.modules()}
+    for path, module in model.named_modules():
+        for kind, hook in _hooks(module):
+            if not _is_the_models(hook, own):
+                raise FoldError(
+                    f"{_name(path, module)} has a {kind}, {_described(hook)}, which the folded model would not call.",
+                    valid=f"the model without it; {_INSIDE}",
+                )
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise FoldError(
+                f"Parameter {name} has a gradient hook, and the folded model's parameters are others.",
+                valid=f"the hook on the folded model's own: folded.get_parameter({name!r})",
+            )
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for held, kind in _CALLED.items():
+        for hook in vars(module)[held].values():
+            yield kind, hook
+
+
+def _is_the_models(hook: Any, own: set[int]) -> bool:
+    """Hooks that are a part of what the model computes: methods of its modules, and what its library registers."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
+        return True
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.startswith(("transformers.", "torch.nn.utils.", "torch.export."))
+
+
+def _described(hook: Any) -> str:
+    name = getattr(hook, "__qualname__", None) or type(hook).__qualname__
+    where = getattr(hook, "__module__", None)
+    return f"{where}.{name}" if where else name
+
+
+def _name(path: str, module: nn.Module) -> str:
+    return f"{path} ({type(module).__name__})" if path else f"The model ({type(module).__name__})"
+
+
+def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
+    """Gives `root` the tree of `model`: modules of the same classes, with copies of the parameters and buffers.
+
+    What is shared stays shared: modules under two names, and tied parameters. On a real mesh parameters are DTensors from
+    the start, replicated until a program says how they are laid out: a DTensor can become another one in place, an
+    ordinary tensor cannot become a DTensor.
+    """
+    tensors: dict[int, Any] = {}
+    modules: dict[int, nn.Module] = {id(model): root}
+
+    def copied(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        return x if mesh.is_virtual or x.device.type == "meta" else x.to(mesh.device_type)
+
+    def parameter(p: nn.Parameter) -> nn.Parameter:
+        x = copied(p)
+        if not mesh.is_virtual:
+            x = DTensor.from_local(x, mesh.attention, [Replicate()] * mesh.attention.ndim, run_check=False)
+        return nn.Parameter(x, requires_grad=p.requires_grad)
+
+    def once(x: Any) -> Any:
+        if x is not None and id(x) not in tensors:
+            tensors[id(x)] = parameter(x) if isinstance(x, nn.Parameter) else copied(x)
+        return None if x is None else tensors[id(x)]
+
+    for module in model.modules():
+        if module is not model:
+            modules[id(module)] = _alike(module)
+    for module in model.modules():
+        target = modules[id(module)]
+        target.training = module.training
+        for name, x in module._parameters.items():
+            target._parameters[name] = once(x)
+        for name, x in module._buffers.items():
+            target._buffers[name] = once(x)
+        target._non_persistent_buffers_set |= module._non_persistent_buffers_set
+        for name, child in module._modules.items():
+            target._modules[name] = None if child is None else modules[id(child)]
+        for held in _ON_STATES:
+            for key, hook in vars(module)[held].items():
+                vars(target)[held][key] = _rebound(hook, modules)
+
+
+def _alike(module: nn.Module) -> nn.Module:
+    """A module of the same class with the same plain attributes, without parameters, buffers, children and hooks."""
+    new: nn.Module = object.__new__(type(module))
+    vars(new).update(vars(module))
+    for name in (*_HELD, *_CALLED, *_OPTIONS, *_ON_STATES):
+        vars(new)[name] = type(vars(module)[name])()
+    vars(new)["_non_persistent_buffers_set"] = set()
+    return new
+
+
+def _rebound(hook: Any, modules: dict[int, nn.Module]) -> Any:
+    """A hook on state dicts that belongs to the copy of the module that it belonged to."""
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in modules:
+        return types.MethodType(hook.__func__, modules[id(hook.__self__)])
+    if getattr(hook, "with_module", False):
+        new = object.__new__(type(hook))
+        vars(new).update(vars(hook))
+        new.hook = _rebound(hook.hook, modules)
+        new.module = weakref.ref(modules[id(hook.module())])
+        return new
+    return hook
+
+
+class Attributes:
+    """The public plain attributes of a tree's modules as they were, which the programs were compiled with."""
+
+    def __init__(self, root: nn.Module):
+        self._before = {path: _plain(module) for path, module in root.named_modules() if path}
+
+    def check(self, root: nn.Module) -> None:
+        """Raises for what was done to a submodule and would not change what the folded model computes."""
+        for path, module in root.named_modules():
+            if not path:
+                continue
+            for kind, hook in _hooks(module):
+                raise FoldError(
+                    f"{_name(path, module)} was given a {kind}, {_described(hook)}, which the folded model does not call.",
+                    valid=_INSIDE,
+                )
+            before, now = self._before.get(path), _plain(module)
+            if before is None or before.keys() != now.keys() or any(now[k] is not x for k, x in before.items()):
+                changed = sorted(k for k in {*(before or ()), *now} if before is None or before.get(k) is not now.get(k))
+                raise FoldError(
+                    f"{_name(path, module)} is not what it was when the model was folded: {', '.join(changed)}.",
+                    valid="the change on the original model, before parallelize",
+                )
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}
