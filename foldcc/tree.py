@@ -107,8 +107,8 @@ def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
         target.training = module.training
         for name, x in module._parameters.items():
             target._parameters[name] = once(x)
-        for name, x in module._buffers.items():
-            target._buffers[name] = once(x)
+        for name, b in module._buffers.items():
+            target._buffers[name] = once(b)
         target._non_persistent_buffers_set |= module._non_persistent_buffers_set
         for name, child in module._modules.items():
             target._modules[name] = None if child is None else modules[id(child)]
