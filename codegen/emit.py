@@ -44,12 +44,9 @@ class Emit(Pass):
     edited: ModuleType | None = None
 
     def run(self, program: Program) -> Program:
-        assert program.backward is not None and program.backward_for is not None
-        build = program.backward_for
         names: dict[str, str] = {}
-        for main, direction in ((program.graph, "forward"), (program.backward, "backward")):
-            self._emitted(program.name, main, direction, names)
-        return replace(program, backward_for=lambda given: self._emitted(program.name, build(given), "backward", names))
+        self._emitted(program.name, program.graph, "forward", names)
+        return program.with_backward(lambda main: self._emitted(program.name, main, "backward", names))
 
     def _emitted(self, program: str, main: fx.GraphModule, direction: str, names: dict[str, str]) -> fx.GraphModule:
         """Replaces the regions of every block of a main graph, in place.

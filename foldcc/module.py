@@ -33,6 +33,7 @@ from foldcc.runtime.agreement import agree_on_call, agree_on_start
 from foldcc.runtime.checkpoint import refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
+from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.runtime.placement import cut, placements
 from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.tree import Attributes, copy_tree, refuse_hooks
@@ -118,7 +119,7 @@ class FoldedModule(nn.Module):
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec, names = self._agreed(args, kwargs)
-        key = self._key(leaves, spec)
+        key = self._key(leaves, spec, names)
         if key not in self._programs:
             self._compile(leaves, spec, names)
         executable, _ = self._programs[key] = self._programs.pop(key)
@@ -245,7 +246,8 @@ class FoldedModule(nn.Module):
             raise
         leaves, _, names = bound
         call = ", ".join(f"{name}{_Told.of(x)}" for name, x in zip(names, leaves, strict=True))
-        agree_on_call(self.mesh, f"{call}{' in training' if self.training else ' in evaluation'}")
+        mode = "training" if self.training else "evaluation"
+        agree_on_call(self.mesh, f"{call} in {mode}{Modes.now(self._device())}")
         return bound
 
     def _check_start(self, leaves: list[Any], names: list[str]) -> None:
@@ -258,36 +260,48 @@ class FoldedModule(nn.Module):
         )
         self._started = True
 
-    def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    def _key(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str]) -> Any:
         """What a program is specialised to. Python numbers by type and digits, for True == 1 and 0.0 == -0.0."""
         told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
         modes = tuple(m.training for m in self.modules())
         dtypes = tuple(x.dtype for x in (*self.parameters(), *self.buffers()))
-        return (str(spec), told, modes, dtypes)
+        return (str(spec), told, modes, dtypes, Modes.now(self._device()), self._given_gradients(leaves, names))
+
+    def _given_gradients(self, leaves: list[Any], names: list[str]) -> frozenset[str]:
+        """The parameters and inputs that require a gradient, by name; none where gradients are switched off."""
+        if not torch.is_grad_enabled():
+            return frozenset()
+        parameters = (name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad)
+        inputs = (name for name, x in zip(names, leaves, strict=True) if isinstance(x, Tensor) and x.requires_grad)
+        return frozenset([*parameters, *inputs])
 
     def _compile(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], *, fixed: bool = False) -> None:
         structure = self._check_structure(leaves, spec, names)
         divided = self.mesh.size("dp") > 1
         batch_dims = sample_dims(leaves, names, self._batch_dims, divided=divided)
+        self._check_autocast()
         kwargs = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec)
         start = time.perf_counter()
         self._progress("capture")
-        with in_modes(self._held[0], self), in_dtypes(self._held[0], self), warnings.catch_warnings():
+        held = self._held[0]
+        with traceable(), in_modes(held, self), in_dtypes(held, self), warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            program = capture(self._held[0], (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
-        program = replace(program, batch_dims=batch_dims)
+            program = capture(held, (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
+        program = replace(program.with_gradients(self._given_gradients(leaves, names)), batch_dims=batch_dims)
         seconds = time.perf_counter() - start
-        stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
-        if divided and not self.mesh.is_virtual and not self._batch_dims:
-            refuse_attention_over_samples(stages["annotate"].program)
-        self._take_places(stages[-1].program)
+        with compiling():
+            stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
+            if divided and not self.mesh.is_virtual and not self._batch_dims:
+                refuse_attention_over_samples(stages["annotate"].program)
+            self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
-        key = self._key(leaves, spec)
+        key = self._key(leaves, spec, names)
         self._keep(key, (executable, stages), {n: _Told.of(x) for n, x in zip(names, leaves, strict=True)})
         if self._verified:
             self._progress("verify")
-            first_broken(self).raise_if_failed()
+            with compiling():
+                first_broken(self).raise_if_failed()
         if fixed:
             self._structure, self._structure_names = structure, ", ".join(names)
 
@@ -328,6 +342,14 @@ class FoldedModule(nn.Module):
         if cause not in self._announced:
             self._announced.add(cause)
             warnings.warn(text, stacklevel=2)
+
+    def _check_autocast(self) -> None:
+        there, device = next(self._held[0].parameters()).device.type, self._device()
+        if there != device.type and Modes.now(device).autocast is not None:
+            raise FoldError(
+                f"Autocast on {device.type} casts nothing of a model on {there}, so its casts cannot be captured.",
+                valid=f"the model on {device.type} before parallelize, or parameters in the dtype that they are used in",
+            )
 
     def _device(self) -> torch.device:
         if not self.mesh.is_virtual:

@@ -11,7 +11,7 @@ Every node carries in `node.meta`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,11 +33,13 @@ class Slot:
         kind: "parameter", "buffer", "constant" or "input".
         names: the names under which the module tree holds a parameter or buffer (several, when tied), or the path of an
             input in the call, such as `["input_ids"]`.
+        grad: the program gives it a gradient, if what it computes has one.
     """
 
     name: str
     kind: str
     names: tuple[str, ...]
+    grad: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,9 +54,9 @@ class Program:
         literals: what the model returns that is no tensor, by its position among all that it returns.
         constants: values of the slots of that kind.
         sizes: size of each factor.
-        backward: the main backward graph, for gradients of all outputs.
+        backward: the main backward graph, for gradients of all outputs; None if no slot is given a gradient.
         batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
-        backward_for: makes the main backward graph for the outputs whose gradients are given.
+        backward_for: makes the main backward graph for the outputs whose gradients are given; None with `backward`.
     """
 
     graph: fx.GraphModule
@@ -112,6 +114,19 @@ class Program:
     def copied(self) -> Program:
         """The same program with graphs of its own, which a pass may rewrite in place; fake tensors are shared."""
         return replace(self, graph=copied(self.graph), backward=copied(self.backward) if self.backward is not None else None)
+
+    def with_backward(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule]) -> Program:
+        """The same program with every main backward graph rewritten, those that are made later as well."""
+        if self.backward is None:
+            return self
+        assert self.backward_for is not None
+        build = self.backward_for
+        return replace(self, backward=rewrite(self.backward), backward_for=lambda given: rewrite(build(given)))
+
+    def with_gradients(self, names: Set[str]) -> Program:
+        """The same captured program, which gives gradients to the parameters and inputs of these names and to nothing else."""
+        slots = (replace(s, grad=s.kind in ("parameter", "input") and not names.isdisjoint(s.names)) for s in self.slots)
+        return replace(self, slots=tuple(slots))
 
     def returned(self, outputs: Sequence[Any]) -> Any:
         """What the model returns, made of what the main graph returns."""

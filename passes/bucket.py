@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,13 +41,7 @@ class Bucket(Pass):
             raise FoldError(f"Bucket(small={self.small}) is no number of bytes.", valid="0 or more")
 
     def run(self, program: Program) -> Program:
-        assert program.backward is not None and program.backward_for is not None
-        build = program.backward_for
-        return replace(
-            program,
-            backward=self._bucketed(program.backward),
-            backward_for=lambda given: self._bucketed(build(given)),
-        )
+        return program.with_backward(self._bucketed)
 
     def _bucketed(self, main: fx.GraphModule) -> fx.GraphModule:
         for name, block in main.named_children():

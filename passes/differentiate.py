@@ -51,12 +51,14 @@ class Differentiate(Pass):
     def run(self, program: Program) -> Program:
         with active(program.mesh):
             joints = {name: self._joint(name, block) for name, block in program.blocks.items()}
+        if not any(n.meta["grad"] for n in program.placeholders):
+            return replace(program, graph=_forward(program, joints))
         backward = Backward(program, joints)
         return replace(program, graph=_forward(program, joints), backward=backward.main(None), backward_for=backward.main)
 
     def _joint(self, name: str, block: fx.GraphModule) -> Joint:
         joint = _trace(block, {ops.local_token_loss: ops.token_loss_in_pieces} if self.for_kernels else {})
-        if self.for_kernels and joint is not None:
+        if self.for_kernels:
             rewrite_experts(joint)
         return _split(block, joint, partial(self.saved, name))
 
@@ -85,15 +87,14 @@ class Joint:
     variants: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
 
 
-def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule | None:
-    """The joint graph of a block, None when nothing in it has a gradient.
+def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """The joint graph of a block; the forward graph alone when no result has a gradient.
 
     Args:
         instead: what is traced in place of some operators.
     """
     (output,) = block.graph.find_nodes(op="output")
-    if not any(n.meta["grad"] for n in output.args[0]):
-        return None
+    both = any(n.meta["grad"] for n in output.args[0])
     for node in block.graph.nodes:
         # What tracing keeps of a node's meta, for the operators that it becomes and for their transposes.
         node.meta["custom"] = {k: node.meta[k] for k in ("nn_module_stack", "source") if k in node.meta} | {"origin": node.name}
@@ -104,11 +105,11 @@ def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> 
                 n.meta["layout"].shape,
                 dtype=n.meta["val"].dtype,
                 device=n.meta["val"].device,
-                requires_grad=n.meta["grad"],
+                requires_grad=both and n.meta["grad"],
             )
             for n in block.graph.find_nodes(op="placeholder")
         )
-        joint: Any = aot_export_joint_simple(_without_views(block, instead), inputs, trace_joint=True)
+        joint: Any = aot_export_joint_simple(_without_views(block, instead), inputs, trace_joint=both)
     _drop_clones(joint, len(output.args[0]))
     for node in joint.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # what another block computed may have other strides than what was traced
@@ -140,7 +141,7 @@ def _drop_clones(joint: fx.GraphModule, results: int) -> None:
 
 
 def _split(
-    block: fx.GraphModule, joint: fx.GraphModule | None, choose: Callable[[Nodes, Nodes, Nodes, Nodes], list[fx.Node]]
+    block: fx.GraphModule, joint: fx.GraphModule, choose: Callable[[Nodes, Nodes, Nodes, Nodes], list[fx.Node]]
 ) -> Joint:
     """Cuts a joint graph: what the results need runs forward, the rest runs backward, with what is computed again.
 
@@ -149,8 +150,6 @@ def _split(
     """
     (output,) = block.graph.find_nodes(op="output")
     grads = tuple(bool(n.meta["grad"]) for n in output.args[0])
-    if joint is None:
-        return Joint(block, None, grads, len(grads), 0)
     graph = joint.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     count = len(placeholders) - sum(grads)
@@ -168,11 +167,14 @@ def _split(
     results, gradients = leaves[: len(grads)], leaves[len(grads) :]
     for result, local in zip(results, output.args[0], strict=True):
         result.meta["layout"] = local.meta["layout"]
+    needed = _ancestors(results)
+    early = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
+    left = [(n.name, n.meta["layout"]) for n in output.args[0]]
+    if not any(grads):
+        return Joint(_extract(primals, early, tuple(results), names, left), None, grads, len(grads), 0)
     for gradient, formal in zip(gradients, formals, strict=True):
         if gradient is not None:
             gradient.meta["layout"] = formal.meta["layout"].transposed
-    needed = _ancestors(results)
-    early = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
     late = [n for n in graph.nodes if n in _ancestors(gradients) and n not in needed and n.op != "placeholder"]
     inside = {*late, *tangents}
     _read_sizes(late, inside)
@@ -181,7 +183,6 @@ def _split(
     free = {*results, *(p for p, f in zip(primals, formals, strict=True) if f.meta["parameter"])}
     saved = choose([*primals, *early], wanted, late, free)
     again = between(saved, wanted)
-    left = [(n.name, n.meta["layout"]) for n in output.args[0]]
     asked = [(f"grad_{n.name}", n.meta["layout"].transposed) for n in formals]
     forward = _extract(primals, early, (tuple(results), tuple(saved)), names, left)
     for node in again:

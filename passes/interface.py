@@ -18,12 +18,12 @@ def find_gradients(program: Program) -> None:
         return isinstance(value, torch.Tensor) and value.is_floating_point()
 
     for node in program.placeholders:
-        node.meta["grad"] = program.slot(node.name).kind == "parameter" and differentiable(node)
+        node.meta["grad"] = program.slot(node.name).grad and differentiable(node)
     for call in program.calls:
         block: fx.GraphModule = getattr(program.graph, str(call.target))
         for formal, actual in zip(block.graph.find_nodes(op="placeholder"), call.args, strict=True):
             formal.meta["grad"] = formal.meta.get("grad", False) or actual.meta["grad"]
-            formal.meta["parameter"] = actual.op == "placeholder" and actual.meta["grad"]
+            formal.meta["parameter"] = actual.op == "placeholder" and program.slot(actual.name).kind == "parameter"
         for node in block.graph.nodes:
             if node.op == "call_function":
                 node.meta["grad"] = any(n.meta["grad"] for n in node.all_input_nodes) and (

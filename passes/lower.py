@@ -23,14 +23,8 @@ class Lower(Pass):
     provides = frozenset({"lowered"})
 
     def run(self, program: Program) -> Program:
-        assert program.backward is not None and program.backward_for is not None
-        build = program.backward_for
-        return replace(
-            program,
-            graph=_lowered(program.graph),
-            backward=_lowered(program.backward),
-            backward_for=lambda given: _lowered(copied(build(given))),
-        )
+        lowered = replace(program, graph=_lowered(program.graph))
+        return lowered.with_backward(lambda main: _lowered(copied(main)))  # its blocks are those of the stage before
 
 
 def _lowered(main: fx.GraphModule) -> fx.GraphModule:

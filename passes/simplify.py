@@ -12,7 +12,7 @@ Every number stays what it was, except for the last line, which rounds as PyTorc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +33,7 @@ class Simplify(Pass):
     provides = frozenset({"simplified"})
 
     def run(self, program: Program) -> Program:
-        assert program.backward is not None and program.backward_for is not None
-        build = program.backward_for
-        return replace(
-            program,
-            backward=_simplified(program.backward),
-            backward_for=lambda given: _simplified(build(given)),
-        )
+        return program.with_backward(_simplified)
 
 
 def _simplified(main: fx.GraphModule) -> fx.GraphModule:

@@ -96,9 +96,7 @@ class _Checker:
             if node.op == "call_function":
                 values[node] = self.typing.node(node, values, part)
         (output,) = block.graph.find_nodes(op="output")
-        returns = output.meta.get("returns")
-        if returns is None:  # a block without gradients is as `localize` left it, and was checked there
-            return tuple(self.typing.of(n.meta["layout"]) for n in output.args[0])
+        returns = output.meta["returns"]
         forward = len(output.args[0]) == 2 and isinstance(output.args[0][0], tuple)
         leaves, saved = output.args[0] if forward else (output.args[0], ())
         for leaf, (name, layout) in zip(leaves, returns, strict=True):

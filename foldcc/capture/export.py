@@ -187,7 +187,7 @@ def _slots(
     for spec, node in zip(exported.graph_signature.input_specs, placeholders, strict=True):
         name = node.name
         if spec.kind == InputKind.PARAMETER:
-            slots.append(Slot(name, "parameter", tuple(names[id(held[spec.target])])))
+            slots.append(Slot(name, "parameter", tuple(names[id(held[spec.target])]), grad=True))
         elif spec.kind == InputKind.BUFFER:
             slots.append(Slot(name, "buffer", tuple(names[id(held[spec.target])])))
         elif spec.kind == InputKind.CONSTANT_TENSOR:

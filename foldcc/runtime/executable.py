@@ -36,7 +36,20 @@ class Executable:
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to the parameters among them."""
+        if self.program.backward is None:
+            with torch.no_grad():
+                return self.forward(values)[0]
         return list(_Step.apply(self, *values))
+
+    def forward(self, values: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """The outputs, and what each call of a block saves for its backward pass."""
+        result = self.run(self.program.graph, self.enter(values, self.layouts))
+        if not self.virtual:
+            return _leaves(result[0]), list(result[1])
+        leaves = [_leaves(r[0]) for r in result]
+        layouts, names = [n.meta["layout"] for n in self.outputs], [n.name for n in self.outputs]
+        outputs = self.leave([list(per_rank) for per_rank in zip(*leaves, strict=True)], layouts, names)
+        return outputs, [list(per_rank) for per_rank in zip(*(r[1] for r in result), strict=True)]
 
     def backward(self, given: tuple[bool, ...]) -> fx.GraphModule:
         if given not in self._backward:
@@ -69,15 +82,7 @@ class Executable:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, *values: Tensor) -> Any:
-        result = executable.run(executable.program.graph, executable.enter(values, executable.layouts))
-        layouts = [n.meta["layout"] for n in executable.outputs]
-        names = [n.name for n in executable.outputs]
-        if executable.virtual:
-            leaves = [_leaves(r[0]) for r in result]
-            outputs = executable.leave([list(per_rank) for per_rank in zip(*leaves, strict=True)], layouts, names)
-            ctx.saved = [list(per_rank) for per_rank in zip(*(r[1] for r in result), strict=True)]
-        else:
-            outputs, ctx.saved = _leaves(result[0]), list(result[1])
+        outputs, ctx.saved = executable.forward(values)
         ctx.executable = executable
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))

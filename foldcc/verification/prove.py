@@ -153,7 +153,10 @@ def _round(
             told = reading(values, wanted.detach(), layout, mesh, field)
             found = Difference(what=f"Output {i}", rank=rank, reading=told)
             return (locate_forward(stages, run, found) if isinstance(run, Folded) else found), ()
-    trained = [s.name for s in program.slots if s.kind == "parameter"]
+    trained = [s.name for s in program.slots if s.grad]
+    outputs = f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks"
+    if not trained:
+        return None, (outputs,)
     for given in _objectives(reference):
         found_gradients, wanted_gradients = run.gradients(given), reference.gradients(trained, given)
         difference = _gradients(program, found_gradients, wanted_gradients, field)
@@ -163,10 +166,15 @@ def _round(
         if difference is not None:
             return difference, ()
     return None, (
-        f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks",
-        f"the gradients of {len(trained)} parameters, on each of {mesh.world_size} ranks, after their reductions",
+        outputs,
+        f"the gradients of {len(trained)} {_called(program)}, on each of {mesh.world_size} ranks, after their reductions",
         "the squared norm of all gradients, every element counted once",
     )
+
+
+def _called(program: Program) -> str:
+    inputs = any(s.grad and s.kind == "input" for s in program.slots)
+    return "parameters and inputs" if inputs else "parameters"
 
 
 def _objectives(reference: Reference) -> list[tuple[bool, ...]]:
@@ -180,7 +188,7 @@ def _objectives(reference: Reference) -> list[tuple[bool, ...]]:
 
 def _gradients(program: Program, found: Mapping[str, Any], wanted: Mapping[str, Tensor], field: Field) -> Difference | None:
     for slot, node in zip(program.slots, program.placeholders, strict=True):
-        if slot.kind != "parameter":
+        if not slot.grad:
             continue
         values, what = found[slot.name], f"The gradient of {slot.names[0]}"
         if slot.name not in wanted:

@@ -49,7 +49,7 @@ class OnRanks:
         self.layouts: list[Layout | None] = [n.meta["layout"] if self.local else None for n in returned]
 
     def _entering(self, slot: Slot, node: fx.Node) -> Tensor | Ranked:
-        x, trained = self.reference.inputs[slot.name], slot.kind == "parameter"
+        x, trained = self.reference.inputs[slot.name], slot.grad
         if not self.local:
             return x.clone().requires_grad_(trained)
         mesh = self.program.mesh
@@ -62,7 +62,7 @@ class OnRanks:
         for x, tangent, layout in zip(self.outputs, self.reference.tangents, self.layouts, strict=True):
             if tangent is not None and next(there):
                 pairs += zip(_each(x), _each(self._tangent(tangent, layout)), strict=True)
-        names = [s.name for s in self.program.slots if s.kind == "parameter"]
+        names = [s.name for s in self.program.slots if s.grad]
         leaves = [x for name in names for x in _each(self.slots[name])]
         with FieldMode(self.reference.field), active(self.program.mesh):
             found = torch.autograd.grad(

@@ -36,7 +36,7 @@ class Reference:
     def __init__(self, program: Program, field: Field, inputs: Mapping[str, Tensor], generator: torch.Generator):
         self.field, self.inputs = field, inputs
         self.values: dict[str, Any] = {}
-        trained = {slot.name for slot in program.slots if slot.kind == "parameter"}
+        trained = {slot.name for slot in program.slots if slot.grad}
         with FieldMode(field):
             given = [inputs[s.name].clone().requires_grad_(s.name in trained) for s in program.slots]
             self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values).run(*given))

@@ -31,8 +31,9 @@ def wired_alike(stages: Stages, stage: str) -> bool:
     outputs, saved = _run(program.graph, slots)[program.output]
     if _flat(outputs) != _flat(values[captured.output]):
         return False
+    if program.backward is None:
+        return True
     tangents = [_hash("tangent", i) for i, n in enumerate(_nodes(local.output)) if n.meta["grad"]]
-    assert program.backward is not None
     found = _backward(program.backward, local, [*saved, *tangents])
     wanted = _chain_rule(captured, local, values, tangents)
     return all((g or 0) == wanted.get(n, 0) for g, n in zip(found, captured.placeholders, strict=True))

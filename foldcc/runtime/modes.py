@@ -1,0 +1,46 @@
+"""PyTorch's switches at a call: what is captured follows them, and what is compiled does not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The switches that decide which program a call runs.
+
+    Attributes:
+        grad: gradients are recorded.
+        autocast: the dtype to which operators cast on the program's device; None without autocast.
+    """
+
+    grad: bool
+    autocast: torch.dtype | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Modes:
+        casts = torch.is_autocast_enabled(device.type)
+        return cls(torch.is_grad_enabled(), torch.get_autocast_dtype(device.type) if casts else None)
+
+    def __str__(self) -> str:
+        off = "" if self.grad else ", without gradients"
+        return off if self.autocast is None else f"{off}, under autocast to {self.autocast}"
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """Without inference mode, whose tensors cannot be traced; whether gradients are recorded is as before."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Whatever the caller's switches are, passes trace and prove with gradients and without autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), torch._C._DisableAutocast():
+        yield
