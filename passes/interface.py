@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
@@ -13,12 +13,8 @@ from foldcc.program import Program
 def find_gradients(program: Program) -> None:
     """`node.meta["grad"]`: whether a gradient flows back through the value."""
 
-    def differentiable(node: fx.Node) -> bool:
-        value = node.meta.get("val")
-        return isinstance(value, torch.Tensor) and value.is_floating_point()
-
     for node in program.placeholders:
-        node.meta["grad"] = program.slot(node.name).grad and differentiable(node)
+        node.meta["grad"] = program.slot(node.name).grad and _differentiable(node)
     for call in program.calls:
         block: fx.GraphModule = getattr(program.graph, str(call.target))
         for formal, actual in zip(block.graph.find_nodes(op="placeholder"), call.args, strict=True):
@@ -26,12 +22,30 @@ def find_gradients(program: Program) -> None:
             formal.meta["parameter"] = actual.op == "placeholder" and program.slot(actual.name).kind == "parameter"
         for node in block.graph.nodes:
             if node.op == "call_function":
-                node.meta["grad"] = any(n.meta["grad"] for n in node.all_input_nodes) and (
-                    differentiable(node) or isinstance(node.meta["val"], (tuple, list))
-                )
+                node.meta["grad"] = flows(node, {n for n in node.all_input_nodes if n.meta["grad"]})
         (output,) = block.graph.find_nodes(op="output")
         for user in call.users:
             user.meta["grad"] = output.args[0][user.args[1]].meta["grad"]
+
+
+def flows(node: fx.Node, through: Collection[fx.Node]) -> bool:
+    """Whether a gradient flows back through an operator, if one flows through some of its operands."""
+    several = isinstance(node.meta["val"], (tuple, list))
+    return any(n in through for n in node.all_input_nodes) and (several or _differentiable(node))
+
+
+def differentiated(program: Program) -> set[fx.Node]:
+    """The values of a captured program through which a gradient flows back."""
+    found = {n for n in program.placeholders if program.slot(n.name).grad and _differentiable(n)}
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function" and flows(node, found):
+            found.add(node)
+    return found
+
+
+def _differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def interface(program: Program) -> dict[fx.Node, fx.Node]:

@@ -5,7 +5,8 @@ becomes
     prologue(…); block(x, w0); block(x, w1); … ; epilogue(…)
 
 so that everything after this pass is done once per distinct block. That a stretch of the graph is a repeat is checked on
-the graph: the same operators on the same shapes with the same wiring. What differs between repeats becomes an argument.
+the graph: the same operators on the same shapes with the same wiring, given gradients alike. What differs between repeats
+becomes an argument.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from foldcc.passes.interface import differentiated
 from foldcc.passes.manager import Pass
 from foldcc.program import Program
 
@@ -54,14 +56,18 @@ class _Outliner:
         self.nodes = nodes
         self.position = {n: i for i, n in enumerate(nodes)}
         self.kinds = {n: program.slot(n.name).kind for n in program.placeholders}
+        self.differentiated = differentiated(program)
         ids: dict[Any, int] = {}
         self.signature = np.array([ids.setdefault(self._signature(n), len(ids)) for n in nodes])
 
     def _signature(self, node: fx.Node) -> Any:
         """What a node computes, up to which values it reads."""
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
-        told = tuple((_type(x), self.kinds.get(x)) if isinstance(x, fx.Node) else (type(x), str(x)) for x in leaves)
+        told = tuple(self._read(x) if isinstance(x, fx.Node) else (type(x), str(x)) for x in leaves)
         return (node.target, told, str(spec), _type(node))
+
+    def _read(self, value: fx.Node) -> Any:
+        return (_type(value), self.kinds.get(value), value in self.differentiated)
 
     def parts(self, smallest: int) -> list[_Run]:
         return self._parts(0, len(self.nodes), smallest)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from foldcc.errors import FoldError
 from foldcc.layout import Layout
 from foldcc.program import Program
 from foldcc.runtime.groups import active
@@ -82,15 +84,20 @@ class Executable:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, *values: Tensor) -> Any:
-        outputs, ctx.saved = executable.forward(values)
+        outputs, saved = executable.forward(values)
+        _save(ctx, saved)
         ctx.executable = executable
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise FoldError(
+                "Gradients of gradients were asked for with create_graph=True, and a backward pass has none.",
+                valid="create_graph=False; gradients of gradients from the model in one process",
+            )
         executable: Executable = ctx.executable
         pairs = [(g, n) for g, n in zip(gradients, executable.outputs, strict=True) if n.meta["grad"]]
         given = tuple(g is not None for g, _ in pairs)
@@ -102,14 +109,29 @@ class _Step(torch.autograd.Function):
                 tangents.append([None] * mesh.world_size if executable.virtual else None)
             else:
                 tangents += executable.enter([g.contiguous()], [layout])
-        result = executable.run(executable.backward(given), [*ctx.saved, *tangents])
-        ctx.saved = None
+        result = executable.run(executable.backward(given), [*_saved(ctx), *tangents])
         placeholders = executable.program.placeholders
         if executable.virtual:
             columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
             names = [f"The gradient of {executable.program.slot(n.name).names[0]}" for n in placeholders]
             result = executable.leave(columns, executable.layouts, names)
         return (None, *result)
+
+
+def _save(ctx: Any, values: list[Any]) -> None:
+    """Hands tensors to autograd, each once, which frees them, checks that they were not changed, and has hooks for them."""
+    leaves, ctx.spec = pytree.tree_flatten(values)
+    tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
+    places = {key: i for i, key in enumerate(tensors)}
+    ctx.save_for_backward(*tensors.values())
+    ctx.places = [places[id(x)] if isinstance(x, Tensor) else None for x in leaves]
+    ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = ctx.saved_tensors
+    leaves = [other if i is None else tensors[i] for i, other in zip(ctx.places, ctx.others, strict=True)]
+    return pytree.tree_unflatten(leaves, ctx.spec)
 
 
 def _leaves(outputs: Any) -> list[Any]:
