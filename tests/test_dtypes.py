@@ -1,10 +1,19 @@
 """Parameters in a narrower dtype than the router train as in one process."""
 
+from __future__ import annotations
+
+import copy
+from typing import Any
+
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import foldcc
+from foldcc.testing.equivalence import relative_error
+from tests.models import tiny_model, token_batch
+
+BATCH = token_batch(4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -37,3 +46,35 @@ def test_router_weights_keep_their_own_dtype(dtype: torch.dtype) -> None:
         assert p.grad is not None, name
         error = (p.grad.double() - gradients[name].double()).norm() / gradients[name].double().norm()
         assert error < (16 * eps if dtype != torch.float64 else 1e-5), name
+
+
+def gradients_of(model: torch.nn.Module, dtype: torch.dtype, *, inside: bool) -> tuple[dict[str, torch.Tensor], Any]:
+    """Of a step whose forward, and whose backward if `inside`, is under autocast; with what the model returns."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(**BATCH)
+        if inside:
+            out.loss.backward()
+    if not inside:
+        out.loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, out
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", torch.bfloat16), ("gpt_oss", torch.float16)], ids=str)
+def test_autocast_around_the_call_casts_what_it_casts_in_one_process(family: str, dtype: torch.dtype) -> None:
+    plain = tiny_model(family, num_hidden_layers=1)
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2|ep=4", example_inputs=BATCH)
+    plain.config._experts_implementation = "eager"
+    exact = plain(**BATCH)
+    wanted, out = gradients_of(plain, dtype, inside=False)
+    largest = float(torch.stack([g.norm() for g in wanted.values()]).max())
+    for inside in (False, True):
+        found, ours = gradients_of(model, dtype, inside=inside)
+        assert ours.logits.dtype == out.logits.dtype and ours.loss.dtype == out.loss.dtype
+        assert 0 < relative_error(ours.logits, exact.logits) < 2 * relative_error(out.logits, exact.logits)
+        assert found.keys() == wanted.keys()
+        for name, gradient in found.items():
+            assert gradient.dtype == wanted[name].dtype
+            assert relative_error(gradient, wanted[name], 0.1 * largest) < 16 * torch.finfo(dtype).eps, name
+    plainly = model(**BATCH)
+    assert plainly.logits.dtype == torch.float32 and relative_error(plainly.logits, exact.logits) < 1e-5

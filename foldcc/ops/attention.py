@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from foldcc.ops.autocast import computes_in_autocast_dtype
 from foldcc.ops.operator import LIBRARY, without_gradient
 
 
@@ -73,4 +74,5 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 without_gradient("attention")
 attention = torch.ops.foldcc.attention.default
+computes_in_autocast_dtype(attention, {"q", "k", "v"})
 local_attention = torch.ops.foldcc.local_attention.default

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Tracer
 
 from foldcc.errors import FoldError
+from foldcc.ops.autocast import computes_in_autocast_dtype
 from foldcc.ops.operator import LIBRARY, Operator, operator, without_gradient
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -265,6 +266,7 @@ LIBRARY.impl("experts", _experts, "CompositeExplicitAutograd")
 torch.library.register_fake("foldcc::experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 without_gradient("experts")
 experts_node = torch.ops.foldcc.experts.default
+computes_in_autocast_dtype(experts_node, {"x", "w_up", "w_down", "b_up", "b_down"}, returns="x")
 
 
 def experts(

@@ -77,14 +77,14 @@ class Executable:
 
     def run(self, graph: fx.GraphModule, values: Sequence[Any]) -> Any:
         """One graph, on this rank or on all virtual ones; virtual results are transposed to lists per value."""
-        with active(self.program.mesh):
+        with active(self.program.mesh), torch._C._DisableAutocast():  # what it casts is in the graph
             return simulate(self.program.mesh, graph, values) if self.virtual else graph(*values)
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, *values: Tensor) -> Any:
-        outputs, saved = executable.forward(values)
+        outputs, saved = executable.forward([v.detach() for v in values])
         _save(ctx, saved)
         ctx.executable = executable
         ctx.set_materialize_grads(False)
