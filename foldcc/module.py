@@ -39,6 +39,8 @@ from foldcc.tree import Attributes, copy_tree, refuse_hooks
 from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
+# What copies of a folded module share: the original, and what nothing changes.
+_SHARED = {"mesh", "_held", "_tracer", "_kernels", "_pipeline", "_own", "_notes", "_progress", "_newest", "_attributes"}
 _ADVICE = {
     "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
     "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
@@ -195,6 +197,35 @@ class FoldedModule(nn.Module):
         if self._newest is None:
             raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
         return self._programs[self._newest]
+
+    # --- copies ---
+
+    def __copy__(self) -> FoldedModule:
+        new = type(self).__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
+        """Parameters of its own, and the same programs: they are given parameters in each call."""
+        self._attributes.check(self)
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, x in vars(self).items():
+            if name in ("_programs", "_calls", "_layouts", "_announced"):
+                vars(new)[name] = copy.copy(x)
+            else:
+                vars(new)[name] = x if name in _SHARED else copy.deepcopy(x, memo)
+        new._attributes = Attributes(new)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: no program, for calls compile them again, and nobody to report progress to."""
+        self._attributes.check(self)
+        state = {name: x for name, x in vars(self).items() if name != "_attributes"}
+        return {**state, "_programs": {}, "_calls": {}, "_newest": None, "_progress": quiet}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attributes = Attributes(self)
 
     # --- compiling ---
 
@@ -378,6 +409,10 @@ class FoldedModule(nn.Module):
         there = placements(layout, self.mesh)
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+def quiet(name: str) -> None:
+    """Progress that nobody follows."""
 
 
 def _local(held: Tensor) -> Tensor:

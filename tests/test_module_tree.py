@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import foldcc
 from foldcc.errors import FoldError
@@ -34,7 +40,7 @@ def activations(batch: int = 4) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_the_same(folded: nn.Module, model: nn.Module, x: Tensor) -> None:
@@ -132,3 +138,40 @@ def test_a_parametrization_is_folded() -> None:
     model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), activations()
     torch.nn.utils.parametrizations.weight_norm(model[0])
     assert_the_same(foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,)), model, x)
+
+
+def copied(folded: nn.Module) -> nn.Module:
+    return copy.deepcopy(folded)
+
+
+def pickled(folded: nn.Module) -> nn.Module:
+    found: nn.Module = pickle.loads(pickle.dumps(folded))
+    return found
+
+
+def saved(folded: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found
+
+
+def averaged(folded: nn.Module) -> nn.Module:
+    return AveragedModel(folded)
+
+
+@pytest.mark.parametrize("way", [copied, pickled, saved, averaged])
+def test_a_copy_has_parameters_of_its_own_and_computes_the_same(way: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = nn.Sequential(Mixer()), activations()
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    other = way(folded)
+    inner = other.get_submodule("module.0" if way is averaged else "0")
+    assert isinstance(inner, Mixer) and inner.first.weight is inner.second.weight
+    with torch.no_grad():
+        folded.get_submodule("0").norm.weight.mul_(3)
+    assert_the_same(other, model, x)
+    assert all(p.grad is None for p in folded.parameters())
+    inner.switch = 2
+    with pytest.raises(FoldError, match="switch"):
+        other(x)
