@@ -22,7 +22,7 @@ from foldcc.capture import capture
 from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.codegen.source import unusable
-from foldcc.errors import FoldError, divides
+from foldcc.errors import FoldError, NotFolded, divides
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
@@ -35,7 +35,7 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.placement import cut, placements
 from foldcc.samples import refuse_attention_over_samples, sample_dims
-from foldcc.tree import Attributes, copy_tree, refuse_hooks
+from foldcc.tree import Attributes, copy_tree, of_the_original, refuse_hooks
 from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
@@ -75,6 +75,8 @@ class FoldedModule(nn.Module):
         stages: every pass of the newest program: its name, time, and the program after it.
     """
 
+    mesh: FoldedMesh
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,8 +91,7 @@ class FoldedModule(nn.Module):
         check_ranks: bool = True,
     ):
         super().__init__()
-        self.mesh = mesh
-        self.training = model.training
+        vars(self).update(mesh=mesh, training=model.training)
         self._held = (model,)  # in a tuple, for it is no submodule: its parameters are not this module's
         self._tracer = tracer
         self._kernels = kernels
@@ -197,6 +198,25 @@ class FoldedModule(nn.Module):
         if self._newest is None:
             raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
         return self._programs[self._newest]
+
+    # --- what the original has besides ---
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_held" not in vars(self) or name.startswith("__"):
+                raise
+        return of_the_original(self._held[0], self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = name in vars(self) or name.startswith("_") or hasattr(type(self), name)
+        if not known and name not in self._modules and hasattr(self._held[0], name):
+            raise NotFolded(
+                f"{name} is an attribute of {type(self._held[0]).__name__}, which its forward may read; the folded model would not.",
+                valid="the change on the original model, before parallelize",
+            )
+        super().__setattr__(name, value)
 
     # --- copies ---
 

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import foldcc
 from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2,tp=2|ep=2,etp=2"
@@ -175,3 +177,57 @@ def test_a_copy_has_parameters_of_its_own_and_computes_the_same(way: Callable[[n
     inner.switch = 2
     with pytest.raises(FoldError, match="switch"):
         other(x)
+
+
+class Library(Mixer):
+    """What models of libraries have besides a forward."""
+
+    kind = "mixer"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def get_norm(self) -> nn.Module:
+        return self.norm
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+def test_what_the_original_has_is_read_from_the_folded_model_or_refused_with_words() -> None:
+    model = Library()
+    folded = foldcc.parallelize(model, "dp=2")
+    assert folded.config is model.config and folded.kind == "mixer" and folded.switch == 1
+    folded.double()
+    assert folded.dtype == torch.float64 and model.dtype == torch.float32 and folded.device.type == "cpu"
+    assert folded.get_norm() is folded.norm is not model.norm
+    with pytest.raises(FoldError, match="generate is a method of Library, and would run or change the original"):
+        folded.generate(activations())
+    assert not hasattr(folded, "generate") and not hasattr(folded, "nothing")
+    with pytest.raises(FoldError, match="switch is an attribute of Library"):
+        folded.switch = 2
+    folded.note = "mine"
+    assert folded.note == "mine" and not hasattr(model, "note")
+
+
+def test_embeddings_of_a_library_s_model_are_the_folded_ones() -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    folded = FoldedModule(
+        model, FoldedMesh.parse("dp=2"), tracer="export", kernels="auto", pipeline=(), verified=False, progress=print
+    )
+    assert folded.get_input_embeddings() is folded.model.embed_tokens is not model.model.embed_tokens
+    assert folded.get_output_embeddings() is folded.lm_head and folded.base_model is folded.model
+    assert folded.num_parameters() == model.num_parameters() and folded.config is model.config
+    for name in ("generate", "save_pretrained", "resize_token_embeddings", "gradient_checkpointing_enable"):
+        with pytest.raises(FoldError, match=f"{name} is a method of LlamaForCausalLM"):
+            getattr(folded, name)
