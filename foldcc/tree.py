@@ -141,6 +141,15 @@ def _rebound(hook: Any, modules: dict[int, nn.Module]) -> Any:
     return hook
 
 
+def unsaved_buffers(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that no state dict holds, such as rotary frequencies."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield f"{path}.{name}" if path else name, buffer
+
+
 class Attributes:
     """The public plain attributes of a tree's modules as they were, which the programs were compiled with."""
 

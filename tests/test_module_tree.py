@@ -16,6 +16,7 @@ import foldcc
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
+from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2,tp=2|ep=2,etp=2"
@@ -231,3 +232,76 @@ def test_embeddings_of_a_library_s_model_are_the_folded_ones() -> None:
     for name in ("generate", "save_pretrained", "resize_token_embeddings", "gradient_checkpointing_enable"):
         with pytest.raises(FoldError, match=f"{name} is a method of LlamaForCausalLM"):
             getattr(folded, name)
+
+
+def test_buffers_that_no_state_dict_holds_are_right_after_meta_or_it_is_an_error_to_run() -> None:
+    model, x = Mixer(), activations()
+    with torch.device("meta"):
+        on_meta = Mixer()
+    folded = foldcc.parallelize(on_meta, "dp=2")
+    with pytest.raises(FoldError, match=r"weight is on meta and has no values"):
+        folded._local("first.weight", folded.first.weight)
+    folded.to_empty(device="cpu").load_state_dict(model.state_dict())
+    with pytest.raises(FoldError, match=r"Buffer shift has no values: to_empty left it"):
+        folded(x)
+    with pytest.raises(FoldError, match=r"Buffer shift has no values"):
+        copy.deepcopy(folded).double()(x)
+    folded.shift.copy_(model.shift)
+    with pytest.raises(FoldError, match=r"uses a tensor of shape \[16\] that is no buffer, is on meta"):
+        folded(x)
+
+    partly = Mixer()
+    partly.load_state_dict(model.state_dict())
+    partly.shift.copy_(model.shift)
+    partly.constant = model.constant
+    folded = foldcc.parallelize(partly, "dp=2")
+    folded.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert_the_same(folded, model, x)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_plain_state_dict_is_loaded_right(assign: bool) -> None:
+    model, x, given = Mixer(), activations(), Mixer()
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    folded.load_state_dict(given.state_dict(), assign=assign)
+    model.load_state_dict(given.state_dict())
+    assert_the_same(folded, model, x)
+
+
+def loaded_on_processes(text: str) -> list[str]:
+    """The parameters that differ, of a plain state dict that was copied or assigned, and after `.to` and deepcopy."""
+    x = activations(2)
+    wrong = []
+    for assign in (False, True):
+        torch.manual_seed(1)
+        model, given = Gated(), Gated()
+        folded = foldcc.parallelize(model, foldcc.FoldedMesh.parse(text, "cpu"), example_inputs=(x,))
+        folded.load_state_dict(given.state_dict(), assign=assign)
+        for other in (folded, copy.deepcopy(folded), folded.double()):
+            wanted = given.to(other.up.dtype)
+            output = other(x.to(other.up.dtype))
+            torch.testing.assert_close(output, wanted(x.to(other.up.dtype)))
+            wrong += [n for n, p in other.named_parameters() if not torch.equal(p.full_tensor(), wanted.get_parameter(n))]
+    try:
+        folded.up = nn.Parameter(given.up.detach())
+        folded(x.double())
+    except FoldError as error:
+        return [*wrong, error.message]
+    return wrong
+
+
+class Gated(nn.Module):
+    """A weight that tp divides in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(32, 16) / 4), nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (x @ self.up.T).chunk(2, -1)
+        return torch.sigmoid(gate) * up @ self.down
+
+
+def test_a_plain_state_dict_is_loaded_right_on_processes() -> None:
+    ranks = run_distributed(loaded_on_processes, 2, "tp=2")
+    assert ranks == [["Parameter up was replaced by a plain tensor."]] * 2
