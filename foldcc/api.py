@@ -19,7 +19,7 @@ from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.errors import FoldError, divisors
 from foldcc.mesh import FoldedMesh
-from foldcc.module import FoldedModule
+from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
 from foldcc.rules.aten import argument
@@ -87,7 +87,6 @@ def parallelize(
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
-    quiet = progress or (lambda name: None)
     folded = FoldedModule(
         model,
         mesh,
@@ -95,7 +94,7 @@ def parallelize(
         kernels=kernels,
         pipeline=PIPELINE,
         verified=verify,
-        progress=quiet,
+        progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
     )

@@ -27,6 +27,12 @@ class FoldError(ValueError):
         super().__init__(_render(message, self.facts))
 
 
+class NotFolded(FoldError, AttributeError):
+    """An attribute of the original model that the folded one does not have; `hasattr` is False."""
+
+    __module__ = "foldcc"
+
+
 def _render(message: str, facts: dict[str, object]) -> str:
     width = max([7, *map(len, facts)])
     below = "\n" + " " * (width + 3)  # the further lines of a fact stand under its first

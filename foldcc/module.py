@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -22,7 +22,7 @@ from foldcc.capture import capture
 from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.codegen.source import unusable
-from foldcc.errors import FoldError, divides
+from foldcc.errors import FoldError, NotFolded, divides, listed
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
@@ -30,16 +30,18 @@ from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
 from foldcc.program import Program
 from foldcc.runtime.agreement import agree_on_call, agree_on_start
-from foldcc.runtime.checkpoint import refuse_overwritten, store_boxes, watch_optimizers
+from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import create_groups
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.runtime.placement import cut, placements
 from foldcc.samples import refuse_attention_over_samples, sample_dims
-from foldcc.tree import Attributes, copy_tree, refuse_hooks
+from foldcc.tree import Attributes, copy_tree, of_the_original, refuse_hooks, unsaved_buffers
 from foldcc.verification import first_broken
 
 KEPT = 16  # programs of a module
+# What copies of a folded module share: the original, and what nothing changes.
+_SHARED = {"mesh", "_held", "_tracer", "_kernels", "_pipeline", "_own", "_notes", "_progress", "_newest"}
 _ADVICE = {
     "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
     "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
@@ -74,6 +76,8 @@ class FoldedModule(nn.Module):
         stages: every pass of the newest program: its name, time, and the program after it.
     """
 
+    mesh: FoldedMesh
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,8 +92,7 @@ class FoldedModule(nn.Module):
         check_ranks: bool = True,
     ):
         super().__init__()
-        self.mesh = mesh
-        self.training = model.training
+        vars(self).update(mesh=mesh, training=model.training)
         self._held = (model,)  # in a tuple, for it is no submodule: its parameters are not this module's
         self._tracer = tracer
         self._kernels = kernels
@@ -108,11 +111,12 @@ class FoldedModule(nn.Module):
         self._structure: str | None = None
         self._structure_names = ""
         self._layouts: dict[str, Layout] = {}
+        self._placements: dict[str, tuple[Placement, ...]] = {}
         refuse_hooks(model)
         copy_tree(model, self, mesh)
         self._attributes = Attributes(self)
+        self._unset: dict[str, tuple[Tensor, int]] = {}  # buffers that to_empty left without values
         self.register_state_dict_post_hook(store_boxes)
-        self.register_load_state_dict_pre_hook(refuse_overwritten)
         if not mesh.is_virtual:
             watch_optimizers(mesh.attention, mesh.moe)
 
@@ -138,7 +142,7 @@ class FoldedModule(nn.Module):
             elif slot.kind == "constant":
                 values.append(program.constants[slot.name])
             else:
-                values.append(_local(held[slot.names[0]]))
+                values.append(self._local(slot.names[0], held[slot.names[0]]))
         return program.returned(executable(values))
 
     def with_passes(self, *passes: Pass) -> FoldedModule:
@@ -197,6 +201,95 @@ class FoldedModule(nn.Module):
             raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
         return self._programs[self._newest]
 
+    # --- what the original has besides ---
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_held" not in vars(self) or name.startswith("__"):
+                raise
+        return of_the_original(self._held[0], self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = name in vars(self) or name.startswith("_") or hasattr(type(self), name)
+        held = name in self._modules or name in self._parameters or name in self._buffers
+        if not known and not held and hasattr(self._held[0], name):
+            raise NotFolded(
+                f"{name} is an attribute of {type(self._held[0]).__name__}, whose forward may read it; programs would not.",
+                valid="the change on the original model, before parallelize",
+            )
+        super().__setattr__(name, value)
+
+    # --- values that are given afterwards ---
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        refuse_overwritten(self, state, prefix)
+        as_laid_out(self, state, prefix, assign=bool(metadata.get("assign_to_params_buffers")))
+        super()._load_from_state_dict(state, prefix, metadata, *rest)  # type: ignore[arg-type]
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> FoldedModule:
+        """As of any module. Buffers that no state dict holds are the original's where it has their values.
+
+        Where the original is on meta they are to be set before the next call, which is an error otherwise.
+        """
+        super().to_empty(device=device, recurse=recurse)
+        originals = dict(self._held[0].named_buffers(remove_duplicate=False))
+        for name, buffer in unsaved_buffers(self):
+            original = originals.get(name)
+            if original is not None and not original.is_meta:
+                buffer.copy_(original)
+        self._mark_unset({n for n, b in unsaved_buffers(self) if n not in originals or originals[n].is_meta})
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedModule:
+        unset = self._still_unset()
+        super()._apply(fn, recurse)
+        self._mark_unset(unset)
+        return self
+
+    def _mark_unset(self, names: Collection[str]) -> None:
+        self._unset = {name: (b, b._version) for name, b in unsaved_buffers(self) if name in names and not b.is_meta}
+
+    def _still_unset(self) -> list[str]:
+        now = dict(unsaved_buffers(self)) if self._unset else {}
+        return [name for name, (b, version) in self._unset.items() if now.get(name) is b and b._version == version]
+
+    # --- copies ---
+
+    def __copy__(self) -> FoldedModule:
+        new = type(self).__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
+        """Parameters of its own, and the same programs: they are given parameters in each call."""
+        self._attributes.check(self)
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, x in vars(self).items():
+            if name in ("_attributes", "_unset"):
+                continue
+            if name in ("_programs", "_calls", "_layouts", "_placements", "_announced"):
+                vars(new)[name] = copy.copy(x)
+            else:
+                vars(new)[name] = x if name in _SHARED else copy.deepcopy(x, memo)
+        new._attributes = Attributes(new)
+        new._mark_unset(self._still_unset())
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: no program, for calls compile them again, and nobody to report progress to."""
+        self._attributes.check(self)
+        state = {name: x for name, x in vars(self).items() if name != "_attributes"}
+        return {**state, "_programs": {}, "_calls": {}, "_newest": None, "_progress": quiet, "_unset": self._still_unset()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_unset(state["_unset"])
+        if not self.mesh.is_virtual:
+            watch_optimizers(self.mesh.attention, self.mesh.moe)
+        self._attributes = Attributes(self)
+
     # --- compiling ---
 
     def _passes(self) -> list[Pass]:
@@ -233,12 +326,12 @@ class FoldedModule(nn.Module):
         return [x for _, x in paths], spec, [pytree.keystr(p) for p, _ in paths]
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
-        """`_bind`, where the tree is as it was folded, and on real ranks all of them are about to run the same program."""
+        """`_bind`, where nothing speaks against a call, and on real ranks all of them are about to run the same program."""
         if not self._check_ranks:
-            self._attributes.check(self)
+            self._check_tree()
             return self._bind(args, kwargs)
         try:
-            self._attributes.check(self)
+            self._check_tree()
             bound = self._bind(args, kwargs)
             self._check_structure(*bound)
         except Exception as error:
@@ -250,9 +343,18 @@ class FoldedModule(nn.Module):
         agree_on_call(self.mesh, f"{call} in {mode}{Modes.now(self._device())}")
         return bound
 
+    def _check_tree(self) -> None:
+        self._attributes.check(self)
+        if unset := self._still_unset():
+            raise FoldError(
+                f"Buffer {unset[0]} has no values: to_empty left it as it was allocated, and no state dict holds it.",
+                valid="folded.get_buffer(name).copy_(value) with the values of a model that was not built on meta",
+                buffers=listed(unset),
+            )
+
     def _check_start(self, leaves: list[Any], names: list[str]) -> None:
         """The samples and the weights of the first step."""
-        parameters = {n: _local(p) for n, p in self.named_parameters()}
+        parameters = {n: self._local(n, p) for n, p in self.named_parameters()}
         agree_on_start(
             self.mesh,
             {n: x for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)},
@@ -351,6 +453,29 @@ class FoldedModule(nn.Module):
                 valid=f"the model on {device.type} before parallelize, or parameters in the dtype that they are used in",
             )
 
+    def _local(self, name: str, held: Tensor) -> Tensor:
+        """What this rank holds of a parameter or buffer."""
+        if held.is_meta:
+            raise FoldError(
+                f"{name} is on meta and has no values.",
+                valid='folded.to_empty(device="cpu"), then load_state_dict or an initialisation of your own',
+            )
+        layout = self._layouts.get(name)
+        if layout is not None and self.mesh.is_virtual == isinstance(held, DTensor):
+            raise FoldError(
+                f"Parameter {name} was replaced by {'a DTensor' if self.mesh.is_virtual else 'a plain tensor'}.",
+                mesh=str(self.mesh),
+                valid="copying into it: folded.load_state_dict, or with torch.no_grad(): parameter.copy_(value)",
+            )
+        if not isinstance(held, DTensor):
+            return held
+        if layout is not None and held.placements != self._placements[name]:
+            raise FoldError(
+                f"Parameter {name} was laid out anew, as {held.placements}.",
+                valid=f"{self._placements[name]}, which its programs are compiled for",
+            )
+        return held.to_local(grad_placements=held.placements)
+
     def _device(self) -> torch.device:
         if not self.mesh.is_virtual:
             return torch.device(self.mesh.device_type)
@@ -386,6 +511,7 @@ class FoldedModule(nn.Module):
             if kinds[name] != "parameter" or name in self._layouts:
                 continue
             self._layouts[name] = layout
+            self._placements[name] = tuple(placements(layout, self.mesh))
             if not self.mesh.is_virtual:
                 self._distribute(name, layout)
         if not self.mesh.is_virtual:
@@ -397,13 +523,13 @@ class FoldedModule(nn.Module):
         assert isinstance(parameter, DTensor)
         local = cut(parameter.to_local().detach(), layout, self.mesh, dist.get_rank()).clone()
         side = self.mesh.attention if layout.view == "attention" else self.mesh.moe
-        there = placements(layout, self.mesh)
+        there = self._placements[name]
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _local(held: Tensor) -> Tensor:
-    return held.to_local(grad_placements=held.placements) if isinstance(held, DTensor) else held
+def quiet(name: str) -> None:
+    """Progress that nobody follows."""
 
 
 def _axes_used(program: Program) -> list[str]:

@@ -7,6 +7,7 @@ hook, or what forward would read anew, such as a switch, is refused by name inst
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, NotFolded
 from foldcc.mesh import FoldedMesh
 
 _CALLED = {
@@ -140,6 +141,15 @@ def _rebound(hook: Any, modules: dict[int, nn.Module]) -> Any:
     return hook
 
 
+def unsaved_buffers(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that no state dict holds, such as rotary frequencies."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield f"{path}.{name}" if path else name, buffer
+
+
 class Attributes:
     """The public plain attributes of a tree's modules as they were, which the programs were compiled with."""
 
@@ -167,3 +177,37 @@ class Attributes:
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}
+
+
+_READS = ("get_", "num_", "is_", "has_")  # how methods are called that only read
+
+
+def of_the_original(model: nn.Module, folded: nn.Module, name: str) -> Any:
+    """An attribute of the original model as the folded one has it.
+
+    Plain attributes are the original's. Properties, and methods that are called like getters, are evaluated on the folded
+    model, so that a device is that of its parameters, and embeddings are those that are trained.
+
+    Raises:
+        NotFolded: a method that may run or change the model that it belongs to.
+    """
+    if name in vars(model) and name[0] != "_":
+        return vars(model)[name]
+    missing = object()
+    found = inspect.getattr_static(type(model), name, missing)
+    if found is missing:
+        raise AttributeError(f"{type(folded).__name__!r} object has no attribute {name!r}, nor has {type(model).__name__}")
+    if isinstance(found, property) and found.fget is not None:
+        return found.fget(folded)
+    if isinstance(found, functools.cached_property):
+        return found.func(folded)
+    if isinstance(found, type) or not hasattr(found, "__get__"):
+        return found
+    if isinstance(found, types.FunctionType) and name.startswith(_READS):
+        return types.MethodType(found, folded)
+    raise NotFolded(
+        f"{name} is a method of {type(model).__name__}, and would run or change the original model instead of the folded one.",
+        valid="before parallelize, on the original model, for what changes it;\n"
+        "after original.load_state_dict(get_model_state_dict(folded, options=StateDictOptions(full_state_dict=True))),\n"
+        "of torch.distributed.checkpoint.state_dict, for what runs or stores it",
+    )

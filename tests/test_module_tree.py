@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import foldcc
 from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
+from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2,tp=2|ep=2,etp=2"
@@ -34,7 +43,7 @@ def activations(batch: int = 4) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_the_same(folded: nn.Module, model: nn.Module, x: Tensor) -> None:
@@ -132,3 +141,167 @@ def test_a_parametrization_is_folded() -> None:
     model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), activations()
     torch.nn.utils.parametrizations.weight_norm(model[0])
     assert_the_same(foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,)), model, x)
+
+
+def copied(folded: nn.Module) -> nn.Module:
+    return copy.deepcopy(folded)
+
+
+def pickled(folded: nn.Module) -> nn.Module:
+    found: nn.Module = pickle.loads(pickle.dumps(folded))
+    return found
+
+
+def saved(folded: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found
+
+
+def averaged(folded: nn.Module) -> nn.Module:
+    return AveragedModel(folded)
+
+
+@pytest.mark.parametrize("way", [copied, pickled, saved, averaged])
+def test_a_copy_has_parameters_of_its_own_and_computes_the_same(way: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = nn.Sequential(Mixer()), activations()
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    other = way(folded)
+    inner = other.get_submodule("module.0" if way is averaged else "0")
+    assert isinstance(inner, Mixer) and inner.first.weight is inner.second.weight
+    with torch.no_grad():
+        folded.get_submodule("0").norm.weight.mul_(3)
+    assert_the_same(other, model, x)
+    assert all(p.grad is None for p in folded.parameters())
+    inner.switch = 2
+    with pytest.raises(FoldError, match="switch"):
+        other(x)
+
+
+class Library(Mixer):
+    """What models of libraries have besides a forward."""
+
+    kind = "mixer"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def get_norm(self) -> nn.Module:
+        return self.norm
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+def test_what_the_original_has_is_read_from_the_folded_model_or_refused_with_words() -> None:
+    model = Library()
+    folded = foldcc.parallelize(model, "dp=2")
+    assert folded.config is model.config and folded.kind == "mixer" and folded.switch == 1
+    folded.double()
+    assert folded.dtype == torch.float64 and model.dtype == torch.float32 and folded.device.type == "cpu"
+    assert folded.get_norm() is folded.norm is not model.norm
+    with pytest.raises(FoldError, match="generate is a method of Library, and would run or change the original"):
+        folded.generate(activations())
+    assert not hasattr(folded, "generate") and not hasattr(folded, "nothing")
+    with pytest.raises(FoldError, match="switch is an attribute of Library"):
+        folded.switch = 2
+    folded.note = "mine"
+    assert folded.note == "mine" and not hasattr(model, "note")
+
+
+def test_embeddings_of_a_library_s_model_are_the_folded_ones() -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    folded = FoldedModule(
+        model, FoldedMesh.parse("dp=2"), tracer="export", kernels="auto", pipeline=(), verified=False, progress=print
+    )
+    assert folded.get_input_embeddings() is folded.model.embed_tokens is not model.model.embed_tokens
+    assert folded.get_output_embeddings() is folded.lm_head and folded.base_model is folded.model
+    assert folded.num_parameters() == model.num_parameters() and folded.config is model.config
+    for name in ("generate", "save_pretrained", "resize_token_embeddings", "gradient_checkpointing_enable"):
+        with pytest.raises(FoldError, match=f"{name} is a method of LlamaForCausalLM"):
+            getattr(folded, name)
+
+
+def test_buffers_that_no_state_dict_holds_are_right_after_meta_or_it_is_an_error_to_run() -> None:
+    model, x = Mixer(), activations()
+    with torch.device("meta"):
+        on_meta = Mixer()
+    folded = foldcc.parallelize(on_meta, "dp=2")
+    with pytest.raises(FoldError, match=r"weight is on meta and has no values"):
+        folded._local("first.weight", folded.first.weight)
+    folded.to_empty(device="cpu").load_state_dict(model.state_dict())
+    with pytest.raises(FoldError, match=r"Buffer shift has no values: to_empty left it"):
+        folded(x)
+    with pytest.raises(FoldError, match=r"Buffer shift has no values"):
+        copy.deepcopy(folded).double()(x)
+    folded.shift.copy_(model.shift)
+    with pytest.raises(FoldError, match=r"uses a tensor of shape \[16\] that is no buffer, is on meta"):
+        folded(x)
+
+    partly = Mixer()
+    partly.load_state_dict(model.state_dict())
+    partly.shift.copy_(model.shift)
+    partly.constant = model.constant
+    folded = foldcc.parallelize(partly, "dp=2")
+    folded.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert_the_same(folded, model, x)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_plain_state_dict_is_loaded_right(assign: bool) -> None:
+    model, x, given = Mixer(), activations(), Mixer()
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    folded.load_state_dict(given.state_dict(), assign=assign)
+    model.load_state_dict(given.state_dict())
+    assert_the_same(folded, model, x)
+
+
+def loaded_on_processes(text: str) -> list[str]:
+    """The parameters that differ, of a plain state dict that was copied or assigned, and after `.to` and deepcopy."""
+    x = activations(2)
+    wrong = []
+    for assign in (False, True):
+        torch.manual_seed(1)
+        model, given = Gated(), Gated()
+        folded = foldcc.parallelize(model, foldcc.FoldedMesh.parse(text, "cpu"), example_inputs=(x,))
+        folded.load_state_dict(given.state_dict(), assign=assign)
+        for other in (folded, copy.deepcopy(folded), folded.double()):
+            wanted = given.to(other.up.dtype)
+            output = other(x.to(other.up.dtype))
+            torch.testing.assert_close(output, wanted(x.to(other.up.dtype)))
+            wrong += [n for n, p in other.named_parameters() if not torch.equal(p.full_tensor(), wanted.get_parameter(n))]
+    try:
+        folded.up = nn.Parameter(given.up.detach())
+        folded(x.double())
+    except FoldError as error:
+        return [*wrong, error.message]
+    return wrong
+
+
+class Gated(nn.Module):
+    """A weight that tp divides in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(32, 16) / 4), nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (x @ self.up.T).chunk(2, -1)
+        return torch.sigmoid(gate) * up @ self.down
+
+
+def test_a_plain_state_dict_is_loaded_right_on_processes() -> None:
+    ranks = run_distributed(loaded_on_processes, 2, "tp=2")
+    assert ranks == [["Parameter up was replaced by a plain tensor."]] * 2

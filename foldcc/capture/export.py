@@ -91,11 +91,21 @@ def capture(
         slots=slots,
         out_spec=exported.call_spec.out_spec,
         literals=literals,
-        constants={s.name: exported.constants[s.names[0]].to(device) for s in slots if s.kind == "constant"},
+        constants={s.name: _constant(model, exported.constants[s.names[0]], device) for s in slots if s.kind == "constant"},
         mesh=mesh,
         properties=frozenset({"captured"}),
         name=type(model).__name__,
     )
+
+
+def _constant(model: nn.Module, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if value.is_meta and device.type != "meta":
+        raise FoldError(
+            f"The forward of {type(model).__name__} uses a tensor of shape {list(value.shape)} that is no buffer, is on meta "
+            "and so has no values.",
+            valid="a buffer (register_buffer), which can be given values later; or a model that is not built on meta",
+        )
+    return value.to(device)
 
 
 def _as_exported(

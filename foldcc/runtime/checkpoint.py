@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
@@ -34,8 +34,8 @@ def store_boxes(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
         state[name] = _boxed(value)
 
 
-def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A load_state_dict hook against `set_model_state_dict(..., full_state_dict=True)`.
+def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Stands against `set_model_state_dict(..., full_state_dict=True)`.
 
     It writes one box into the parameters themselves, and then loads them into themselves.
     """
@@ -85,3 +85,21 @@ def _boxed(x: Any) -> Any:
     if not _in_blocks(x):
         return x
     return x.redistribute(placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in x.placements])
+
+
+def as_laid_out(module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
+    """Makes the plain tensors of a state dict that is loaded what the module's parameters are: DTensors of the same mesh.
+
+    A plain tensor is the whole value. Copied, it comes to the parameter's layout by itself; assigned, it is the parameter
+    and must have that layout already.
+    """
+    for name, p in module.named_parameters(remove_duplicate=False):
+        value = state.get(prefix + name)
+        if not isinstance(p, DTensor) or not isinstance(value, Tensor) or value.shape != p.shape:
+            continue
+        if not isinstance(value, DTensor):
+            whole = [Replicate()] * p.device_mesh.ndim
+            value = DTensor.from_local(value.to(p.device), p.device_mesh, whole, run_check=False)
+        if assign:
+            value = value.redistribute(p.device_mesh, p.placements)
+        state[prefix + name] = value
