@@ -109,6 +109,9 @@ class _AxisProblem:
 
     def _node(self, node: fx.Node, times: int) -> None:
         options = self.strategist.of(node)
+        if self.axis == "dp":
+            # Only an operator that cannot run on a part of the samples is given them whole.
+            options = [s for s in options if self._keeps_samples(node, s)] or options
         if not node.meta["grad"]:
             options = [s for s in options if REPLICATED not in s.results or s.operands == ()]
         if not options:
@@ -134,6 +137,15 @@ class _AxisProblem:
             if r is not None:
                 for s, v in found:
                     self.made[r][self._plain(r, s.results[k])].append(v)
+
+    def _keeps_samples(self, node: fx.Node, strategy: Strategy) -> bool:
+        """Whether each value that has the batch factor is divided along it: no rank holds another's samples."""
+        values = [*zip(operands(node), strategy.operands, strict=False), *zip(results_of(node), strategy.results, strict=True)]
+        return all(
+            isinstance(state, Shard) and self.batch in x.meta["dims"][state.dim][state.start : state.stop]
+            for x, state in values
+            if x is not None and state is not None and any(self.batch in dim for dim in x.meta["dims"])
+        )
 
     def _plain(self, node: fx.Node, state: State) -> State:
         """Where no gradient flows, replicated and invariant are the same."""
@@ -165,6 +177,8 @@ class _AxisProblem:
                 return [self._batch_state(slot)]
             if kind is not None:
                 return [INVARIANT]
+            if any(self.batch in dim for dim in slot.meta["dims"]):
+                return [self._batch_state(slot)]
         elif kind is not None and kind != "parameter":
             return [INVARIANT]
         found: list[State] = [INVARIANT]
