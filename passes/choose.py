@@ -104,7 +104,6 @@ class _AxisProblem:
             if node.users:
                 self._slot(self.slot_of.setdefault(node, node))
         self._returned()
-        self._outputs()
         self._moves()
 
     def _node(self, node: fx.Node, times: int) -> None:
@@ -219,21 +218,6 @@ class _AxisProblem:
                 continue
             done.add((inner, slot))
             self.needed[inner].append({self._plain(inner, s): [v] for s, v in self._slot(slot).items()})
-
-    def _outputs(self) -> None:
-        """What the model returns is this rank's samples, whole on every other axis."""
-        for node in self.program.output.all_input_nodes:
-            slot = self.slot_of[node]
-            wanted = self._batch_state(node) if self.axis == "dp" else INVARIANT
-            self._needed_at_exit(slot, wanted)
-
-    def _needed_at_exit(self, slot: fx.Node, wanted: State) -> None:
-        if slot.op == "placeholder":
-            return
-        variable = self._slot(slot).get(wanted)
-        if variable is None:
-            raise FoldError(f"Output {slot.name} cannot be brought to {wanted} on {self.axis}.")
-        self.model.row([variable], [1.0], 1, 1)
 
     def _moves(self) -> None:
         """A cost for every pair of a state in which a value is left and one in which it is needed."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from foldcc.layout import Layout
 from foldcc.program import Program
 from foldcc.runtime.groups import active
-from foldcc.runtime.placement import cut, join
+from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.simulate import simulate
 
 
@@ -35,8 +35,15 @@ class Executable:
         self.outputs = outputs
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for the values of all slots, differentiable with respect to the parameters among them."""
-        return list(_Step.apply(self, *values))
+        """The outputs for the values of all slots, differentiable with respect to the parameters among them.
+
+        On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
+        """
+        outputs = list(_Step.apply(self, *values))
+        if self.virtual:
+            return outputs
+        mesh = self.program.mesh
+        return [own_samples(x, n.meta["layout"], mesh) for x, n in zip(outputs, self.outputs, strict=True)]
 
     def backward(self, given: tuple[bool, ...]) -> fx.GraphModule:
         if given not in self._backward:
