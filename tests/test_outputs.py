@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import foldcc
+from foldcc.layout import Shard
 from foldcc.testing import in_float64, run_distributed
 
 pytest.importorskip("transformers")
@@ -30,8 +31,9 @@ def returned_on_a_rank(text: str) -> dict[str, Any]:
     mesh = foldcc.FoldedMesh.parse(text, "cpu")
     batch = token_batch(2 * mesh.size("dp"))
     batch = {name: x.chunk(mesh.size("dp"))[mesh.coordinate(dist.get_rank(), "dp")] for name, x in batch.items()}
+    model = model_of()
     with in_float64():
-        folded = foldcc.parallelize(model_of(), mesh, example_inputs=batch)
+        folded = foldcc.parallelize(model, mesh, example_inputs=batch)
         out = folded(**batch)
         found: dict[str, Any] = {
             "divided": [isinstance(x, DTensor) for x in (out.loss, out.logits, *out.router_logits)],
@@ -55,6 +57,29 @@ def returned_on_a_rank(text: str) -> dict[str, Any]:
 def _objective(logits: Tensor, router: Tensor) -> Tensor:
     weights = [torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view_as(x[0]) for x in (logits, router)]
     return (logits.log_softmax(-1) * weights[0]).sum() + (router.square() * weights[1]).sum()
+
+
+class OnlyLoss(nn.Module):
+    """A model that returns its loss and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
+        return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_returned_beside_the_loss_sends_nothing(dtype: torch.dtype) -> None:
+    mesh, batch = foldcc.FoldedMesh.parse("dp=2,tp=2|ep=4"), token_batch(4)
+    folded, alone = (foldcc.parallelize(m, mesh, example_inputs=batch) for m in (model_of(dtype), OnlyLoss(model_of(dtype))))
+    sent = [sorted((c.operator, c.axes, c.direction, c.bytes) for c in m.collectives()) for m in (folded, alone)]
+    assert sent[0] == sent[1]
+    layouts = [node.meta["layout"] for node in folded.program.output.all_input_nodes]
+    assert any(isinstance(x.states["tp"], Shard) and x.dims[x.states["tp"].dim][0].name.startswith("vocab") for x in layouts)
+    assert folded(**batch).logits.shape == (4, 16, 128)  # all ranks are here, and so are all parts
 
 
 @pytest.mark.parametrize("text", ["dp=2,tp=2|ep=4"])
