@@ -104,11 +104,13 @@ class _AxisProblem:
             if node.users:
                 self._slot(self.slot_of.setdefault(node, node))
         self._returned()
-        self._outputs()
         self._moves()
 
     def _node(self, node: fx.Node, times: int) -> None:
         options = self.strategist.of(node)
+        if self.axis == "dp":
+            # Only an operator that cannot run on a part of the samples is given them whole.
+            options = [s for s in options if self._keeps_samples(node, s)] or options
         if not node.meta["grad"]:
             options = [s for s in options if REPLICATED not in s.results or s.operands == ()]
         if not options:
@@ -134,6 +136,15 @@ class _AxisProblem:
             if r is not None:
                 for s, v in found:
                     self.made[r][self._plain(r, s.results[k])].append(v)
+
+    def _keeps_samples(self, node: fx.Node, strategy: Strategy) -> bool:
+        """Whether each value that has the batch factor is divided along it: no rank holds another's samples."""
+        values = [*zip(operands(node), strategy.operands, strict=False), *zip(results_of(node), strategy.results, strict=True)]
+        return all(
+            isinstance(state, Shard) and self.batch in x.meta["dims"][state.dim][state.start : state.stop]
+            for x, state in values
+            if x is not None and state is not None and any(self.batch in dim for dim in x.meta["dims"])
+        )
 
     def _plain(self, node: fx.Node, state: State) -> State:
         """Where no gradient flows, replicated and invariant are the same."""
@@ -165,6 +176,8 @@ class _AxisProblem:
                 return [self._batch_state(slot)]
             if kind is not None:
                 return [INVARIANT]
+            if any(self.batch in dim for dim in slot.meta["dims"]):
+                return [self._batch_state(slot)]
         elif kind is not None and kind != "parameter":
             return [INVARIANT]
         found: list[State] = [INVARIANT]
@@ -205,21 +218,6 @@ class _AxisProblem:
                 continue
             done.add((inner, slot))
             self.needed[inner].append({self._plain(inner, s): [v] for s, v in self._slot(slot).items()})
-
-    def _outputs(self) -> None:
-        """What the model returns is this rank's samples, whole on every other axis."""
-        for node in self.program.output.all_input_nodes:
-            slot = self.slot_of[node]
-            wanted = self._batch_state(node) if self.axis == "dp" else INVARIANT
-            self._needed_at_exit(slot, wanted)
-
-    def _needed_at_exit(self, slot: fx.Node, wanted: State) -> None:
-        if slot.op == "placeholder":
-            return
-        variable = self._slot(slot).get(wanted)
-        if variable is None:
-            raise FoldError(f"Output {slot.name} cannot be brought to {wanted} on {self.axis}.")
-        self.model.row([variable], [1.0], 1, 1)
 
     def _moves(self) -> None:
         """A cost for every pair of a state in which a value is left and one in which it is needed."""

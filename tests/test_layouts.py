@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -98,3 +99,26 @@ def test_layers_that_differ_are_not_taken_for_repeats() -> None:
     """Same modules, another window in every second layer: the repeat is the pair."""
     program = sharded("gpt_oss", "dp=2,tp=2|ep=4", num_hidden_layers=4)
     assert max(program.count(name) for name in program.blocks) == 2
+
+
+def test_no_value_holds_the_samples_of_another_data_parallel_rank_and_nothing_grows_with_dp() -> None:
+    sent = {}
+    for dp in (2, 8):
+        mesh = FoldedMesh.parse(f"dp={dp},tp=2|ep=4")
+        # A vocabulary that is dear to reduce, beside a few samples that would be cheap to gather.
+        model = tiny_model("qwen3_moe", num_hidden_layers=1, vocab_size=512)
+        folded = foldcc.parallelize(model, mesh, example_inputs=token_batch(2 * dp))
+        for _, node in folded.stages["shard"].program.nodes():
+            layout = node.meta.get("layout")
+            for d, dim in enumerate(layout.dims if layout else ()):
+                if any(f.name == "batch" for f in dim):
+                    state = layout.states["dp"]
+                    assert isinstance(state, Shard) and state.dim == d, f"{node.name} : {layout}"
+        over_tp = sum(c.bytes for c in folded.collectives() if c.axes == ("tp",))
+        over_dp = 0.0  # what is reduced, without the (n - 1) / n of a ring of n ranks
+        for c in folded.collectives():
+            if "dp" in c.axes:
+                ranks = math.prod(mesh.size(axis) for axis in c.axes)
+                over_dp += c.bytes * ranks / (ranks - 1)
+        sent[dp] = (over_tp, over_dp)
+    assert sent[2] == pytest.approx(sent[8]) and min(sent[2]) > 0

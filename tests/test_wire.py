@@ -61,17 +61,17 @@ def closed_form(mesh: FoldedMesh) -> tuple[Counter[Row], dict[str, float]]:
     add(LAYERS + 1, "reduce_scatter", "tp", "backward", stream)
     add(LAYERS, "reduce_scatter", "tp", "forward", stream)  # out of attention
     add(LAYERS, "all_gather", "tp", "backward", stream)
-    # What the model returns is whole on tp: logits and router logits. Their gradients are there already.
-    add(1, "all_gather", "tp", "forward", B * S * V // tp * (tp - 1) * FLOAT)
-    add(LAYERS, "all_gather", "tp", "forward", T * E * (tp - 1) * FLOAT)
+    # What the model returns, logits and router logits, stays divided: nothing is sent for it.
     # The loss over a divided vocabulary: the largest logit, the sum of exponentials, the target's logit.
     add(1, "all_reduce_max", "tp", "forward", reduced(B * S, tp) * FLOAT)
     add(2, "all_reduce", "tp", "forward", reduced(B * S, tp) * FLOAT)
     # Means over the global batch: loss and valid tokens; tokens per expert; the router's auxiliary loss.
     add(1, "all_reduce", "dp", "forward", reduced(1, dp) * FLOAT)
     add(1, "all_reduce", "dp", "forward", reduced(1, dp) * INT)
-    add(1, "all_reduce", "dp", "forward", reduced(E, dp) * FLOAT)
+    both = ",".join(a for a in ("dp", "tp") if mesh.size(a) > 1)
+    add(1, "all_reduce", both, "forward", reduced(E, dp * tp) * FLOAT)
     add(1, "all_reduce", "dp", "forward", reduced(1, dp) * FLOAT)
+    add(1, "all_reduce", "tp", "forward", reduced(1, tp) * FLOAT)
     # Experts: each row goes to the ranks of its expert once and comes back once, and its gradient does the same.
     ranks = ep * etp
     axes = ",".join(a for a in ("ep", "etp") if mesh.size(a) > 1)
@@ -84,7 +84,6 @@ def closed_form(mesh: FoldedMesh) -> tuple[Counter[Row], dict[str, float]]:
     divided = LAYERS * (2 * A * H + 2 * G * H) // tp + 2 * V * H // tp
     whole = LAYERS * (2 * H + E * H) + H
     experts = LAYERS * E * 3 * INNER * H // ranks
-    both = ",".join(a for a in ("dp", "tp") if mesh.size(a) > 1)
     gradients = {"dp": reduced(divided, dp), both: reduced(whole, dp * tp), "edp": reduced(experts, edp)}
     return found, {a: n * FLOAT for a, n in gradients.items() if n}
 

@@ -14,7 +14,7 @@ from foldcc.errors import FoldError
 from foldcc.layout import Layout
 from foldcc.program import Program
 from foldcc.runtime.groups import active
-from foldcc.runtime.placement import cut, join
+from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.simulate import simulate
 
 
@@ -37,11 +37,19 @@ class Executable:
         self.outputs = outputs
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for the values of all slots, differentiable with respect to the parameters among them."""
+        """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
+
+        On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
+        """
         if self.program.backward is None:
             with torch.no_grad():
-                return self.forward(values)[0]
-        return list(_Step.apply(self, *values))
+                outputs = self.forward(values)[0]
+        else:
+            outputs = list(_Step.apply(self, *values))
+        if self.virtual:
+            return outputs
+        mesh = self.program.mesh
+        return [own_samples(x, n.meta["layout"], mesh) for x, n in zip(outputs, self.outputs, strict=True)]
 
     def forward(self, values: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
         """The outputs, and what each call of a block saves for its backward pass."""

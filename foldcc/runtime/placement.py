@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as DShard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from foldcc.errors import FoldError
 from foldcc.layout import PARTIAL, VARYING, Layout, Shard
@@ -74,16 +77,26 @@ def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Te
 
 def placements(layout: Layout, mesh: FoldedMesh) -> list[Any]:
     """The DTensor placements of a layout on its side of the mesh."""
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as DShard
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    found: list[Any] = []
     outer = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout)}
-    for axis in mesh.axes(layout.view):
-        if axis not in outer:
-            found.append(Replicate())
-        else:
-            dim, blocks = outer[axis]
-            found.append(DShard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks))
-    return found
+    return [_placement(*outer[axis]) if axis in outer else Replicate() for axis in mesh.axes(layout.view)]
+
+
+def _placement(dim: int, blocks: int) -> Any:
+    return DShard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks)
+
+
+def own_samples(x: Tensor, layout: Layout, mesh: FoldedMesh) -> Tensor:
+    """What a rank holds of an output, as its own samples: a DTensor over the axes other than dp that divide it.
+
+    Nothing is sent; `full_tensor()` brings the parts together. What dp alone divides, or nothing, is an ordinary tensor.
+    """
+    over = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout) if axis != "dp"}
+    if not over:
+        return x
+    side = mesh.attention if layout.view == "attention" else mesh.moe
+    x, shape = x.contiguous(), list(x.shape)
+    for axis, (dim, _) in over.items():
+        shape[dim] *= mesh.size(axis)
+    stride = torch.empty(shape, device="meta").stride()
+    there = [_placement(dim, blocks) for dim, blocks in over.values()]
+    return DTensor.from_local(x, side[tuple(over)], there, run_check=False, shape=torch.Size(shape), stride=stride)
