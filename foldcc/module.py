@@ -226,7 +226,7 @@ class FoldedModule(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
         refuse_overwritten(self, state, prefix)
         as_laid_out(self, state, prefix, assign=bool(metadata.get("assign_to_params_buffers")))
-        super()._load_from_state_dict(state, prefix, metadata, *rest)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> FoldedModule:
         """As of any module. Buffers that no state dict holds are the original's where it has their values.
