@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import foldcc
 from foldcc.testing import in_float64
@@ -148,3 +149,46 @@ def test_frozen_layers_send_no_gradients_over_dp() -> None:
     assert 4 * reduced(one) < reduced(every)
     sizes = sum(p.numel() for p in plain.down[2].parameters()) * 8
     assert reduced(one) == pytest.approx(2 * 3 / 4 * sizes)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Through(nn.Module):
+    """A linear layer whose result goes through a function on its way."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.function = nn.Linear(8, 8), nn.Linear(8, 8), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+def test_a_backward_pass_of_a_models_own_is_refused_and_its_forward_pass_runs(tracer: str) -> None:
+    plain, x = Through(Reversed.apply).double(), stack_input()
+    with pytest.raises(foldcc.FoldError, match="own backward pass cannot be captured"):
+        foldcc.parallelize(plain, "dp=2", example_inputs=(x,), capture=tracer)
+    with torch.no_grad():
+        torch.testing.assert_close(foldcc.parallelize(plain, "dp=2", capture=tracer)(x), plain(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_modules_have_the_gradients_of_the_modules(reentrant: bool) -> None:
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: y.sigmoid() * y, x, use_reentrant=reentrant)
+
+    plain, x = Through(checkpointed).double(), stack_input()
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=(x,))
+    for m in (plain, model):
+        m(x).square().sum().backward()
+    same_gradients(model, plain)

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import modules, normalize, packing, regions, transformers
+from foldcc.capture import functions, modules, normalize, packing, regions, transformers
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
@@ -71,6 +71,7 @@ def capture(
         stack.enter_context(unchanged(model))
         modules.adapt(model)
         stack.enter_context(transformers.adapted(model, kwargs))
+        stack.enter_context(functions.adapted(model, tracer))
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
     regions.detach_no_grad(exported)
