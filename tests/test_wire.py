@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from models import tiny_model, token_batch
 
 import foldcc
 from foldcc import simulate
@@ -148,3 +149,15 @@ def _leaving(model, mesh: FoldedMesh, ids: torch.Tensor) -> int:
             mine = chosen[mesh.coordinate(rank, "dp"), :, mesh.coordinate(rank, "tp")]
             found += int((mine // (E // mesh.size("ep")) != mesh.coordinate(rank, "ep")).sum())
     return found
+
+
+def test_tensor_parallel_bytes_of_eight_layers_are_the_closed_form():
+    """The stream goes into and out of attention once a layer, once into the head and out of the embedding; and back."""
+    dp, tp, layers, sequence, hidden = 8, 4, 8, 16, 32
+    model = tiny_model("qwen3_moe", num_hidden_layers=layers, num_key_value_heads=4, hidden_size=hidden, vocab_size=512)
+    mesh = FoldedMesh.parse(f"dp={dp},tp={tp}|ep=8")
+    folded = foldcc.parallelize(model, mesh, example_inputs=token_batch(2 * dp, sequence))
+    tokens = 2 * sequence  # of a rank's samples
+    stream = tokens // tp * hidden * (tp - 1) * FLOAT
+    loss = 3 * 2 * tokens * (tp - 1) / tp * FLOAT  # the largest logit, the sum of exponentials, the target's logit
+    assert sum(c.bytes for c in folded.collectives() if c.axes == ("tp",)) == (4 * layers + 4) * stream + loss
