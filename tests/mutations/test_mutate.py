@@ -57,7 +57,7 @@ def test_every_gradient_of_a_bucket_can_go_alone(model: FoldedModule) -> None:
 
 
 def test_a_mistake_in_an_earlier_stage_is_differentiated(model: FoldedModule) -> None:
-    mistake = mutate.find(model, stage="localize", kind="scale", module="lm_head", description="*times 2")
+    mistake = mutate.find(model, stage="localize", kind="scale", module="model.norm", description="*times 2")
     assert mistake.stage == "localize"
     broken = mistake.apply()
     assert [s.name for s in broken.stages] == [s.name for s in model.stages]
