@@ -7,7 +7,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -444,7 +444,7 @@ class FoldedModule(nn.Module):
     ) -> tuple[Program, set[str]]:
         """The model's program for a call, and the numbers among its inputs that the model did not look at."""
         kwargs, held = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec), self._held[0]
-        watch = watched(held) if self._tracer == "export" else nullcontext(set())
+        watch: AbstractContextManager[set[str]] = watched(held) if self._tracer == "export" else nullcontext(set())
         with traceable(), in_modes(held, self), in_dtypes(held, self), watch as blind, warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
