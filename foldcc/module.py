@@ -7,6 +7,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import capture
+from foldcc.capture.numbers import as_inputs, as_tensor, watched
 from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit, Kernels, kernels_of
 from foldcc.codegen.source import unusable
@@ -61,6 +63,10 @@ class _Told:
         if isinstance(x, Tensor):
             return _Told("tensor", f": {str(x.dtype).removeprefix('torch.')}{list(x.shape)}")
         return _Told("number" if isinstance(x, (int, float)) and not isinstance(x, bool) else "flag", f"={x!r}")
+
+    @staticmethod
+    def any(x: Any) -> _Told:
+        return _Told("number", f": any {type(x).__name__}")
 
     def __str__(self) -> str:
         return self.text
@@ -106,6 +112,8 @@ class FoldedModule(nn.Module):
         self._progress = progress
         self._programs: dict[Any, tuple[Executable, Stages]] = {}  # the least recently used first
         self._calls: dict[Any, dict[str, _Told]] = {}  # what each was compiled for: the inputs, as a person reads them
+        self._blind: dict[Any, dict[str, Any]] = {}  # the numbers of its call that the model does not look at
+        self._free: list[frozenset[str]] = []  # numbers that are inputs of a program
         self._announced: set[str] = set()
         self._newest: Any = None
         self._structure: str | None = None
@@ -123,14 +131,16 @@ class FoldedModule(nn.Module):
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec, names = self._agreed(args, kwargs)
-        key = self._key(leaves, spec, names)
+        key, free = self._find(leaves, spec, names)
         if key not in self._programs:
             self._compile(leaves, spec, names)
+            key, free = self._find(leaves, spec, names)
         executable, _ = self._programs[key] = self._programs.pop(key)
         program = executable.program
         if self._check_ranks and not self._started:
             self._check_start(leaves, names)
-        inputs = iter(x for x in leaves if isinstance(x, Tensor))
+        numbers = [as_tensor(x, self._device()) if n in free else x for n, x in zip(names, leaves, strict=True)]
+        inputs = iter(x for x in numbers if isinstance(x, Tensor))
         held = {
             **dict(self.named_parameters(remove_duplicate=False)),
             **dict(self.named_buffers(remove_duplicate=False)),
@@ -170,8 +180,9 @@ class FoldedModule(nn.Module):
     def programs(self) -> tuple[str, ...]:
         """The calls that programs are kept for, as text, the least recently used first; at most 16.
 
-        A program is specialised to shapes, dtypes, Python values and modes; another call compiles another one. What is
-        evicted is compiled again when it is needed again.
+        A program is specialised to shapes, dtypes, Python values and modes; another call compiles another one. A number that
+        the model only computes with becomes an input of the program when a second value is seen. What is evicted is
+        compiled again when it is needed again.
         """
         return tuple(", ".join(f"{name}{told}" for name, told in self._calls[key].items()) for key in self._programs)
 
@@ -269,7 +280,7 @@ class FoldedModule(nn.Module):
         for name, x in vars(self).items():
             if name in ("_attributes", "_unset"):
                 continue
-            if name in ("_programs", "_calls", "_layouts", "_placements", "_announced"):
+            if name in ("_programs", "_calls", "_blind", "_free", "_layouts", "_placements", "_announced"):
                 vars(new)[name] = copy.copy(x)
             else:
                 vars(new)[name] = x if name in _SHARED else copy.deepcopy(x, memo)
@@ -281,7 +292,16 @@ class FoldedModule(nn.Module):
         """What is pickled: no program, for calls compile them again, and nobody to report progress to."""
         self._attributes.check(self)
         state = {name: x for name, x in vars(self).items() if name != "_attributes"}
-        return {**state, "_programs": {}, "_calls": {}, "_newest": None, "_progress": quiet, "_unset": self._still_unset()}
+        return {
+            **state,
+            "_programs": {},
+            "_calls": {},
+            "_blind": {},
+            "_free": [],
+            "_newest": None,
+            "_progress": quiet,
+            "_unset": self._still_unset(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -362,9 +382,26 @@ class FoldedModule(nn.Module):
         )
         self._started = True
 
-    def _key(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str]) -> Any:
-        """What a program is specialised to. Python numbers by type and digits, for True == 1 and 0.0 == -0.0."""
-        told = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
+    def _find(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str]) -> tuple[Any, frozenset[str]]:
+        """The key of a call, and the numbers that are inputs of its program."""
+        for free in self._free:
+            key = self._key(leaves, spec, names, free)
+            if key in self._programs:
+                return key, free
+        return self._key(leaves, spec, names), frozenset()
+
+    def _key(
+        self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], free: frozenset[str] = frozenset()
+    ) -> tuple[Any, ...]:
+        """What a program is specialised to. Python numbers by type and digits, for True == 1 and 0.0 == -0.0.
+
+        Args:
+            free: numbers that are inputs of the program, which is specialised to their types alone.
+        """
+        told = tuple(
+            (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), None if n in free else repr(x))
+            for n, x in zip(names, leaves, strict=True)
+        )
         modes = tuple(m.training for m in self.modules())
         dtypes = tuple(x.dtype for x in (*self.parameters(), *self.buffers()))
         return (str(spec), told, modes, dtypes, Modes.now(self._device()), self._given_gradients(leaves, names))
@@ -382,15 +419,10 @@ class FoldedModule(nn.Module):
         divided = self.mesh.size("dp") > 1
         batch_dims = sample_dims(leaves, names, self._batch_dims, divided=divided)
         self._check_autocast()
-        kwargs = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec)
         start = time.perf_counter()
         self._progress("capture")
-        held = self._held[0]
-        with traceable(), in_modes(held, self), in_dtypes(held, self), warnings.catch_warnings():
-            # torch.export copies its own specifications in a way that it has deprecated.
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            program = capture(held, (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
-        program = replace(program.with_gradients(self._given_gradients(leaves, names)), batch_dims=batch_dims)
+        program, blind = self._captured(leaves, spec, names, batch_dims)
+        key, program, free = self._over_numbers(leaves, spec, names, program, blind)
         seconds = time.perf_counter() - start
         with compiling():
             stages = run_passes(program, self._passes(), seconds=seconds, check=check_types, progress=self._progress)
@@ -398,14 +430,72 @@ class FoldedModule(nn.Module):
                 refuse_attention_over_samples(stages["annotate"].program)
             self._take_places(stages[-1].program)
         executable = Executable(stages[-1].program)
-        key = self._key(leaves, spec, names)
-        self._keep(key, (executable, stages), {n: _Told.of(x) for n, x in zip(names, leaves, strict=True)})
+        told = {n: _Told.any(x) if n in free else _Told.of(x) for n, x in zip(names, leaves, strict=True)}
+        self._keep(key, (executable, stages), told)
         if self._verified:
             self._progress("verify")
             with compiling():
                 first_broken(self).raise_if_failed()
         if fixed:
             self._structure, self._structure_names = structure, ", ".join(names)
+
+    def _captured(
+        self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], batch_dims: Any
+    ) -> tuple[Program, set[str]]:
+        """The model's program for a call, and the numbers among its inputs that the model did not look at."""
+        kwargs, held = pytree.tree_unflatten(self._global(leaves, names, batch_dims), spec), self._held[0]
+        watch: AbstractContextManager[set[str]] = watched(held) if self._tracer == "export" else nullcontext(set())
+        with traceable(), in_modes(held, self), in_dtypes(held, self), watch as blind, warnings.catch_warnings():
+            # torch.export copies its own specifications in a way that it has deprecated.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            program = capture(held, (), kwargs, self.mesh, tracer=self._tracer, device=self._device())
+        return replace(program.with_gradients(self._given_gradients(leaves, names)), batch_dims=batch_dims), blind
+
+    def _over_numbers(
+        self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str], program: Program, blind: set[str]
+    ) -> tuple[Any, Program, frozenset[str]]:
+        """A captured program's key; over numbers, where one for other numbers is kept and only computes with them too.
+
+        The program then takes the place of that one, and has these numbers as inputs.
+        """
+        key = self._key(leaves, spec, names)
+        numbers = {n: x for n, x in zip(names, leaves, strict=True) if n in blind}
+        self._blind[key] = numbers
+        for other in self._programs:
+            theirs = self._blind.get(other, {})
+            free = frozenset(n for n, x in numbers.items() if n in theirs and _Told.of(theirs[n]) != _Told.of(x))
+            if not free or _over(other, names, free) != _over(key, names, free):
+                continue
+            paths = [n for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor) or n in free]
+            pairs = {n: (numbers[n], theirs[n]) for n in free}
+            found = as_inputs(program, self._programs[other][1][0].program, pairs, paths)
+            if found is not None and self._is_over(leaves, spec, names, program, pairs, paths):
+                del self._programs[other], self._calls[other], self._blind[other]
+                if free not in self._free:
+                    self._free.append(free)
+                return self._key(leaves, spec, names, free), found, free
+        return key, program, frozenset()
+
+    def _is_over(
+        self,
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        names: list[str],
+        program: Program,
+        pairs: Mapping[str, tuple[Any, Any]],
+        paths: list[str],
+    ) -> bool:
+        """Whether the model computes the same with numbers that are far from those that were seen.
+
+        An index into a table is nothing that a number could tell; there it is an error, or gives something else.
+        """
+        far = {n: (number, number + 1_000_003 + i) for i, (n, (number, _)) in enumerate(pairs.items())}
+        tried = [far[n][1] if n in far else x for n, x in zip(names, leaves, strict=True)]
+        try:
+            other, blind = self._captured(tried, spec, names, program.batch_dims)
+        except Exception:  # whatever the model raises for such a number, it looks at it
+            return False
+        return far.keys() <= blind and as_inputs(program, other, far, paths) is not None
 
     def _check_structure(self, leaves: list[Any], spec: pytree.TreeSpec, names: list[str]) -> str:
         """The structure of a call; with example_inputs it is theirs."""
@@ -434,6 +524,7 @@ class FoldedModule(nn.Module):
         while len(self._programs) > KEPT:
             evicted = next(iter(self._programs))
             del self._programs[evicted], self._calls[evicted]
+            self._blind.pop(evicted, None)
             self._announce(
                 "eviction",
                 f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
@@ -526,6 +617,14 @@ class FoldedModule(nn.Module):
         there = self._placements[name]
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+def _over(key: tuple[Any, ...], names: list[str], free: frozenset[str]) -> tuple[Any, ...]:
+    """A key without the digits of some numbers."""
+    spec, told, *rest = key
+    if len(told) != len(names):
+        return key
+    return (spec, tuple((x[0], None) if n in free else x for n, x in zip(names, told, strict=True)), *rest)
 
 
 def quiet(name: str) -> None:

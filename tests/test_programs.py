@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import foldcc
 from foldcc.passes import Pass
 from foldcc.program import Program
+from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2"
 
@@ -117,3 +120,65 @@ def test_own_passes_are_in_every_program_of_the_module() -> None:
         torch.testing.assert_close(own(activations(batch)), 2 * model(activations(batch)))
         torch.testing.assert_close(folded(activations(batch)), model(activations(batch)))
     torch.testing.assert_close(own.with_passes(Doubled())(activations(2)), 4 * model(activations(2)))
+
+
+class Numbered(nn.Module):
+    """Divides by a number, as a loss over a global batch does, and does something of its own with it."""
+
+    def __init__(self, own: Callable[[Tensor, Any], Tensor] = lambda y, n: y) -> None:
+        super().__init__()
+        self.linear, self.own = nn.Linear(16, 16), own
+
+    def forward(self, x: Tensor, n: Any, m: Any = 1) -> Tensor:
+        y: Tensor = self.own(self.linear(x).square().sum() / n, n)
+        return y * m
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [(50, 51, 1001, 3), (0.5, 0.25, 1 / 3, 7.0)])
+def test_a_number_that_is_only_computed_with_is_a_value_of_one_program(values: Any, dtype: torch.dtype) -> None:
+    model, x = Numbered().to(dtype), activations().to(dtype)
+    folded = foldcc.parallelize(model, MESH)
+    for n in values:
+        folded.zero_grad(), model.zero_grad()
+        found, wanted = folded(x, n=n), model(x, n=n)
+        found.backward(), wanted.backward()
+        assert found.dtype == dtype
+        for a, b in ((found, wanted), (folded.linear.weight.grad, model.linear.weight.grad)):
+            assert relative_error(a, b) <= 4 * torch.finfo(dtype).eps
+    assert folded.programs == (f"['x']: {str(dtype)[6:]}[4, 8, 16], ['n']: any {type(values[0]).__name__}",)
+    foldcc.verify(folded, rounds=1).raise_if_failed()
+
+
+LOOKS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "a branch": lambda y, n: y * 2 if n > 3 else y,
+    "truth": lambda y, n: y if n else y * 2,
+    "a range": lambda y, n: sum((y for _ in range(n)), y),
+    "arithmetic": lambda y, n: y * (n // 3),
+    "a type and a branch": lambda y, n: y * 2 if isinstance(n, int) and n == 4 else y,
+    "at most": lambda y, n: y / min(n, 2),
+    "a slice": lambda y, n: y + y.expand(3)[:n].sum(),
+    "a shape": lambda y, n: y + y.expand(n).sum(),
+    "text": lambda y, n: y * len(f"{n:b}"),
+    "an attribute": lambda y, n: y * n.bit_length(),
+    "a constant": lambda y, n: y + torch.tensor(n),
+    "a power": lambda y, n: y**n,
+    "a rounding": lambda y, n: y + torch.div(y, n, rounding_mode="floor"),
+    "an index": lambda y, n: y * (1.0, 2.0, 3.0, 3.0, 5.0, 6.0)[n],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Another program")
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_number_that_the_model_looks_at_stays_a_constant(name: str) -> None:
+    model, x = Numbered(LOOKS[name]), activations()
+    folded = foldcc.parallelize(model, MESH)
+    for n in (2, 3, 4):
+        torch.testing.assert_close(folded(x, n=n), model(x, n=n))
+
+
+def test_of_two_numbers_each_becomes_an_input_when_it_varies() -> None:
+    model, x = Numbered(), activations()
+    folded = foldcc.parallelize(model, MESH)
+    for n, m in ((2, 5), (3, 5), (4, 5), (4, 6), (3, 7), (2, 7), (2.5, 7)):
+        torch.testing.assert_close(folded(x, n=n, m=m), model(x, n=n, m=m))

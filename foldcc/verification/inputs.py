@@ -15,6 +15,8 @@ from foldcc.verification.field import Field
 aten = torch.ops.aten
 _IGNORED = 4  # every so many labels one is left out, and all of the first sample's, so that ranks count differently
 
+_COUNTS = 100
+
 
 def random_inputs(program: Program, field: Field, held: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """A value for every slot of a captured program, by the slot's name: whole tensors.
@@ -40,7 +42,9 @@ def random_inputs(program: Program, field: Field, held: Mapping[str, Tensor], ge
 def _positions(node: fx.Node, generator: torch.Generator) -> Tensor:
     like = node.meta["val"]
     bound, ignored = _range(node)
-    values = torch.randint(0, bound, tuple(like.shape), generator=generator)
+    if not like.dim() and bound is None and like.dtype != torch.bool:  # a count, which programs divide by
+        return torch.randint(1, _COUNTS, (), generator=generator, dtype=like.dtype)
+    values = torch.randint(0, bound or 2, tuple(like.shape), generator=generator)
     if ignored is not None and like.dim():
         left_out = torch.randint(0, _IGNORED, tuple(like.shape), generator=generator) == 0
         left_out[0] = True
@@ -49,8 +53,8 @@ def _positions(node: fx.Node, generator: torch.Generator) -> Tensor:
     return values.to(like.dtype)
 
 
-def _range(node: fx.Node) -> tuple[int, int | None]:
-    """How many values an integer input may take, read off what it is used for, and the label that is ignored."""
+def _range(node: fx.Node) -> tuple[int | None, int | None]:
+    """How many values an integer input may take, if its uses say it, and the label that is ignored."""
     bounds: list[int] = []
     ignored = None
     seen, left = {node}, [node]
@@ -65,4 +69,4 @@ def _range(node: fx.Node) -> tuple[int, int | None]:
             elif user not in seen and isinstance(v := user.meta.get("val"), Tensor) and not v.is_floating_point():
                 seen.add(user)
                 left.append(user)
-    return (min(bounds) if bounds else 2), ignored
+    return (min(bounds) if bounds else None), ignored
