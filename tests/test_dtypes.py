@@ -78,3 +78,19 @@ def test_autocast_around_the_call_casts_what_it_casts_in_one_process(family: str
             assert relative_error(gradient, wanted[name], 0.1 * largest) < 16 * torch.finfo(dtype).eps, name
     plainly = model(**BATCH)
     assert plainly.logits.dtype == torch.float32 and relative_error(plainly.logits, exact.logits) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("deepseek_v3", torch.bfloat16)], ids=str)
+def test_narrow_parameters_are_as_near_to_the_truth_as_in_one_process(family: str, dtype: torch.dtype) -> None:
+    def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        model(**BATCH).loss.backward()
+        return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = tiny_model(family, num_hidden_layers=2).to(dtype)
+    model = foldcc.parallelize(copy.deepcopy(plain), "tp=2|ep=2", example_inputs=BATCH)
+    plain.config._experts_implementation = "eager"
+    exact, one, folded = (gradients(m) for m in (copy.deepcopy(plain).double(), plain, model))
+    least = 0.1 * max(float(g.norm()) for g in exact.values())
+    assert folded.keys() == one.keys()
+    ours, theirs = (max(relative_error(x[n], exact[n], least) for n in x) for x in (folded, one))
+    assert ours < 2 * theirs, (ours, theirs)
