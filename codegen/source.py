@@ -8,11 +8,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -131,10 +132,27 @@ def _interpret() -> None:
     """Switches Triton's interpreter on. Its own library, such as `tl.sum`, was made for a GPU when it was imported."""
     import triton
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     triton.knobs.runtime.interpret = True
     for module in (tl, tl.standard):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, InterpretedFunction(value.fn))
+    InterpreterBuilder.create_dot = _with_bfloat16(InterpreterBuilder.create_dot)
+
+
+def _with_bfloat16(dot: Callable[..., Any]) -> Callable[..., Any]:
+    """The interpreter keeps bfloat16 as its bits, and would multiply those as whole numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(builder: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(builder, wide(a), wide(b), *others)
+
+    return create_dot

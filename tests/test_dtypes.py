@@ -94,3 +94,13 @@ def test_narrow_parameters_are_as_near_to_the_truth_as_in_one_process(family: st
     assert folded.keys() == one.keys()
     ours, theirs = (max(relative_error(x[n], exact[n], least) for n in x) for x in (folded, one))
     assert ours < 2 * theirs, (ours, theirs)
+
+
+def test_kernels_multiply_narrow_numbers_in_the_interpreter() -> None:
+    plain = tiny_model("mixtral", num_hidden_layers=1).to(torch.bfloat16)
+    batch = token_batch(2, 8)
+    with torch.no_grad():
+        found = foldcc.parallelize(copy.deepcopy(plain), "dp=1", kernels="triton", example_inputs=batch)(**batch).logits
+        plain.config._experts_implementation = "eager"
+        wanted, exact = plain(**batch).logits, copy.deepcopy(plain).double()(**batch).logits
+    assert relative_error(found, exact) < 2 * relative_error(wanted, exact)
