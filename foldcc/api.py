@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from foldcc.call import Call
 from foldcc.capture import capture
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
@@ -102,7 +103,7 @@ def parallelize(
     given = example_inputs if fixed else _dummy(model, mesh)
     if given is not None:
         args, kwargs = _arguments(given)
-        folded._compile(*folded._bind(args, kwargs), fixed=fixed)
+        folded._compile(Call.of(model, args, kwargs), fixed=fixed)
     return folded
 
 

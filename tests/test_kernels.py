@@ -20,6 +20,7 @@ import foldcc
 from foldcc.codegen import source
 from foldcc.codegen.chains import chain_text, column_sum_text
 from foldcc.codegen.values import NoText
+from foldcc.compiler import Compiler
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
@@ -352,5 +353,5 @@ def assert_a_note(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     with monkeypatch.context() as here:
         here.setattr("torch.cuda.is_available", lambda: False)
         folded = foldcc.parallelize(tiny_model("llama"), FoldedMesh.parse("dp=2"))
-    monkeypatch.setattr(folded, "_device", lambda: torch.device("cuda"))
-    assert folded._emission() == () and folded.kernels.notes[0].startswith(why)
+    monkeypatch.setattr(Compiler, "device", lambda *_: torch.device("cuda"))
+    assert folded._compiler.emission(folded)[0] == () and folded.kernels.notes[0].startswith(why)

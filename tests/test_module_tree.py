@@ -240,7 +240,7 @@ def test_buffers_that_no_state_dict_holds_are_right_after_meta_or_it_is_an_error
         on_meta = Mixer()
     folded = foldcc.parallelize(on_meta, "dp=2")
     with pytest.raises(FoldError, match=r"weight is on meta and has no values"):
-        folded._local("first.weight", folded.first.weight)
+        folded._places.local("first.weight", folded.first.weight)
     folded.to_empty(device="cpu").load_state_dict(model.state_dict())
     with pytest.raises(FoldError, match=r"Buffer shift has no values: to_empty left it"):
         folded(x)

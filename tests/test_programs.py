@@ -69,7 +69,7 @@ class Scaled(nn.Module):
 
 
 def test_programs_are_counted_and_the_least_recently_used_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldcc.module.KEPT", 2)
+    monkeypatch.setattr("foldcc.programs.KEPT", 2)
     model, x = Scaled(), activations()
     folded = foldcc.parallelize(model, MESH)
     with pytest.warns(UserWarning, match="2 programs are kept"):

@@ -51,7 +51,7 @@ def broken_at(model: FoldedModule, stage: str, edit: Callable[[Program], None]) 
     later = run_passes(program, model.stages.passes(after=stage))
     stages = [*model.stages[:start], _stage(model, stage, program), *list(later)[1:]]
     other = copy.copy(model)
-    other.__dict__["_programs"] = {model._newest: (model._programs[model._newest][0], Stages(stages))}
+    other.__dict__["_programs"] = model._programs.rewritten(Stages(stages), model._programs.newest.executable)
     return other
 
 

@@ -40,8 +40,7 @@ class RankZero(Executable):
 
 
 def as_rank_zero_sees(model: FoldedModule) -> FoldedModule:
-    executable, stages = model._current()
-    model._programs = {model._newest: (RankZero(executable.program), stages)}
+    model._programs = model._programs.rewritten(model.stages, RankZero(model.program))
     return model
 
 

@@ -22,7 +22,6 @@ from foldcc.inspect.graphs import FORWARD, module_of, parts
 from foldcc.module import FoldedModule
 from foldcc.passes import Stage, Stages, run_passes
 from foldcc.program import Program
-from foldcc.runtime.executable import Executable
 
 Edit = Callable[[fx.Graph], None]
 MAIN = "main"
@@ -76,7 +75,7 @@ class Mutant:
         """The lowered program with the mistake."""
         if self.stage is not None:
             return self.apply().program
-        executable, program, site = self.model._current()[0], self.model.program, self.site
+        executable, program, site = self.model._programs.newest.executable, self.model.program, self.site
         if site.direction == FORWARD:
             return replace(program, graph=edited(program.graph, site.block, self.edit))
         assert program.backward is not None
@@ -98,7 +97,7 @@ def running(model: FoldedModule, program: Program) -> FoldedModule:
     found = copy.copy(model)
     stages = model.stages
     last = replace(stages[-1], program=program)
-    found._programs = {model._newest: (Executable(program), Stages([*stages[:-1], last]))}
+    found._programs = model._programs.rewritten(Stages([*stages[:-1], last]))
     return found
 
 
@@ -120,7 +119,7 @@ def rewrite(model: FoldedModule, *, after: str, edit: Callable[[Program], None])
     rerun = run_passes(program, stages.passes(after=after))
     found = copy.copy(model)
     kept = [*stages[:position], replace(stage, program=program), *rerun[1:]]
-    found._programs = {model._newest: (Executable(kept[-1].program), Stages(kept))}
+    found._programs = model._programs.rewritten(Stages(kept))
     return found
 
 

@@ -1,0 +1,160 @@
+"""Compiling a call: captured, over numbers where it can be, and through the passes. No parameter is touched."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldcc.call import Call, Told, without_digits
+from foldcc.capture import capture
+from foldcc.capture.numbers import as_inputs, watched
+from foldcc.capture.unchanged import in_dtypes, in_modes
+from foldcc.codegen import Emit
+from foldcc.codegen.source import unusable
+from foldcc.errors import FoldError
+from foldcc.layout import Layout
+from foldcc.mesh import FoldedMesh
+from foldcc.passes import Pass, check_types, run_passes
+from foldcc.passes.differentiate import Differentiate
+from foldcc.passes.shard import ShardPass
+from foldcc.program import Program
+from foldcc.programs import Kept
+from foldcc.runtime.executable import Executable
+from foldcc.runtime.modes import Modes, compiling, traceable
+from foldcc.samples import refuse_attention_over_samples, sample_dims
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How the calls of a model are compiled.
+
+    Attributes:
+        model: the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
+        own: passes of a user's own, after the pipeline.
+        batch_dims, tracer, kernels, progress: see `parallelize`.
+    """
+
+    model: nn.Module
+    mesh: FoldedMesh
+    tracer: str
+    kernels: str | ModuleType
+    pipeline: tuple[Pass, ...]
+    batch_dims: Mapping[str, int | None]
+    progress: Callable[[str], None]
+    own: tuple[Pass, ...] = ()
+
+    def device(self, tree: nn.Module) -> torch.device:
+        """Where programs run."""
+        if not self.mesh.is_virtual:
+            return torch.device(self.mesh.device_type)
+        device = next(tree.parameters()).device  # where they are now, which `.to` may have changed
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def modes(self, tree: nn.Module) -> Modes:
+        return Modes.now(self.device(tree))
+
+    def emission(self, tree: nn.Module) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
+        """The pass that emits kernels, if any, and why there is none where one was to be expected."""
+        if self.kernels == "aten" or (self.kernels == "auto" and self.device(tree).type != "cuda"):
+            return (), ()
+        if self.kernels == "auto" and (why := unusable()) is not None:
+            return (), (f"{why}, so the program runs as ATen.",)
+        return (Emit(edited=self.kernels if isinstance(self.kernels, ModuleType) else None),), ()
+
+    def compile(
+        self, call: Call, tree: nn.Module, layouts: Mapping[str, Layout], others: Iterable[Kept]
+    ) -> tuple[Kept, Kept | None]:
+        """A program for a call, and the one whose place it takes: it has inputs for the numbers in which they differ.
+
+        Args:
+            layouts: which parameters have already.
+            others: programs that are kept.
+        """
+        divided = self.mesh.size("dp") > 1
+        batch_dims = sample_dims(call.leaves, call.names, self.batch_dims, divided=divided)
+        self._check_autocast(tree)
+        start = time.perf_counter()
+        self.progress("capture")
+        program, blind = self._captured(call, tree, batch_dims)
+        numbers = {n: x for n, x in call.items() if n in blind}
+        program, free, other = self._over_numbers(call, tree, program, numbers, others)
+        seconds = time.perf_counter() - start
+        with compiling():
+            stages = run_passes(
+                program, self._passes(tree, layouts), seconds=seconds, check=check_types, progress=self.progress
+            )
+            if divided and not self.mesh.is_virtual and not self.batch_dims:
+                refuse_attention_over_samples(stages["annotate"].program)
+        key = call.key(tree, self.modes(tree), free)
+        made = Kept(key, Executable(stages[-1].program), stages, call.told(free), free, {} if free else numbers)
+        return made, other
+
+    def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:
+        emission, _ = self.emission(tree)
+        found: list[Pass] = []
+        for p in (*self.pipeline, *self.own, *emission):
+            if isinstance(p, ShardPass):
+                p = replace(p, kept=layouts)
+            elif isinstance(p, Differentiate):
+                p = replace(p, for_kernels=bool(emission))
+            found.append(p)
+        return found
+
+    def _check_autocast(self, tree: nn.Module) -> None:
+        there, device = next(self.model.parameters()).device.type, self.device(tree)
+        if there != device.type and Modes.now(device).autocast is not None:
+            raise FoldError(
+                f"Autocast on {device.type} casts nothing of a model on {there}, so its casts cannot be captured.",
+                valid=f"the model on {device.type} before parallelize, or parameters in the dtype that they are used in",
+            )
+
+    def _captured(self, call: Call, tree: nn.Module, batch_dims: Mapping[str, int | None]) -> tuple[Program, set[str]]:
+        """The model's program for a call, and the numbers among its inputs that the model did not look at."""
+        model = self.model
+        kwargs = call.whole(self.mesh, batch_dims, next(model.parameters()).device)
+        watch: AbstractContextManager[set[str]] = watched(model) if self.tracer == "export" else nullcontext(set())
+        with traceable(), in_modes(model, tree), in_dtypes(model, tree), watch as blind, warnings.catch_warnings():
+            # torch.export copies its own specifications in a way that it has deprecated.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            program = capture(model, (), kwargs, self.mesh, tracer=self.tracer, device=self.device(tree))
+        return replace(program.with_gradients(call.given_gradients(tree)), batch_dims=batch_dims), blind
+
+    def _over_numbers(
+        self, call: Call, tree: nn.Module, program: Program, numbers: Mapping[str, Any], others: Iterable[Kept]
+    ) -> tuple[Program, frozenset[str], Kept | None]:
+        """A captured program; over numbers, where one for other numbers is kept and only computes with them too.
+
+        The program then takes the place of that one, and has these numbers as inputs.
+        """
+        for other in others:
+            theirs = other.blind
+            free = frozenset(n for n, x in numbers.items() if n in theirs and Told.of(theirs[n]) != Told.of(x))
+            if not free or without_digits(other.key, call.names, free) != call.key(tree, self.modes(tree), free):
+                continue
+            paths = [n for n, x in call.items() if isinstance(x, Tensor) or n in free]
+            pairs = {n: (numbers[n], theirs[n]) for n in free}
+            found = as_inputs(program, other.stages[0].program, pairs, paths)
+            if found is not None and self._is_over(call, tree, program, {n: numbers[n] for n in free}, paths):
+                return found, free, other
+        return program, frozenset(), None
+
+    def _is_over(self, call: Call, tree: nn.Module, program: Program, numbers: Mapping[str, Any], paths: list[str]) -> bool:
+        """Whether the model computes the same with numbers that are far from those that were seen.
+
+        An index into a table is nothing that a number could tell; there it is an error, or gives something else.
+        """
+        far = {n: number + 1_000_003 + i for i, (n, number) in enumerate(numbers.items())}
+        try:
+            other, blind = self._captured(call.with_numbers(far), tree, program.batch_dims)
+        except Exception:  # whatever the model raises for such a number, it looks at it
+            return False
+        pairs = {n: (numbers[n], far[n]) for n in far}
+        return far.keys() <= blind and as_inputs(program, other, pairs, paths) is not None

@@ -1,0 +1,112 @@
+"""The programs that a folded module keeps: one for each kind of call, the least recently used is dropped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from foldcc.call import Key, Told
+from foldcc.errors import FoldError
+from foldcc.passes import Stages
+from foldcc.runtime.executable import Executable
+
+KEPT = 16  # programs of a module
+_ADVICE = {
+    "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
+    "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
+    "flag": None,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A program, and the calls that it is for.
+
+    Attributes:
+        told: the inputs, as a person reads them.
+        free: the numbers that are inputs of the program.
+        blind: the numbers that it is specialised to, and that the model does not look at.
+    """
+
+    key: Key
+    executable: Executable
+    stages: Stages
+    told: Mapping[str, Told]
+    free: frozenset[str] = frozenset()
+    blind: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}{told}" for name, told in self.told.items())
+
+
+@dataclass
+class Programs:
+    """Programs by key, the least recently used first, and what was said about them."""
+
+    kept: dict[Key, Kept] = field(default_factory=dict)
+    announced: set[str] = field(default_factory=set)
+    _newest: Key | None = None
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __deepcopy__(self, memo: object) -> Programs:
+        """The same programs: they are given parameters in each call."""
+        return replace(self, kept=dict(self.kept), announced=set(self.announced))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """No program is pickled, for calls compile them again."""
+        return {"kept": {}, "announced": self.announced, "_newest": None}
+
+    @property
+    def newest(self) -> Kept:
+        if self._newest is None:
+            raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
+        return self.kept[self._newest]
+
+    def rewritten(self, stages: Stages, executable: Executable | None = None) -> Programs:
+        """The newest program alone, rewritten; unless said otherwise, what runs is its last stage."""
+        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program))
+        return replace(self, kept={new.key: new})
+
+    def find(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:
+        """The program of a call, from now on the most recently used.
+
+        Args:
+            key_of: the call's key, given the numbers that are inputs of the program.
+        """
+        for free in sorted(dict.fromkeys(k.free for k in self.kept.values()), key=len, reverse=True):
+            key = key_of(free)
+            if key in self.kept:
+                self.kept[key] = self.kept.pop(key)
+                return self.kept[key]
+        return None
+
+    def keep(self, new: Kept, instead_of: Kept | None) -> None:
+        """Stores a program, says once why there is another one, and evicts the least recently used."""
+        if instead_of is not None:
+            del self.kept[instead_of.key]
+        others = [k.told for k in self.kept.values() if k.told.keys() == new.told.keys()]
+        changed = min(([n for n in new.told if new.told[n] != told[n]] for told in others), key=len, default=[])
+        for name in changed[:1]:
+            now = new.told[name]
+            was = next(told[name] for told in others if told[name] != now)
+            advice = _ADVICE[now.kind]
+            if advice is not None:
+                self._announce(now.kind, f"Another program was compiled, for {name}{now} instead of {name}{was}. {advice}")
+        self.kept[new.key] = new
+        self._newest = new.key
+        while len(self) > KEPT:
+            del self.kept[next(iter(self.kept))]
+            self._announce(
+                "eviction",
+                f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
+                "and compiled again when it is needed. model.programs lists them.",
+            )
+
+    def _announce(self, cause: str, text: str) -> None:
+        if cause not in self.announced:
+            self.announced.add(cause)
+            warnings.warn(text, stacklevel=2)
