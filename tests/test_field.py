@@ -140,7 +140,7 @@ def test_two_ways_of_computing_one_thing_agree_with_their_gradients(name: str) -
     assert bool(first_gradient.any())
 
 
-@pytest.mark.parametrize("operator", [torch.linalg.inv, torch.fft.fft, torch.special.i0])
+@pytest.mark.parametrize("operator", [torch.linalg.inv, torch.fft.fft, torch.linalg.det])
 def test_an_operator_without_a_meaning_is_named(operator: object) -> None:
     x = random(3, 3)
     with FieldMode(FIELD), pytest.raises(NoMeaning, match="has no meaning over a field"):

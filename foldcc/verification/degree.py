@@ -20,7 +20,7 @@ from foldcc.verification.functions import HASHED
 from foldcc.verification.meanings import MOVES
 
 _SUMS = {"add", "sub", "rsub", "cat", "stack", "sum", "mean", "cumsum", "where", "masked_fill", "index_add", "scatter_add"}
-_FRESH = {*HASHED, "exp", "softplus", "softmax", "_softmax", "log_softmax", "_log_softmax"}
+_FRESH = {*HASHED, "exp", "expm1", "rsqrt", "softplus", "softmax", "_softmax", "log_softmax", "_log_softmax"}
 
 
 def bound(captured: Program, prime: int, rounds: int) -> float:

@@ -31,12 +31,15 @@ class Field:
         prime: how many elements the field has.
         seed: of the hashes; two fields with the same seed have the same ones.
         hashed: `(x, name) -> value of the function called name`, on finite carriers; None for keyed hashes.
+        decisions: which ways each mask, branch or comparison went, by the node that was named in `at` meanwhile.
         exponentials: (logarithm, its exponential) by the logarithm's place in memory; see `remember`.
     """
 
     prime: int = MERSENNE
     seed: int = 0
     hashed: Callable[[Tensor, str], Tensor] | None = None
+    decisions: dict[str, set[bool]] = field(default_factory=dict, compare=False, repr=False)
+    at: list[str] = field(default_factory=list, compare=False, repr=False)
     exponentials: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     # --- elements ---
@@ -68,11 +71,18 @@ class Field:
         """Elements drawn uniformly, zero left out."""
         return torch.randint(1, self.prime, tuple(shape), generator=generator).double()
 
-    def place(self, x: float) -> float:
-        """Where a number of a program stands among the elements, when they are compared with it: any fixed order will do."""
-        if math.isinf(x):
-            return math.inf if x > 0 else -math.inf
-        return self.prime * (0.5 + 0.4 * x / (1.0 + abs(x)))
+    def keyed(self, x: Tensor, name: str) -> Tensor:
+        """Keyed integers below the prime for finite elements, whatever stands in for other hashes."""
+        return self._hash(x, name)
+
+    # --- decisions ---
+
+    def decided(self, mask: Tensor) -> Tensor:
+        """Notes which ways a mask, branch or comparison of the captured program went, under the node that runs; see `at`."""
+        if self.at and mask.numel():
+            ways = self.decisions.setdefault(self.at[-1], set())
+            ways |= {bool(mask.any()), bool(mask.all())}
+        return mask
 
     # --- sums and products ---
 
@@ -126,11 +136,14 @@ class Field:
         return torch.where(torch.isfinite(x) & (x != 0), result.double(), math.nan)
 
     def power(self, x: Tensor, exponent: float) -> Tensor:
-        """Whole exponents are products; any other is a function of its own."""
-        if exponent != int(exponent):
-            return self.function(f"pow {exponent}", x)
+        """Whole exponents are products, halves those of a root; any other is a function of its own."""
         if exponent < 0:
             return self.inverse(self.power(x, -exponent))
+        if exponent % 1 == 0.5:
+            root = self.function("sqrt", x)
+            return root if exponent == 0.5 else self.times(root, self.power(x, exponent - 0.5))
+        if exponent != int(exponent):
+            return self.function(f"pow {exponent}", x)
         result, base, left = torch.ones_like(x), x, int(exponent)
         while left:
             result, base, left = self.times(result, base) if left & 1 else result, self.times(base, base), left >> 1

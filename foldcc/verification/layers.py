@@ -10,7 +10,8 @@ from torch import Tensor
 
 from foldcc.verification.arithmetic import add, mean, mul, square, sub
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import amax, meaning
+from foldcc.verification.functions import rsqrt
+from foldcc.verification.meanings import MEANINGS, meaning
 
 
 @meaning("_softmax")
@@ -39,7 +40,7 @@ def softmax_backward_data(field: Field, grad: Tensor, y: Tensor, dim: int, dtype
 @meaning("_log_softmax")
 def log_softmax(field: Field, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     """The exponential of the result is the softmax: it is kept for the derivative, which is given the result only."""
-    shifted = sub(field, x, amax(field, x, dim, True))
+    shifted = sub(field, x, MEANINGS["amax"](field, x, dim, True))
     weights = field.exp(shifted)
     total = field.sum(weights, dim, True)
     y = sub(field, shifted, field.function("log", total))
@@ -84,7 +85,7 @@ def native_layer_norm(field: Field, x: Tensor, shape: Any, w: Any, b: Any, eps: 
     dims = list(range(-len(shape), 0))
     middle = mean(field, x, dims, True)
     centred = sub(field, x, middle)
-    inverse = field.function("rsqrt", add(field, mean(field, square(field, centred), dims, True), eps))
+    inverse = rsqrt(field, add(field, mean(field, square(field, centred), dims, True), eps))
     y = mul(field, centred, inverse)
     y = y if w is None else mul(field, y, w)
     return (y if b is None else field.add(y, b)), middle, inverse
@@ -109,7 +110,7 @@ def native_layer_norm_backward(
 def fused_rms_norm(field: Field, x: Tensor, shape: Any, w: Any, eps: Any) -> tuple[Tensor, Tensor]:
     dims = list(range(-len(shape), 0))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    inverse = field.function("rsqrt", add(field, mean(field, square(field, x), dims, True), eps))
+    inverse = rsqrt(field, add(field, mean(field, square(field, x), dims, True), eps))
     y = mul(field, x, inverse)
     return (y if w is None else mul(field, y, w)), inverse
 

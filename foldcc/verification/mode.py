@@ -14,11 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import foldcc.verification.arithmetic
 import foldcc.verification.functions
-import foldcc.verification.layers  # noqa: F401  (each fills the table)
+import foldcc.verification.layers
+import foldcc.verification.order  # noqa: F401  (each fills the table)
 from foldcc.errors import FoldError
 from foldcc.ops import record
 from foldcc.verification.field import Field
+from foldcc.verification.functions import pointwise
 from foldcc.verification.meanings import MEANINGS, MOVES, value
+from foldcc.verification.order import to_integer
 
 aten = torch.ops.aten
 _CASTS = {"_to_copy", "to"}
@@ -58,7 +61,7 @@ class FieldMode(TorchDispatchMode):
         result = self._call(func, name, args, kwargs, in_place)
         if target is not None:
             return target.copy_(result)
-        if in_place and name in MEANINGS:
+        if in_place and result is not args[0]:
             return args[0].copy_(result)
         return result
 
@@ -76,6 +79,8 @@ class FieldMode(TorchDispatchMode):
                 return MEANINGS[name](self.field, *map(_lifted, args), **told)
             except NotImplementedError as error:
                 raise NoMeaning(func, f" as {error}") from None
+        if torch.Tag.pointwise in func.tags and name not in MOVES:
+            return self._pointwise(func, name, args, lifted)
         if name not in MOVES:
             raise NoMeaning(func)
         result = func(*map(_lifted, args), **lifted)
@@ -85,10 +90,24 @@ class FieldMode(TorchDispatchMode):
             return self.field.numbers(result)
         return result
 
+    def _pointwise(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        returned = func._schema.returns
+        if len(returned) != 1 or torch.Tag.nondeterministic_seeded in func.tags:
+            raise NoMeaning(func)
+        kind = func(*map(_lifted, args), **kwargs).dtype
+        result = pointwise(self.field, f"{name} {sorted(kwargs)}", [*args, *(kwargs[k] for k in sorted(kwargs))])
+        return (
+            result
+            if kind.is_floating_point
+            else to_integer(self.field, result, kind)
+            if kind != torch.bool
+            else result % 2 == 0
+        )
+
     def _cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is None or dtype.is_floating_point:
             return value(self.field, x)
-        return x.to(dtype)
+        return to_integer(self.field, x, dtype)
 
 
 def _lifted(x: Any) -> Any:
@@ -102,7 +121,12 @@ def _floating(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("dtype") is not None:
         return bool(kwargs["dtype"].is_floating_point)
     tensors = [x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Tensor)]
-    return any(x.is_floating_point() for x in tensors or [func(*map(_lifted, args), **kwargs)])
+    if any(x.is_floating_point() for x in tensors):
+        return True
+    if tensors and func._schema.is_mutable:
+        return False
+    found = func(*map(_lifted, args), **kwargs)  # such as integers divided by a number
+    return any(isinstance(x, Tensor) and x.is_floating_point() for x in _flat([found]))
 
 
 def _flat(arguments: Any) -> list[Any]:

@@ -134,8 +134,18 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
         rounds=len(fields),
         bound=bound(captured, fields[0].prime, len(fields)),
         proved=proved,
+        undecided=_undecided(fields),
         difference=difference,
     )
+
+
+def _undecided(fields: Sequence[Field]) -> tuple[str, ...]:
+    """What went one way only, in all rounds."""
+    ways: dict[str, set[bool]] = {}
+    for field in fields:
+        for at, found in field.decisions.items():
+            ways.setdefault(at, set()).update(found)
+    return tuple(at for at, found in ways.items() if len(found) == 1)
 
 
 def _round(

@@ -39,7 +39,7 @@ class Reference:
         trained = {slot.name for slot in program.slots if slot.grad}
         with FieldMode(field):
             given = [inputs[s.name].clone().requires_grad_(s.name in trained) for s in program.slots]
-            self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values).run(*given))
+            self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values, noted=field).run(*given))
         for x in self.outputs:
             if bool(x.detach().isnan().any()):
                 raise self._undefined()
@@ -80,17 +80,22 @@ class Reference:
 class _Defined(fx.Interpreter):
     """Runs a graph with the definitions of our own nodes, and keeps every value under its captured name."""
 
-    def __init__(self, graph: fx.GraphModule, values: dict[str, Any], names: Mapping[str, str] | None = None):
+    def __init__(
+        self, graph: fx.GraphModule, values: dict[str, Any], names: Mapping[str, str] | None = None, noted: Field | None = None
+    ):
         super().__init__(graph)
-        self.kept, self.names = values, names
+        self.kept, self.names, self.noted = values, names, noted
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
             block = self.module.get_submodule(str(n.target))
             inside = [x.name for x in block.graph.nodes if x.op == "call_function"]
-            run = _Defined(block, self.kept, dict(zip(inside, n.meta["nodes"], strict=True)))
+            run = _Defined(block, self.kept, dict(zip(inside, n.meta["nodes"], strict=True)), self.noted)
             given: Any = self.map_nodes_to_values(n.args, n)
             return run.run(*given)
+        name = n.name if self.names is None else self.names.get(n.name)
+        at = self.noted.at if self.noted is not None else []
+        at.append(" ".join(x for x in (f"{name} = {n.target}", _place(n) or "") if x))
         try:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             result = call(n, args, kwargs) if n.op == "call_function" else super().run_node(n)
@@ -98,7 +103,9 @@ class _Defined(fx.Interpreter):
             raise FoldError(str(error), at=_place(n), valid="a program without it, or check_equivalence in float64") from None
         except (RuntimeError, IndexError) as error:
             raise FoldError(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
-        name = n.name if self.names is None else self.names.get(n.name)
+        if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor) and result.dtype == torch.bool:
+            self.noted.decided(result)
+        at.pop()
         if name is not None:
             self.kept[name] = result
         return result
