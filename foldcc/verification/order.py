@@ -22,7 +22,7 @@ from foldcc.verification.meanings import Meaning, meaning, value
 aten = torch.ops.aten
 _HEIGHT = 2**21  # a fraction n / d with n * d below it is read as data; one random element in a hundred looks like one
 _DECADES = 4.0  # keyed places lie between 1e-4 and 1e4, evenly in each power of ten
-_INTEGERS = 8  # a number that is no data is cast to one of so many integers
+_INTEGERS = 16  # a number that is no data is cast to one of so many integers
 
 
 def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

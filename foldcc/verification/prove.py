@@ -155,7 +155,10 @@ def _round(
     generator = torch.Generator().manual_seed(field.seed)
     reference = Reference(captured, field, random_inputs(captured, field, buffers, generator), generator)
     differentiated = "differentiated" in program.properties
-    run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+    try:
+        run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+    except (RuntimeError, IndexError) as error:  # the captured program runs on the same inputs
+        return Difference(what=f"The folded program does not run ({error}), so that it", rank=0), ()
     mesh = program.mesh
     for i, (values, wanted, layout) in enumerate(zip(run.outputs, reference.outputs, run.layouts, strict=True)):
         rank = wrong_rank(values, wanted.detach(), layout, mesh, field)

@@ -77,6 +77,9 @@ class Reference:
         return {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
 
 
+_BOUNDS = {getattr(torch.ops.aten, x) for x in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")}
+
+
 class _Defined(fx.Interpreter):
     """Runs a graph with the definitions of our own nodes, and keeps every value under its captured name."""
 
@@ -103,8 +106,11 @@ class _Defined(fx.Interpreter):
             raise FoldError(str(error), at=_place(n), valid="a program without it, or check_equivalence in float64") from None
         except (RuntimeError, IndexError) as error:
             raise FoldError(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
-        if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor) and result.dtype == torch.bool:
-            self.noted.decided(result)
+        if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor):
+            if result.dtype == torch.bool:
+                self.noted.decided(result)
+            elif not result.is_floating_point() and getattr(n.target, "overloadpacket", None) in _BOUNDS:
+                self.noted.decided(result == args[0])  # of integers; elements of the field note their own
         at.pop()
         if name is not None:
             self.kept[name] = result
