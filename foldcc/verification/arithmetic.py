@@ -30,8 +30,14 @@ def add(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
 
 @meaning("sub")
 def sub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
-    y = value(field, y)
-    return field.add(value(field, x), torch.where(y == -math.inf, math.nan, -scaled(field, y, alpha)))
+    x, y = value(field, x), value(field, y)
+    both = (x == -math.inf) & (y == -math.inf)  # the least number of a type less itself
+    result = field.add(x, torch.where(y == -math.inf, math.nan, -scaled(field, y, alpha)))
+    result = torch.where(both, 0.0, result)
+    if alpha == 1 and any(field.recall(known, y) is not None for known in ("shift", "exp")):
+        quotient = torch.where(both, 1.0, field.times(field.exp(x), field.inverse(field.exp(y))))
+        return field.remember("exp", result, torch.where(result.isnan(), math.nan, quotient))
+    return result
 
 
 @meaning("rsub")
@@ -41,16 +47,23 @@ def rsub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
 
 @meaning("mul")
 def mul(field: Field, x: Any, y: Any) -> Tensor:
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and _same(x, y):
+        return field.power(value(field, x), 2)
     product = field.times(value(field, x), value(field, y))
-    for flags, mask in ((x, y), (y, x)):  # 0 or 1 times the least number of a type, which is no infinity: nothing or a mask
+    for flags, mask in ((x, y), (y, x)):  # times the least number of a type, which is no infinity: nothing or a mask
         least = isinstance(mask, Tensor) or not math.isinf(mask)
         if isinstance(flags, Tensor) and (not flags.is_floating_point() or not isinstance(mask, Tensor)) and least:
             flags, mask = value(field, flags), value(field, mask)
             lowest = mask == -math.inf
             if bool(lowest.any()):
-                product = torch.where(lowest & (flags == 0), 0.0, product)
-                product = torch.where(lowest & (flags == 1), -math.inf, product)
+                masked = lowest & MEANINGS["gt"](field, flags, 0)
+                product = torch.where(masked, -math.inf, torch.where(lowest & (flags == 0), 0.0, product))
     return product
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    places = [(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape, z.stride()) for z in (x, y)]
+    return places[0] == places[1]
 
 
 @meaning("div")
@@ -95,7 +108,7 @@ def power(field: Field, x: Any, y: Any) -> Tensor:
 
 @meaning("square")
 def square(field: Field, x: Tensor) -> Tensor:
-    return field.times(x, x)
+    return field.power(x, 2)
 
 
 @meaning("addcmul")
@@ -150,7 +163,7 @@ def var(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: 
 
 @meaning("std")
 def std(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Tensor:
-    return field.function("sqrt", var(field, x, dim, correction, keepdim))
+    return field.root(var(field, x, dim, correction, keepdim))
 
 
 @meaning("prod")
@@ -169,7 +182,7 @@ def vector_norm(field: Field, x: Tensor, ord: Any = 2, dim: Any = None, keepdim:
     if math.isinf(ord):
         return MEANINGS["amax" if ord > 0 else "amin"](field, MEANINGS["abs"](field, x), dims, keepdim)
     if ord == 2:
-        return field.function("sqrt", field.sum(square(field, x), dims, keepdim))
+        return field.root(field.sum(square(field, x), dims, keepdim))
     if ord == 0:
         return (x != 0).double().sum(dims, keepdim)
     powers = field.sum(field.power(MEANINGS["abs"](field, x), float(ord)), dims, keepdim)
@@ -179,6 +192,14 @@ def vector_norm(field: Field, x: Tensor, ord: Any = 2, dim: Any = None, keepdim:
 @meaning("cumsum")
 def cumsum(field: Field, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return field.reduced(x.cumsum(dim))
+
+
+@meaning("cumprod")
+def cumprod(field: Field, x: Any, dim: int, dtype: Any = None) -> Tensor:
+    rows = list(value(field, x).unbind(dim))
+    for i in range(1, len(rows)):
+        rows[i] = field.times(rows[i - 1], rows[i])
+    return torch.stack(rows, dim) if rows else value(field, x)
 
 
 @meaning("trace")

@@ -16,7 +16,8 @@ from foldcc.verification.meanings import MEANINGS, meaning
 
 @meaning("_softmax")
 def softmax(field: Field, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    weights = field.exp(x)
+    """A row of the least number of a type, which is no infinity, is as likely everywhere."""
+    weights = torch.where((x == -math.inf).all(dim, keepdim=True), 1.0, field.exp(x))
     return field.times(weights, field.inverse(field.sum(weights, dim, True)))
 
 
@@ -28,7 +29,10 @@ def safe_softmax(field: Field, x: Tensor, dim: int, dtype: Any = None) -> Tensor
 
 @meaning("logsumexp")
 def logsumexp(field: Field, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    return field.function("log", field.sum(field.exp(x), dim, keepdim))
+    largest = MEANINGS["amax"](field, x, dim, True)
+    total = MEANINGS["log"](field, field.sum(field.exp(sub(field, x, largest)), dim, True))
+    y = field.remember("exp", field.add(largest, total), field.sum(field.exp(x), dim, True))
+    return y if keepdim else y.squeeze(dim)
 
 
 @meaning("_softmax_backward_data")
@@ -39,19 +43,16 @@ def softmax_backward_data(field: Field, grad: Tensor, y: Tensor, dim: int, dtype
 
 @meaning("_log_softmax")
 def log_softmax(field: Field, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    """The exponential of the result is the softmax: it is kept for the derivative, which is given the result only."""
+    """The exponential of the result is the softmax, which is remembered for the derivative: it is given the result only."""
     shifted = sub(field, x, MEANINGS["amax"](field, x, dim, True))
     weights = field.exp(shifted)
     total = field.sum(weights, dim, True)
-    y = sub(field, shifted, field.function("log", total))
-    field.remember(y, mul(field, weights, field.inverse(total)))
-    return y
+    return sub(field, shifted, MEANINGS["log"](field, total))
 
 
 @meaning("_log_softmax_backward_data")
 def log_softmax_backward_data(field: Field, grad: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    softmax = field.exponential(y)
-    return sub(field, grad, mul(field, softmax, field.sum(grad, dim, True)))
+    return sub(field, grad, mul(field, field.exp(y), field.sum(grad, dim, True)))
 
 
 @meaning("nll_loss_forward")

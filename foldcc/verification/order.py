@@ -26,24 +26,23 @@ _INTEGERS = 16  # a number that is no data is cast to one of so many integers
 
 
 def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, d, whether x is the small fraction n / d), by Euclid's algorithm: every such fraction is among its convergents."""
+    """(n, d, whether x is the small fraction n / d), by Euclid's algorithm: every such fraction is among its convergents.
+
+    Of several the one of least height, so that 1 / 2048 is not taken for 2**20, which is the same element.
+    """
     finite = torch.isfinite(x)
-    rest = torch.where(finite, x, 0.0).long()
-    before, t_before, t = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
-    n, d, found = torch.zeros_like(rest), torch.ones_like(rest), rest == 0
-    while True:
-        for top in (rest, rest - before):  # the remainder, and the one of least size, which may be negative
-            below = t if top is rest else t - t_before
-            new = ~found & (below != 0) & (below.abs() < _HEIGHT) & (top.abs() < _HEIGHT)
-            new &= top.abs() * below.abs() < _HEIGHT
-            sign = torch.where(below < 0, -1, 1)
-            n, d, found = torch.where(new, top * sign, n), torch.where(new, below * sign, d), found | new
-        live = ~found & (rest != 0) & (t.abs() < _HEIGHT)
-        if not bool(live.any()):
-            return n, d, found & finite
-        quotient = torch.where(live, before // rest.clamp(min=1), 0)
-        before, rest = torch.where(live, rest, before), torch.where(live, before - quotient * rest, rest)
-        t_before, t = torch.where(live, t, t_before), torch.where(live, t_before - quotient * t, t)
+    rest = torch.where(finite, x, 0.0)
+    before, d_before, d = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
+    least = torch.where(rest == 0, 0.0, float(_HEIGHT))
+    n, found = torch.zeros_like(rest), torch.ones_like(rest)
+    while bool((d.abs() < _HEIGHT).any()):  # x * d = rest, modulo the prime
+        height = rest * d.abs()
+        smaller = (height < least) & (rest > 0)
+        n, found, least = torch.where(smaller, rest, n), torch.where(smaller, d, found), torch.where(smaller, height, least)
+        quotient = torch.div(before, rest.clamp(min=1)).floor_()
+        before, rest = rest, before - quotient * rest
+        d_before, d = d, d_before - quotient * d
+    return (n * found.sign()).long(), found.abs().long(), finite & (least < _HEIGHT)
 
 
 def standing(field: Field, x: Any) -> Tensor:
@@ -146,6 +145,8 @@ def leaky_relu(field: Field, x: Tensor, slope: Any = 0.01) -> Tensor:
 
 @meaning("leaky_relu_backward")
 def leaky_relu_backward(field: Field, grad: Tensor, x: Tensor, slope: Any, is_result: bool) -> Tensor:
+    if is_result:
+        raise NotImplementedError("a derivative that is given the result only, whose sign is not its operand's")
     return torch.where(positive(field, x), grad, field.times(grad, value(field, slope)))
 
 
@@ -205,7 +206,8 @@ def _extreme(name: str, pick: Callable[..., Tensor], both: Meaning) -> None:
         left = [d for d in range(x.dim()) if d not in gone]
         rows = x.permute(*left, *gone).reshape(*(x.shape[d] for d in left), -1)
         found = rows.gather(-1, pick(standing(field, rows), -1, True)).squeeze(-1)
-        return found.reshape([1 if d in gone else x.shape[d] for d in range(x.dim())]) if keepdim else found
+        found = found.reshape([1 if d in gone else x.shape[d] for d in range(x.dim())]) if keepdim else found
+        return field.remember("shift", found, found)
 
     def largest(field: Field, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
         if isinstance(dim, Tensor):
@@ -216,6 +218,7 @@ def _extreme(name: str, pick: Callable[..., Tensor], both: Meaning) -> None:
             return x.clone(), torch.zeros((), dtype=torch.long)
         index = pick(standing(field, x), dim, True)
         found = x.gather(dim, index)
+        found = field.remember("shift", found, found)
         return (found, index) if keepdim else (found.squeeze(dim), index.squeeze(dim))
 
     meaning("a" + name)(extreme)
