@@ -116,6 +116,16 @@ def addcmul(field: Field, x: Any, a: Tensor, b: Tensor, value: Any = 1) -> Tenso
     return add(field, x, mul(field, a, b), alpha=value)
 
 
+@meaning("addcdiv")
+def addcdiv(field: Field, x: Any, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
+    return add(field, x, div(field, a, b), alpha=value)
+
+
+@meaning("lerp")
+def lerp(field: Field, x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    return add(field, x, mul(field, sub(field, y, x), weight))
+
+
 @meaning("mm", "bmm", "matmul")
 def mm(field: Field, x: Tensor, y: Tensor) -> Tensor:
     return field.matmul(x, y)
@@ -290,6 +300,18 @@ def scalar_tensor(field: Field, number: Any, **kwargs: Any) -> Tensor:
 @meaning("arange")
 def arange(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
     return field.numbers(aten.arange(*bounds, dtype=torch.float64))
+
+
+@meaning("linspace")
+def linspace(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
+    return field.numbers(aten.linspace(*bounds, dtype=torch.float64))
+
+
+@meaning("nan_to_num")
+def nan_to_num(field: Field, x: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Tensor:
+    """An infinity is the carrier of a type's least number as well, which the operator keeps or makes of it."""
+    lowest = x if neginf is None else torch.where(x == -math.inf, value(field, neginf), x)
+    return torch.where(x.isnan(), value(field, 0.0 if nan is None else nan), lowest)
 
 
 @meaning("eye")

@@ -15,7 +15,7 @@ from torch import Tensor
 from foldcc.verification.arithmetic import add, mul, square, sub
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import meaning, value
-from foldcc.verification.order import positive
+from foldcc.verification.order import clamp, hardtanh_backward, positive
 
 
 def symmetric(field: Field, name: str, x: Tensor, odd: bool = True) -> Tensor:
@@ -167,6 +167,38 @@ def softplus_backward(field: Field, grad: Tensor, x: Tensor, beta: Any, threshol
     return mul(
         field, grad, torch.where(positive(field, scaled, threshold), 1.0, mul(field, z, field.inverse(add(field, z, 1))))
     )
+
+
+@meaning("mish")
+def mish(field: Field, x: Tensor) -> Tensor:
+    return mul(field, x, tanh(field, softplus(field, x)))
+
+
+@meaning("mish_backward")
+def mish_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    inner = tanh(field, softplus(field, x))
+    slope = softplus_backward(field, sub(field, 1, square(field, inner)), x, 1, 20)
+    return mul(field, grad, add(field, inner, mul(field, x, slope)))
+
+
+@meaning("hardsigmoid")
+def hardsigmoid(field: Field, x: Tensor) -> Tensor:
+    return mul(field, clamp(field, add(field, x, 3), 0, 6), 1 / 6)
+
+
+@meaning("hardsigmoid_backward")
+def hardsigmoid_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    return hardtanh_backward(field, mul(field, grad, 1 / 6), add(field, x, 3), 0, 6)
+
+
+@meaning("hardswish")
+def hardswish(field: Field, x: Tensor) -> Tensor:
+    return mul(field, x, hardsigmoid(field, x))
+
+
+@meaning("hardswish_backward")
+def hardswish_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    return add(field, mul(field, grad, hardsigmoid(field, x)), hardsigmoid_backward(field, mul(field, grad, x), x))
 
 
 @meaning("log_sigmoid_forward")

@@ -22,7 +22,7 @@ MEANINGS: dict[str, Meaning] = {}
 MOVES = frozenset(
     """alias all any as_strided cat chunk clone contiguous copy detach diagonal diagonal_backward diagonal_scatter empty
     empty_like empty_strided equal expand expand_as flatten flip gather index index_select isfinite isinf isnan
-    lift_fresh lift_fresh_copy logical_and logical_not logical_or masked_select movedim nan_to_num narrow new_empty
+    lift_fresh lift_fresh_copy logical_and logical_not logical_or masked_select movedim narrow new_empty
     new_empty_strided new_zeros nonzero ones_like permute repeat repeat_interleave reshape resize roll select
     select_backward select_scatter slice slice_backward split split_with_sizes squeeze stack sym_numel sym_size
     sym_stride t tile transpose tril triu unbind unflatten unfold unsafe_split unsafe_split_with_sizes unsqueeze view_as

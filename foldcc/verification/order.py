@@ -275,6 +275,11 @@ round_ = _whole("round", _half_to_even)
 ROUNDED = {"floor": floor, "trunc": trunc}
 
 
+@meaning("frac")
+def frac(field: Field, x: Tensor) -> Tensor:
+    return field.add(x, field.negative(trunc(field, x)))
+
+
 def to_integer(field: Field, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A cast: true or false is exact, data is cut off as it is, any other element becomes one of a few integers."""
     if dtype == torch.bool or not x.is_floating_point():
