@@ -31,18 +31,20 @@ def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Of several the one of least height, so that 1 / 2048 is not taken for 2**20, which is the same element.
     """
     finite = torch.isfinite(x)
-    rest = torch.where(finite, x, 0.0)
+    rest = torch.where(finite, x, 0.0).flatten()
     before, d_before, d = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
-    least = torch.where(rest == 0, 0.0, float(_HEIGHT))
-    n, found = torch.zeros_like(rest), torch.ones_like(rest)
-    while bool((d.abs() < _HEIGHT).any()):  # x * d = rest, modulo the prime
-        height = rest * d.abs()
-        smaller = (height < least) & (rest > 0)
-        n, found, least = torch.where(smaller, rest, n), torch.where(smaller, d, found), torch.where(smaller, height, least)
-        quotient = torch.div(before, rest.clamp(min=1)).floor_()
-        before, rest = rest, before - quotient * rest
-        d_before, d = d, d_before - quotient * d
-    return (n * found.sign()).long(), found.abs().long(), finite & (least < _HEIGHT)
+    n, found, least = torch.zeros_like(rest), torch.ones_like(rest), torch.full_like(rest, _HEIGHT).masked_fill_(rest == 0, 0.0)
+    size, height, quotient = d.clone(), torch.empty_like(rest), torch.empty_like(rest)
+    while bool((size < _HEIGHT).any()):  # x * d = rest, modulo the prime; in place, because most of the time is here
+        torch.mul(rest, size, out=height).masked_fill_(rest == 0, _HEIGHT)
+        at = (height < least).nonzero(as_tuple=True)
+        n[at], found[at], least[at] = rest[at], d[at], height[at]
+        torch.div(before, torch.clamp(rest, min=1, out=quotient), out=quotient).floor_()
+        before, rest = rest, before.addcmul_(quotient, rest, value=-1)
+        d_before, d = d, d_before.addcmul_(quotient, d, value=-1)
+        torch.abs(d, out=size)
+    n, d = (n * found.sign()).long().view(x.shape), found.abs().long().view(x.shape)
+    return n, d, finite & (least < _HEIGHT).view(x.shape)
 
 
 def standing(field: Field, x: Any) -> Tensor:
