@@ -106,7 +106,8 @@ class FieldMode(TorchDispatchMode):
             if not there or any(x is None for x in there.values()):
                 continue
             if self.field.recall(function, result) is None:  # else it is a view
-                of = pytree.tree_map_only(Tensor, lambda x, there=there: there.get(id(x), x), tuple(args))
+                known: dict[int, Any] = there
+                of = pytree.tree_map(lambda x, known=known: known.get(id(x), x), tuple(args))
                 self.field.remember(function, result, self._call(func, name, of, kwargs, False))
 
     def _pointwise(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
