@@ -15,6 +15,7 @@ import foldcc
 from foldcc.mesh import FoldedMesh
 from foldcc.program import Program
 from foldcc.testing import in_float64
+from foldcc.testing.mutate import equivalent, mutants
 from foldcc.verification.field import Field
 from foldcc.verification.mode import FieldMode
 from tests.test_verify import broken_at
@@ -218,3 +219,28 @@ def test_an_operator_that_orders_is_missed_when_it_is_left_out(
         raise AssertionError("nothing was edited")
 
     assert not foldcc.verify(broken_at(model, "annotate", edited)).ok
+
+
+class Counted(nn.Module):
+    """A mean over the tokens with a label, whose count is kept from being zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, H), nn.Linear(H, V, bias=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        each = F.cross_entropy(self.head(self.embed(ids)).flatten(0, 1), labels.flatten(), reduction="none")
+        valid = (labels.flatten() != -100).float()
+        return (each * valid).sum() / valid.sum().clamp(min=1.0)
+
+
+def test_no_mutant_of_a_loss_whose_count_is_clamped_lives() -> None:
+    batch = {"ids": IDS, "labels": IDS}
+    model = foldcc.parallelize(Counted(), FoldedMesh.parse("dp=2,tp=2"), example_inputs=batch, kernels="aten")
+    every = [m for m in mutants(model) if equivalent(m) is None]
+    assert len(every) > 60
+    for mutant in every[::6]:
+        try:
+            assert not foldcc.verify(mutant.apply(), rounds=1).ok, mutant
+        except (RuntimeError, ValueError, IndexError):  # it does not run
+            continue
