@@ -23,12 +23,15 @@ _IGNORED = 4  # every so many labels one is left out, and all of the first sampl
 _COUNTS = 100
 
 
-def random_inputs(program: Program, field: Field, held: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def random_inputs(
+    program: Program, field: Field, held: Mapping[str, Tensor], generator: torch.Generator, *, extreme: bool = False
+) -> dict[str, Tensor]:
     """A value for every slot of a captured program, by the slot's name: whole tensors.
 
     Args:
         held: buffers by name. Integers and booleans keep their values, and so do numbers that are data: few distinct ones,
             as in a mask, or such as something compares. Of other buffers the values are drawn.
+        extreme: one value for each integer input: every label is ignored, every mask is zero, every id a special one.
     """
     found = {}
     for slot, node in zip(program.slots, program.placeholders, strict=True):
@@ -43,7 +46,7 @@ def random_inputs(program: Program, field: Field, held: Mapping[str, Tensor], ge
         elif slot.kind == "buffer" and held[slot.names[0]].device.type != "meta":
             found[slot.name] = held[slot.names[0]].cpu()
         else:
-            found[slot.name] = _positions(node, generator)
+            found[slot.name] = _positions(node, generator, extreme)
     return found
 
 
@@ -60,11 +63,13 @@ def _data(node: fx.Node, buffer: Tensor | None) -> Tensor | None:
     return values if few or any(_name(user) in _COMPARING for user, _ in _uses(node, _moved)) else None
 
 
-def _positions(node: fx.Node, generator: torch.Generator) -> Tensor:
+def _positions(node: fx.Node, generator: torch.Generator, extreme: bool) -> Tensor:
     like = node.meta["val"]
     bound, ignored, special = _range(node)
     if not like.dim() and bound is None and like.dtype != torch.bool:  # a count, which programs divide by
         return torch.randint(1, _COUNTS, (), generator=generator, dtype=like.dtype)
+    if extreme:
+        return torch.full(tuple(like.shape), [*special, 0][0] if ignored is None else ignored, dtype=like.dtype)
     values = torch.randint(0, bound or 2, tuple(like.shape), generator=generator)
     if special:
         seeded = torch.randint(0, _SEEDED, tuple(like.shape), generator=generator) == 0

@@ -23,6 +23,10 @@ from foldcc.verification.lockstep import leaves
 from foldcc.verification.mode import FieldMode, NoMeaning
 
 
+class Undefined(FoldError):
+    """The captured program has no value on the inputs that were drawn."""
+
+
 class Reference:
     """A captured program, run forward on given inputs; any gradient can be asked for.
 
@@ -48,7 +52,7 @@ class Reference:
     def _undefined(self) -> FoldError:
         """The error for an output that divides by zero or reads memory that nobody wrote."""
         name = next(n for n, x in self.values.items() if isinstance(x, Tensor) and bool(x.detach().isnan().any()))
-        return FoldError(
+        return Undefined(
             f"The captured program divides by zero, or reads what was never written, at {name}.",
             prime=str(self.field.prime),
             valid="another seed, if the divisor is data",
@@ -105,7 +109,7 @@ class _Defined(fx.Interpreter):
         except NoMeaning as error:
             raise FoldError(str(error), at=_place(n), valid="a program without it, or check_equivalence in float64") from None
         except (RuntimeError, IndexError) as error:
-            raise FoldError(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
+            raise Undefined(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
         if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor):
             if result.dtype == torch.bool:
                 self.noted.decided(result)
