@@ -1,16 +1,15 @@
-"""Arithmetic: sums and products, sums into places, constants that a program writes, and comparisons with them."""
+"""Arithmetic: sums and products, sums into places, and constants that a program writes."""
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import Meaning, meaning, value
+from foldcc.verification.meanings import MEANINGS, meaning, value
 
 aten = torch.ops.aten
 
@@ -31,8 +30,14 @@ def add(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
 
 @meaning("sub")
 def sub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
-    y = value(field, y)
-    return field.add(value(field, x), torch.where(y == -math.inf, math.nan, -scaled(field, y, alpha)))
+    x, y = value(field, x), value(field, y)
+    both = (x == -math.inf) & (y == -math.inf)  # the least number of a type less itself
+    result = field.add(x, torch.where(y == -math.inf, math.nan, -scaled(field, y, alpha)))
+    result = torch.where(both, 0.0, result)
+    if alpha == 1 and any(field.recall(known, y) is not None for known in ("shift", "exp")):
+        quotient = torch.where(both, 1.0, field.times(field.exp(x), field.inverse(field.exp(y))))
+        return field.remember("exp", result, torch.where(result.isnan(), math.nan, quotient))
+    return result
 
 
 @meaning("rsub")
@@ -42,14 +47,44 @@ def rsub(field: Field, x: Any, y: Any, alpha: Any = 1) -> Tensor:
 
 @meaning("mul")
 def mul(field: Field, x: Any, y: Any) -> Tensor:
-    return field.times(value(field, x), value(field, y))
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and _same(x, y):
+        return field.power(value(field, x), 2)
+    product = field.times(value(field, x), value(field, y))
+    for flags, mask in ((x, y), (y, x)):  # times the least number of a type, which is no infinity: nothing or a mask
+        least = isinstance(mask, Tensor) or not math.isinf(mask)
+        if isinstance(flags, Tensor) and (not flags.is_floating_point() or not isinstance(mask, Tensor)) and least:
+            flags, mask = value(field, flags), value(field, mask)
+            lowest = mask == -math.inf
+            if bool(lowest.any()):
+                masked = lowest & MEANINGS["gt"](field, flags, 0)
+                product = torch.where(masked, -math.inf, torch.where(lowest & (flags == 0), 0.0, product))
+    return product
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    places = [(z.untyped_storage().data_ptr(), z.storage_offset(), z.shape, z.stride()) for z in (x, y)]
+    return places[0] == places[1]
 
 
 @meaning("div")
 def div(field: Field, x: Any, y: Any, rounding_mode: str | None = None) -> Tensor:
-    if rounding_mode is not None:
-        raise NotImplementedError("a division that is rounded")
-    return field.times(value(field, x), field.inverse(value(field, y)))
+    quotient = field.times(value(field, x), field.inverse(value(field, y)))
+    return quotient if rounding_mode is None else MEANINGS[rounding_mode](field, quotient)
+
+
+@meaning("floor_divide")
+def floor_divide(field: Field, x: Any, y: Any) -> Tensor:
+    return div(field, x, y, "floor")
+
+
+@meaning("remainder")
+def remainder(field: Field, x: Any, y: Any) -> Tensor:
+    return sub(field, x, mul(field, div(field, x, y, "floor"), y))
+
+
+@meaning("fmod")
+def fmod(field: Field, x: Any, y: Any) -> Tensor:
+    return sub(field, x, mul(field, div(field, x, y, "trunc"), y))
 
 
 @meaning("neg")
@@ -73,12 +108,22 @@ def power(field: Field, x: Any, y: Any) -> Tensor:
 
 @meaning("square")
 def square(field: Field, x: Tensor) -> Tensor:
-    return field.times(x, x)
+    return field.power(x, 2)
 
 
 @meaning("addcmul")
 def addcmul(field: Field, x: Any, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
     return add(field, x, mul(field, a, b), alpha=value)
+
+
+@meaning("addcdiv")
+def addcdiv(field: Field, x: Any, a: Tensor, b: Tensor, value: Any = 1) -> Tensor:
+    return add(field, x, div(field, a, b), alpha=value)
+
+
+@meaning("lerp")
+def lerp(field: Field, x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    return add(field, x, mul(field, sub(field, y, x), weight))
 
 
 @meaning("mm", "bmm", "matmul")
@@ -126,9 +171,45 @@ def var(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: 
     return field.times(total, over(field, count - int(1 if correction is None else correction)))
 
 
+@meaning("std")
+def std(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Tensor:
+    return field.root(var(field, x, dim, correction, keepdim))
+
+
+@meaning("prod")
+def prod(field: Field, x: Any, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    x = value(field, x)
+    rows = x.flatten().unsqueeze(-1) if dim is None else x.movedim(dim, 0)
+    product = torch.ones_like(rows[0]) if len(rows) else torch.ones(rows.shape[1:], dtype=torch.float64)
+    for row in rows:
+        product = field.times(product, row)
+    return product.squeeze(-1) if dim is None else product.unsqueeze(dim) if keepdim else product
+
+
+@meaning("linalg_vector_norm")
+def vector_norm(field: Field, x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    dims = list(range(x.dim())) if dim is None else dim
+    if math.isinf(ord):
+        return MEANINGS["amax" if ord > 0 else "amin"](field, MEANINGS["abs"](field, x), dims, keepdim)
+    if ord == 2:
+        return field.root(field.sum(square(field, x), dims, keepdim))
+    if ord == 0:
+        return (x != 0).double().sum(dims, keepdim)
+    powers = field.sum(field.power(MEANINGS["abs"](field, x), float(ord)), dims, keepdim)
+    return field.power(powers, 1 / ord)
+
+
 @meaning("cumsum")
 def cumsum(field: Field, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return field.reduced(x.cumsum(dim))
+
+
+@meaning("cumprod")
+def cumprod(field: Field, x: Any, dim: int, dtype: Any = None) -> Tensor:
+    rows = list(value(field, x).unbind(dim))
+    for i in range(1, len(rows)):
+        rows[i] = field.times(rows[i - 1], rows[i])
+    return torch.stack(rows, dim) if rows else value(field, x)
 
 
 @meaning("trace")
@@ -221,6 +302,18 @@ def arange(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
     return field.numbers(aten.arange(*bounds, dtype=torch.float64))
 
 
+@meaning("linspace")
+def linspace(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
+    return field.numbers(aten.linspace(*bounds, dtype=torch.float64))
+
+
+@meaning("nan_to_num")
+def nan_to_num(field: Field, x: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Tensor:
+    """An infinity is the carrier of a type's least number as well, which the operator keeps or makes of it."""
+    lowest = x if neginf is None else torch.where(x == -math.inf, value(field, neginf), x)
+    return torch.where(x.isnan(), value(field, 0.0 if nan is None else nan), lowest)
+
+
 @meaning("eye")
 def eye(field: Field, *sizes: Any, **kwargs: Any) -> Tensor:
     return torch.eye(*sizes, dtype=torch.float64)
@@ -231,60 +324,12 @@ def masked_fill(field: Field, x: Tensor, mask: Tensor, number: Any) -> Tensor:
     return torch.where(mask, value(field, number), x)
 
 
+@meaning("scatter")
+def scatter(field: Field, x: Tensor, dim: int, index: Tensor, source: Any = None, value: Any = None) -> Tensor:
+    source = value if source is None else source
+    return x.scatter(dim, index, source if isinstance(source, Tensor) else field.number(source))
+
+
 @meaning("constant_pad_nd")
 def constant_pad_nd(field: Field, x: Tensor, pad: Any, value: Any = 0) -> Tensor:
     return aten.constant_pad_nd(x, pad, field.number(value))
-
-
-@meaning("clamp")
-def clamp(field: Field, x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    if isinstance(min, Tensor) or isinstance(max, Tensor):
-        raise NotImplementedError("clamp with bounds that are tensors")
-    y = x if min is None else torch.where(x < field.place(min), value(field, min), x)
-    return y if max is None else torch.where(x > field.place(max), value(field, max), y)
-
-
-@meaning("clamp_min")
-def clamp_min(field: Field, x: Tensor, min: Any) -> Tensor:
-    return clamp(field, x, min)
-
-
-@meaning("clamp_max")
-def clamp_max(field: Field, x: Tensor, max: Any) -> Tensor:
-    return clamp(field, x, None, max)
-
-
-@meaning("relu")
-def relu(field: Field, x: Tensor) -> Tensor:
-    return torch.where(x > field.place(0.0), x, 0.0)
-
-
-@meaning("threshold_backward")
-def threshold_backward(field: Field, grad: Tensor, x: Tensor, threshold: Any) -> Tensor:
-    return torch.where(x > field.place(float(threshold)), grad, 0.0)
-
-
-@meaning("abs")
-def absolute(field: Field, x: Tensor) -> Tensor:
-    return torch.where(x < field.place(0.0), field.negative(x), x)
-
-
-@meaning("sign", "sgn")
-def sign(field: Field, x: Tensor) -> Tensor:
-    below = torch.where(x < field.place(0.0), field.number(-1), 1.0)
-    return torch.where(x == 0, 0.0, below)
-
-
-def _comparison(name: str) -> Meaning:
-    compare = getattr(operator, name)
-
-    def compared(field: Field, x: Tensor, y: Any) -> Tensor:
-        if isinstance(y, Tensor) or not x.is_floating_point():
-            return compare(x, y)
-        return compare(x, field.number(y) if name in ("eq", "ne") else field.place(float(y)))
-
-    return meaning(name)(compared)
-
-
-for _name in ("eq", "ne", "ge", "gt", "le", "lt"):
-    _comparison(_name)

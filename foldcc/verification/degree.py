@@ -20,7 +20,8 @@ from foldcc.verification.functions import HASHED
 from foldcc.verification.meanings import MOVES
 
 _SUMS = {"add", "sub", "rsub", "cat", "stack", "sum", "mean", "cumsum", "where", "masked_fill", "index_add", "scatter_add"}
-_FRESH = {*HASHED, "exp", "softplus", "softmax", "_softmax", "log_softmax", "_log_softmax"}
+_NAMES = "exp expm1 rsqrt std linalg_vector_norm logsumexp softmax _softmax log_softmax _log_softmax"
+_FRESH = {*HASHED, *_NAMES.split()}
 
 
 def bound(captured: Program, prime: int, rounds: int) -> float:
@@ -59,7 +60,7 @@ class _Count:
         value, largest = node.meta.get("val"), max(read)
         if name in _FRESH:
             return 1
-        if name in ("silu", "gelu"):
+        if name in ("silu", "gelu", "elu", "softplus"):
             return largest + 1
         if name == "div" and isinstance(divisor := node.args[1], fx.Node):
             own = divisor
@@ -68,6 +69,12 @@ class _Count:
                 if own is node.args[0]:
                     return largest + 1
             self.divisions += divisor.meta["val"].numel()
+        if name in ("reciprocal", "floor_divide", "remainder", "fmod"):
+            self.divisions += value.numel() if isinstance(value, Tensor) else 1
+        if name in ("square", "var"):
+            return 2 * largest
+        if name == "prod":
+            return largest * node.args[0].meta["val"].numel()
         if name == "pow":
             return largest * max(1, round(abs(float(node.args[1]))))
         if node.target is ops.attention:

@@ -20,6 +20,7 @@ from torch import Tensor
 MERSENNE = 2**31 - 1
 _LOWEST = -1e30  # a number below it is a mask, such as torch.finfo(...).min
 _EXACT = 2**53  # up to here float64 holds every integer
+FUNCTIONS = ("exp", "square", "shift")  # of which results may be known; a shift is a value whose differences are kept
 _SIMPLE = 10**6  # largest denominator that a number in a program is read as
 
 
@@ -31,13 +32,16 @@ class Field:
         prime: how many elements the field has.
         seed: of the hashes; two fields with the same seed have the same ones.
         hashed: `(x, name) -> value of the function called name`, on finite carriers; None for keyed hashes.
-        exponentials: (logarithm, its exponential) by the logarithm's place in memory; see `remember`.
+        decisions: which ways each mask, branch or comparison went, by the node that was named in `at` meanwhile.
+        known: (x, what a function makes of x), by the function and x's place in memory; see `remember`.
     """
 
     prime: int = MERSENNE
     seed: int = 0
     hashed: Callable[[Tensor, str], Tensor] | None = None
-    exponentials: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    decisions: dict[str, set[bool]] = field(default_factory=dict, compare=False, repr=False)
+    at: list[str] = field(default_factory=list, compare=False, repr=False)
+    known: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     # --- elements ---
 
@@ -68,11 +72,18 @@ class Field:
         """Elements drawn uniformly, zero left out."""
         return torch.randint(1, self.prime, tuple(shape), generator=generator).double()
 
-    def place(self, x: float) -> float:
-        """Where a number of a program stands among the elements, when they are compared with it: any fixed order will do."""
-        if math.isinf(x):
-            return math.inf if x > 0 else -math.inf
-        return self.prime * (0.5 + 0.4 * x / (1.0 + abs(x)))
+    def keyed(self, x: Tensor, name: str) -> Tensor:
+        """Keyed integers below the prime for finite elements, whatever stands in for other hashes."""
+        return self._hash(x, name)
+
+    # --- decisions ---
+
+    def decided(self, mask: Tensor) -> Tensor:
+        """Notes which ways a mask, branch or comparison of the captured program went, under the node that runs; see `at`."""
+        if self.at and mask.numel():
+            ways = self.decisions.setdefault(self.at[-1], set())
+            ways |= {bool(mask.any()), bool(mask.all())}
+        return mask
 
     # --- sums and products ---
 
@@ -126,11 +137,19 @@ class Field:
         return torch.where(torch.isfinite(x) & (x != 0), result.double(), math.nan)
 
     def power(self, x: Tensor, exponent: float) -> Tensor:
-        """Whole exponents are products; any other is a function of its own."""
-        if exponent != int(exponent):
-            return self.function(f"pow {exponent}", x)
+        """Whole exponents are products, halves those of a root; any other is a function of its own."""
         if exponent < 0:
             return self.inverse(self.power(x, -exponent))
+        if exponent % 1 == 0.5:
+            root = self.root(x)
+            return root if exponent == 0.5 else self.times(root, self.power(x, exponent - 0.5))
+        if exponent != int(exponent):
+            return self.function(f"pow {exponent}", x)
+        square = self.recall("square", x) if exponent >= 2 else None
+        if square is not None:
+            return self.times(self.power(square, exponent // 2), self.power(x, exponent % 2))
+        if exponent == 2:
+            return self.times(x, x)
         result, base, left = torch.ones_like(x), x, int(exponent)
         while left:
             result, base, left = self.times(result, base) if left & 1 else result, self.times(base, base), left >> 1
@@ -144,18 +163,40 @@ class Field:
         return torch.where(torch.isfinite(x), value, math.nan)
 
     def exp(self, x: Tensor) -> Tensor:
-        return torch.where(x == -math.inf, 0.0, self.function("exp", x))
+        known = self.recall("exp", x)
+        if known is not None:
+            return known
+        return torch.where(x == -math.inf, 0.0, torch.where(x == 0, 1.0, self.function("exp", x)))
 
-    def remember(self, logarithm: Tensor, exponential: Tensor) -> None:
-        """Keeps the exponential of a result that is a logarithm, for a derivative that is given the logarithm only."""
-        assert logarithm.is_contiguous() and exponential.is_contiguous()
-        values = logarithm.detach(), exponential.detach()  # without what autograd will keep for them
-        self.exponentials[logarithm.untyped_storage().data_ptr()] = values
+    def root(self, x: Tensor) -> Tensor:
+        return self.remember("square", self.function("sqrt", x), x)
 
-    def exponential(self, x: Tensor) -> Tensor:
-        """The exponential of a value, or of a view of one, that is a remembered logarithm; else a hash."""
-        _, found = self.exponentials.get(x.untyped_storage().data_ptr(), (None, None))
-        return self.exp(x) if found is None else found.as_strided(x.shape, x.stride(), x.storage_offset())
+    # --- what is known of a value, from how it was made ---
+
+    def remember(self, function: str, x: Tensor, result: Tensor) -> Tensor:
+        """Keeps what a function makes of a value, and returns the value.
+
+        No hash has the laws exp(x - y) = exp(x) / exp(y) and sqrt(x)**2 = x, so they are kept for the values that are
+        made by such a subtraction or root, for views of them and for copies.
+        """
+        if x.numel():
+            x, result = x.contiguous(), result.expand(x.shape).contiguous()
+            self.known[function, x.untyped_storage().data_ptr()] = x.detach(), result.detach()
+        return x
+
+    def recall(self, function: str, x: Tensor) -> Tensor | None:
+        """What a function makes of a value, or of a view of one, that is remembered."""
+        if not self.known:
+            return None
+        of, found = self.known.get((function, x.untyped_storage().data_ptr()), (None, None))
+        if of is None or found is None or of.dtype != x.dtype:
+            return None
+        return found.as_strided(x.shape, x.stride(), x.storage_offset() - of.storage_offset() + found.storage_offset())
+
+    def forget(self, x: Tensor) -> None:
+        """Of a value that is overwritten nothing is known."""
+        for function in FUNCTIONS if self.known else ():
+            self.known.pop((function, x.untyped_storage().data_ptr()), None)
 
     def _hash(self, x: Tensor, name: str) -> Tensor:
         key = blake2b(f"{self.seed} {name}".encode(), digest_size=16).digest()

@@ -51,4 +51,4 @@ class Folded:
 
     def run(self, graph: fx.GraphModule, values: list[Any], watch: Watch | None = None) -> Any:
         with FieldMode(self.reference.field), active(self.program.mesh):
-            return run_in_lockstep(self.program.mesh, graph, values, watch, self.reference.field.reduced)
+            return run_in_lockstep(self.program.mesh, graph, values, watch, self.reference.field)

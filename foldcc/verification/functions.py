@@ -6,39 +6,109 @@ does not agree.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foldcc.verification.arithmetic import add, mul, square, sub
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import meaning, value
+from foldcc.verification.order import clamp, hardtanh_backward, positive
 
 
-def _hashed(name: str) -> None:
+def symmetric(field: Field, name: str, x: Tensor, odd: bool = True) -> Tensor:
+    """A hash for which f(-x) = -f(x), or f(x) where it is even."""
+    size = torch.where(torch.isfinite(x), torch.minimum(x, field.prime - x), x)
+    y = torch.where(x == 0, 0.0 if odd else 1.0, field.function(name, size))
+    return torch.where(size == x, y, field.negative(y)) if odd else y
+
+
+def _symmetric(name: str, odd: bool) -> None:
     @meaning(name)
     def function(field: Field, x: Any) -> Tensor:
-        return field.function(name, value(field, x))
+        return symmetric(field, name, value(field, x), odd)
 
 
-HASHED = ("cos", "erf", "erfc", "expm1", "log", "log1p", "log2", "rsqrt", "sigmoid", "sin", "sqrt", "tan", "tanh")
-for _name in HASHED:
-    _hashed(_name)
+HASHED = ("cos", "erf", "erfc", "log", "log1p", "log2", "sigmoid", "sin", "sqrt", "tan", "tanh")
+for _name in ("cos", "erf", "sin", "tan", "tanh"):
+    _symmetric(_name, odd=_name != "cos")
+
+
+@meaning("sigmoid")
+def sigmoid(field: Field, x: Any) -> Tensor:
+    """(1 + tanh(x / 2)) / 2, by which all laws of either are those of one odd function."""
+    half = field.number(0.5)
+    return field.times(field.add(torch.ones((), dtype=torch.float64), tanh(field, field.times(value(field, x), half))), half)
+
+
+def tanh(field: Field, x: Tensor) -> Tensor:
+    return symmetric(field, "tanh", x)
+
+
+@meaning("log2")
+def log2(field: Field, x: Any) -> Tensor:
+    return field.function("log2", value(field, x))
+
+
+@meaning("log1p")
+def log1p(field: Field, x: Any) -> Tensor:
+    return log(field, add(field, x, 1))
+
+
+@meaning("erfc")
+def erfc(field: Field, x: Any) -> Tensor:
+    return sub(field, 1, symmetric(field, "erf", value(field, x)))
+
+
+@meaning("log")
+def log(field: Field, x: Any) -> Tensor:
+    return field.remember("exp", field.function("log", value(field, x)), value(field, x))
+
+
+@meaning("sqrt")
+def sqrt(field: Field, x: Any) -> Tensor:
+    return field.root(value(field, x))
 
 
 @meaning("exp")
-def exp(field: Field, x: Tensor) -> Tensor:
-    return field.exp(x)
+def exp(field: Field, x: Any) -> Tensor:
+    return field.exp(value(field, x))
+
+
+@meaning("expm1")
+def expm1(field: Field, x: Tensor) -> Tensor:
+    return sub(field, field.exp(x), 1)
+
+
+@meaning("rsqrt")
+def rsqrt(field: Field, x: Any) -> Tensor:
+    return field.power(value(field, x), -0.5)
+
+
+@meaning("elu")
+def elu(field: Field, x: Tensor, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Tensor:
+    below = mul(field, expm1(field, mul(field, x, input_scale)), alpha)
+    return mul(field, torch.where(positive(field, x), x, below), scale)
+
+
+@meaning("elu_backward")
+def elu_backward(field: Field, grad: Tensor, alpha: Any, scale: Any, input_scale: Any, is_result: bool, x: Tensor) -> Tensor:
+    if is_result:
+        raise NotImplementedError("a derivative that is given the result only, whose sign is not its operand's")
+    slope = mul(field, mul(field, field.exp(mul(field, x, input_scale)), alpha), input_scale)
+    return mul(field, mul(field, grad, scale), torch.where(positive(field, x), 1.0, slope))
 
 
 @meaning("silu")
 def silu(field: Field, x: Tensor) -> Tensor:
-    return field.times(x, field.function("sigmoid", x))
+    return field.times(x, sigmoid(field, x))
 
 
 @meaning("silu_backward")
 def silu_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
-    y = field.function("sigmoid", x)
+    y = sigmoid(field, x)
     slope = add(field, mul(field, x, sub(field, 1, y)), 1)
     return mul(field, grad, mul(field, y, slope))
 
@@ -53,32 +123,100 @@ def tanh_backward(field: Field, grad: Tensor, y: Tensor) -> Tensor:
     return mul(field, grad, sub(field, 1, square(field, y)))
 
 
+def _inside(field: Field, x: Tensor) -> Tensor:
+    return mul(field, add(field, x, mul(field, field.power(x, 3), 0.044715)), math.sqrt(2) * (2 / math.sqrt(math.pi)) * 0.5)
+
+
+def _normal(field: Field, x: Tensor, approximate: str) -> Tensor:
+    """The share of a normal distribution below x, by PyTorch's formulas."""
+    inner = tanh(field, _inside(field, x)) if approximate == "tanh" else symmetric(field, "erf", mul(field, x, math.sqrt(0.5)))
+    return mul(field, add(field, inner, 1), 0.5)
+
+
 @meaning("gelu")
 def gelu(field: Field, x: Tensor, approximate: str = "none") -> Tensor:
-    return mul(field, x, field.function(f"gelu {approximate}", x))
+    return mul(field, x, _normal(field, x, approximate))
 
 
 @meaning("gelu_backward")
 def gelu_backward(field: Field, grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    slope = mul(field, x, field.function(f"gelu {approximate} slope", x))
-    return mul(field, grad, add(field, field.function(f"gelu {approximate}", x), slope))
+    """The product rule, with the derivatives that PyTorch has for tanh and erf."""
+    if approximate == "tanh":
+        root = math.sqrt(2) * (2 / math.sqrt(math.pi)) * 0.5
+        inner = mul(field, add(field, mul(field, square(field, x), 3 * 0.044715), 1), root)
+        slope = mul(field, sub(field, 1, square(field, tanh(field, _inside(field, x)))), inner)
+    else:
+        scaled = mul(field, x, math.sqrt(0.5))
+        density = field.exp(field.negative(square(field, scaled)))
+        slope = mul(field, mul(field, density, 2 / math.sqrt(math.pi)), math.sqrt(0.5))
+    slope = mul(field, slope, 0.5)
+    return mul(field, grad, add(field, _normal(field, x, approximate), mul(field, x, slope)))
 
 
 @meaning("softplus")
 def softplus(field: Field, x: Tensor, beta: Any = 1, threshold: Any = 20) -> Tensor:
-    return field.function(f"softplus {beta} {threshold}", x)
+    scaled = mul(field, x, beta)
+    below = mul(field, log1p(field, field.exp(scaled)), field.inverse(value(field, beta)))
+    return torch.where(positive(field, scaled, threshold), x, below)
 
 
 @meaning("softplus_backward")
 def softplus_backward(field: Field, grad: Tensor, x: Tensor, beta: Any, threshold: Any) -> Tensor:
-    return mul(field, grad, field.function(f"softplus {beta} {threshold} slope", x))
+    scaled = mul(field, x, beta)
+    z = field.exp(scaled)
+    return mul(
+        field, grad, torch.where(positive(field, scaled, threshold), 1.0, mul(field, z, field.inverse(add(field, z, 1))))
+    )
+
+
+@meaning("mish")
+def mish(field: Field, x: Tensor) -> Tensor:
+    return mul(field, x, tanh(field, softplus(field, x)))
+
+
+@meaning("mish_backward")
+def mish_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    inner = tanh(field, softplus(field, x))
+    slope = softplus_backward(field, sub(field, 1, square(field, inner)), x, 1, 20)
+    return mul(field, grad, add(field, inner, mul(field, x, slope)))
+
+
+@meaning("hardsigmoid")
+def hardsigmoid(field: Field, x: Tensor) -> Tensor:
+    return mul(field, clamp(field, add(field, x, 3), 0, 6), 1 / 6)
+
+
+@meaning("hardsigmoid_backward")
+def hardsigmoid_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    return hardtanh_backward(field, mul(field, grad, 1 / 6), add(field, x, 3), 0, 6)
+
+
+@meaning("hardswish")
+def hardswish(field: Field, x: Tensor) -> Tensor:
+    return mul(field, x, hardsigmoid(field, x))
+
+
+@meaning("hardswish_backward")
+def hardswish_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
+    return add(field, mul(field, grad, hardsigmoid(field, x)), hardsigmoid_backward(field, mul(field, grad, x), x))
 
 
 @meaning("log_sigmoid_forward")
 def log_sigmoid_forward(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-    return field.function("log_sigmoid", x), x.new_zeros(0)
+    return log(field, sigmoid(field, x)), x.new_zeros(0)
 
 
 @meaning("log_sigmoid_backward")
 def log_sigmoid_backward(field: Field, grad: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
-    return mul(field, grad, sub(field, 1, field.function("sigmoid", x)))
+    return mul(field, grad, sub(field, 1, sigmoid(field, x)))
+
+
+def pointwise(field: Field, name: str, arguments: Any) -> Tensor:
+    """Any other function of each element: a keyed hash of all its operands, one after the other."""
+    tensors = [value(field, x) for x in arguments if isinstance(x, Tensor)]
+    numbers = [x for x in arguments if not isinstance(x, Tensor)]
+    first, *others = torch.broadcast_tensors(*tensors)
+    result = field.function(f"{name} {numbers}", first)
+    for i, x in enumerate(others):
+        result = field.function(f"{name} {numbers} {i}", field.add(field.times(result, field.keyed(x, name)), x))
+    return result

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from foldcc.verification.arithmetic import add, mean, mul, square, sub
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import amax, meaning
+from foldcc.verification.functions import rsqrt
+from foldcc.verification.meanings import MEANINGS, meaning
 
 
 @meaning("_softmax")
 def softmax(field: Field, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    weights = field.exp(x)
+    """A row of the least number of a type, which is no infinity, is as likely everywhere."""
+    weights = torch.where((x == -math.inf).all(dim, keepdim=True), 1.0, field.exp(x))
     return field.times(weights, field.inverse(field.sum(weights, dim, True)))
 
 
@@ -27,7 +29,10 @@ def safe_softmax(field: Field, x: Tensor, dim: int, dtype: Any = None) -> Tensor
 
 @meaning("logsumexp")
 def logsumexp(field: Field, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    return field.function("log", field.sum(field.exp(x), dim, keepdim))
+    largest = MEANINGS["amax"](field, x, dim, True)
+    total = MEANINGS["log"](field, field.sum(field.exp(sub(field, x, largest)), dim, True))
+    y = field.remember("exp", field.add(largest, total), field.sum(field.exp(x), dim, True))
+    return y if keepdim else y.squeeze(dim)
 
 
 @meaning("_softmax_backward_data")
@@ -38,19 +43,16 @@ def softmax_backward_data(field: Field, grad: Tensor, y: Tensor, dim: int, dtype
 
 @meaning("_log_softmax")
 def log_softmax(field: Field, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    """The exponential of the result is the softmax: it is kept for the derivative, which is given the result only."""
-    shifted = sub(field, x, amax(field, x, dim, True))
+    """The exponential of the result is the softmax, which is remembered for the derivative: it is given the result only."""
+    shifted = sub(field, x, MEANINGS["amax"](field, x, dim, True))
     weights = field.exp(shifted)
     total = field.sum(weights, dim, True)
-    y = sub(field, shifted, field.function("log", total))
-    field.remember(y, mul(field, weights, field.inverse(total)))
-    return y
+    return sub(field, shifted, MEANINGS["log"](field, total))
 
 
 @meaning("_log_softmax_backward_data")
 def log_softmax_backward_data(field: Field, grad: Tensor, y: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    softmax = field.exponential(y)
-    return sub(field, grad, mul(field, softmax, field.sum(grad, dim, True)))
+    return sub(field, grad, mul(field, field.exp(y), field.sum(grad, dim, True)))
 
 
 @meaning("nll_loss_forward")
@@ -84,7 +86,7 @@ def native_layer_norm(field: Field, x: Tensor, shape: Any, w: Any, b: Any, eps: 
     dims = list(range(-len(shape), 0))
     middle = mean(field, x, dims, True)
     centred = sub(field, x, middle)
-    inverse = field.function("rsqrt", add(field, mean(field, square(field, centred), dims, True), eps))
+    inverse = rsqrt(field, add(field, mean(field, square(field, centred), dims, True), eps))
     y = mul(field, centred, inverse)
     y = y if w is None else mul(field, y, w)
     return (y if b is None else field.add(y, b)), middle, inverse
@@ -109,7 +111,7 @@ def native_layer_norm_backward(
 def fused_rms_norm(field: Field, x: Tensor, shape: Any, w: Any, eps: Any) -> tuple[Tensor, Tensor]:
     dims = list(range(-len(shape), 0))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    inverse = field.function("rsqrt", add(field, mean(field, square(field, x), dims, True), eps))
+    inverse = rsqrt(field, add(field, mean(field, square(field, x), dims, True), eps))
     y = mul(field, x, inverse)
     return (y if w is None else mul(field, y, w)), inverse
 

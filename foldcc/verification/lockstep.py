@@ -22,6 +22,7 @@ from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.experts import gather_rows, grouped_linear, grouped_outer, permute, unpermute, unpermute_weights
 from foldcc.ops.operator import Operator
+from foldcc.verification.field import FUNCTIONS, Field
 
 
 class Ranked(list[Any]):
@@ -53,14 +54,14 @@ def run_in_lockstep(
     graph: fx.GraphModule,
     inputs: Sequence[Any],
     watch: Watch | None = None,
-    total: Callable[[Tensor], Tensor] = lambda x: x,
+    field: Field | None = None,
 ) -> Any:
     """Runs a graph on every rank of the mesh; see `foldcc.simulate.simulate`, which this agrees with.
 
     Args:
         inputs: for each placeholder, its value, a `Ranked` or whatever this returned.
         watch: is shown each node of this graph, with its value on each rank.
-        total: what is made of the plain sum that a collective took.
+        field: whose elements the values are, if they are.
 
     Returns:
         What the graph returns, with values as they are kept here; `on_ranks` gives them rank by rank.
@@ -75,9 +76,9 @@ def run_in_lockstep(
             values[node] = _packed(next(given))
         elif node.op == "call_module":
             block: Any = graph.get_submodule(str(node.target))
-            values[node] = run_in_lockstep(mesh, block, [values[a] for a in node.args], None, total)
+            values[node] = run_in_lockstep(mesh, block, [values[a] for a in node.args], None, field)
         else:
-            values[node] = _call(mesh, node, values, total)
+            values[node] = _call(mesh, node, values, field)
         if watch is not None:
             watch(node, on_ranks(values[node], mesh.world_size))
         for x in node.all_input_nodes:
@@ -111,7 +112,7 @@ def _packed(value: Any) -> Any:
     return Stack(torch.stack(list(value))) if same else value
 
 
-def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Any], total: Callable[[Tensor], Tensor]) -> Any:
+def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Any], field: Field | None) -> Any:
     read = [values[x] for x in node.all_input_nodes]
     known = record(node.target)
     if known is None and not any(isinstance(x, Ranked) for x in read):
@@ -131,7 +132,7 @@ def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Any], total: Ca
     if known is None or known.simulate is None:
         compute = node.target if known is None else known.eager  # a record's meaning, without PyTorch's way to it
         return _packed(Ranked(compute(*args, **kwargs) for args, kwargs in calls))
-    return _packed(_exchanged(mesh, known, node, calls, total))
+    return _packed(_exchanged(mesh, known, node, calls, field))
 
 
 # Operators on rows: the rows of all ranks are computed as if one rank held them all. Experts are then further experts, and
@@ -184,19 +185,31 @@ def _same_rows(ranked: dict[fx.Node, Ranked]) -> bool:
     )
 
 
-def _exchanged(mesh: FoldedMesh, known: Operator, node: fx.Node, calls: list[Any], total: Callable[[Tensor], Tensor]) -> Ranked:
+def _exchanged(mesh: FoldedMesh, known: Operator, node: fx.Node, calls: list[Any], field: Field | None) -> Ranked:
     """A collective. One that has a transpose is linear: it moves and adds, and needs no mode, which is slow, for either."""
     results = Ranked([None] * mesh.world_size)
     axes = known.arguments(node.args, dict(node.kwargs))["axes"]
     with _disable_current_modes() if known.transpose is not None else nullcontext():
         for group in mesh.groups(tuple(axes.split(","))):
             found = known.simulate([calls[r][0] for r in group])  # type: ignore[misc]
-            if known.types.startswith("P"):
-                sums = {id(x): total(x) for x in found}
+            if field is not None and known.types.startswith("P"):
+                sums = {id(x): field.reduced(x) for x in found}
                 found = [sums[id(x)] for x in found]
+            elif field is not None and known.transpose is not None and known.types in ("V -> V", "V -> R", "V -> dst"):
+                _known(field, known, [calls[r][0] for r in group], found)
             for r, value in zip(group, found, strict=True):
                 results[r] = value
     return results
+
+
+def _known(field: Field, known: Operator, given: list[Any], found: list[Tensor]) -> None:
+    """What is known of values is known where a collective moves them to."""
+    for function in FUNCTIONS:
+        there = [field.recall(function, x[0]) for x in given]
+        if all(x is not None for x in there):
+            moved = known.simulate([(y, *x[1:]) for x, y in zip(given, there, strict=True)])  # type: ignore[misc]
+            for x, y in zip(found, moved, strict=True):
+                field.remember(function, x, y)
 
 
 def _on_rank(node: fx.Node, ranked: dict[fx.Node, Ranked], rank: int) -> Any:

@@ -1,8 +1,8 @@
 """What each ATen operator means over a field: a table. An operator that is not in it has no meaning, and no proof.
 
-Three kinds: MOVES only rearrange or choose elements, and run as they are; arithmetic is sums, products and inverses;
-functions are hashes, each of its own, and what their derivatives make of them is arithmetic again. Comparisons decide
-by the order of the representatives, so that both programs route and mask alike.
+MOVES only rearrange or choose elements, and run as they are; arithmetic is sums, products and inverses; functions are
+hashes, each of its own, and what their derivatives make of them is arithmetic again. What compares, chooses, rounds or casts
+to integers goes by the one order of order.py. A pointwise operator that is not in the table is a hash of all its operands.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ MEANINGS: dict[str, Meaning] = {}
 
 # Operators that compute no element from others; their numbers are sizes and positions.
 MOVES = frozenset(
-    """alias all amax amin any argmax argmin argsort as_strided bucketize cat chunk clone contiguous copy detach diagonal
-    diagonal_backward diagonal_scatter empty empty_like empty_strided equal expand expand_as flatten flip gather histc
-    index index_select isfinite isinf isnan lift_fresh lift_fresh_copy logical_and logical_not logical_or masked_select
-    max maximum min minimum movedim nan_to_num narrow new_empty new_empty_strided new_zeros nonzero ones_like permute
-    repeat repeat_interleave reshape resize roll scatter searchsorted select select_backward select_scatter slice
-    slice_backward sort split split_with_sizes squeeze stack sym_numel sym_size sym_stride t tile topk
-    transpose tril triu unbind unflatten unfold unsafe_split unsafe_split_with_sizes unsqueeze view_as where zero zeros
-    zeros_like""".split()
+    """alias all any as_strided cat chunk clone contiguous copy detach diagonal diagonal_backward diagonal_scatter empty
+    empty_like empty_strided equal expand expand_as flatten flip gather index index_select isfinite isinf isnan
+    lift_fresh lift_fresh_copy logical_and logical_not logical_or masked_select movedim narrow new_empty
+    new_empty_strided new_zeros nonzero ones_like permute repeat repeat_interleave reshape resize roll select
+    select_backward select_scatter slice slice_backward split split_with_sizes squeeze stack sym_numel sym_size
+    sym_stride t tile transpose tril triu unbind unflatten unfold unsafe_split unsafe_split_with_sizes unsqueeze view_as
+    zero zeros zeros_like""".split()
 )
 
 
@@ -46,11 +45,3 @@ def value(field: Field, x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x if x.is_floating_point() else field.numbers(x)
     return torch.tensor(field.number(x), dtype=torch.float64)
-
-
-@meaning("amax")
-def amax(field: Field, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-    """The largest, where half of the elements are below zero, as half of all numbers are: the largest of a term and zeros is
-    not always the term, so a maximum in place of a sum shows."""
-    largest = torch.where(x > field.prime // 2, x - field.prime, x).amax(dim, keepdim)
-    return torch.where(torch.isfinite(largest) & (largest < 0), largest + field.prime, largest)

@@ -10,18 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import foldcc.verification.arithmetic
 import foldcc.verification.functions
-import foldcc.verification.layers  # noqa: F401  (each fills the table)
+import foldcc.verification.layers
+import foldcc.verification.order  # noqa: F401  (each fills the table)
 from foldcc.errors import FoldError
 from foldcc.ops import record
-from foldcc.verification.field import Field
+from foldcc.verification.field import FUNCTIONS, Field
+from foldcc.verification.functions import pointwise
 from foldcc.verification.meanings import MEANINGS, MOVES, value
+from foldcc.verification.order import to_integer
 
 aten = torch.ops.aten
 _CASTS = {"_to_copy", "to"}
+_COPIES = frozenset(
+    """_reshape_alias _unsafe_view cat clone contiguous expand flatten flip gather index index_select masked_select repeat
+    reshape roll stack view""".split()
+)
 _RANDOM = {"native_dropout", "dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "multinomial", "randint"}
 
 
@@ -56,10 +64,14 @@ class FieldMode(TorchDispatchMode):
         in_place = name.endswith("_") and not name.startswith("__")
         name = name.rstrip("_") if in_place else name
         result = self._call(func, name, args, kwargs, in_place)
+        if target is not None or in_place:
+            self.field.forget(args[0] if target is None else target)
         if target is not None:
             return target.copy_(result)
-        if in_place and name in MEANINGS:
+        if in_place and result is not args[0]:
             return args[0].copy_(result)
+        if name in _COPIES:
+            self._known(func, name, args, kwargs, result)
         return result
 
     def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], in_place: bool) -> Any:
@@ -76,6 +88,8 @@ class FieldMode(TorchDispatchMode):
                 return MEANINGS[name](self.field, *map(_lifted, args), **told)
             except NotImplementedError as error:
                 raise NoMeaning(func, f" as {error}") from None
+        if torch.Tag.pointwise in func.tags and name not in MOVES:
+            return self._pointwise(func, name, args, lifted)
         if name not in MOVES:
             raise NoMeaning(func)
         result = func(*map(_lifted, args), **lifted)
@@ -85,10 +99,39 @@ class FieldMode(TorchDispatchMode):
             return self.field.numbers(result)
         return result
 
+    def _known(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
+        """What is known of all values that are copied is known of the copy."""
+        for function in FUNCTIONS if self.field.known else ():
+            there = {id(x): self.field.recall(function, x) for x in _flat(args) if _is_float(x)}
+            if not there or any(x is None for x in there.values()):
+                continue
+            if self.field.recall(function, result) is None:  # else it is a view
+                known: dict[int, Any] = there
+                of = pytree.tree_map(lambda x, known=known: known.get(id(x), x), tuple(args))
+                self.field.remember(function, result, self._call(func, name, of, kwargs, False))
+
+    def _pointwise(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        returned = func._schema.returns
+        if len(returned) != 1 or torch.Tag.nondeterministic_seeded in func.tags:
+            raise NoMeaning(func)
+        kind = func(*map(_lifted, args), **kwargs).dtype
+        result = pointwise(self.field, f"{name} {sorted(kwargs)}", [*args, *(kwargs[k] for k in sorted(kwargs))])
+        return (
+            result
+            if kind.is_floating_point
+            else to_integer(self.field, result, kind)
+            if kind != torch.bool
+            else result % 2 == 0
+        )
+
     def _cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is None or dtype.is_floating_point:
             return value(self.field, x)
-        return x.to(dtype)
+        return to_integer(self.field, x, dtype)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _lifted(x: Any) -> Any:
@@ -102,7 +145,12 @@ def _floating(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("dtype") is not None:
         return bool(kwargs["dtype"].is_floating_point)
     tensors = [x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Tensor)]
-    return any(x.is_floating_point() for x in tensors or [func(*map(_lifted, args), **kwargs)])
+    if any(x.is_floating_point() for x in tensors):
+        return True
+    if tensors and func._schema.is_mutable:
+        return False
+    found = func(*map(_lifted, args), **kwargs)  # such as integers divided by a number
+    return any(isinstance(x, Tensor) and x.is_floating_point() for x in _flat([found]))
 
 
 def _flat(arguments: Any) -> list[Any]:

@@ -51,7 +51,11 @@ class Proof:
         program, mesh, stage: what was examined.
         prime: of the field.
         rounds: how often, each time with other elements and other hashes.
-        bound: of the chance that all rounds missed a difference that is there.
+        bound: of the chance that all rounds missed a difference that is there, given the ways that comparisons went: a
+            program with comparisons is one rational function for each such way, and a way that no round took is not looked
+            at. Programs that differ on a share of all elements, as by a clamp that is left out, are missed with at most
+            that share's chance; what went one way only is in `undecided`.
+        undecided: each mask, branch and comparison of the captured program that was constant in all rounds.
         proved: what was compared on every rank, one sentence each.
         assumed: what else the verdict rests on, such as the argument for reduced sizes.
         difference: where the program fails; None when it is proved.
@@ -65,6 +69,7 @@ class Proof:
     bound: float
     proved: tuple[str, ...]
     assumed: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
     difference: Difference | None = None
 
     @property
@@ -86,7 +91,7 @@ class Proof:
 
     @property
     def not_proved(self) -> tuple[str, ...]:
-        return _NOT_PROVED
+        return (*_NOT_PROVED, *(f"the other way of {x}, which was constant in all rounds" for x in self.undecided))
 
     def raise_if_failed(self) -> Proof:
         """This proof, if it holds.

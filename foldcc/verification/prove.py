@@ -22,7 +22,7 @@ from foldcc.verification.inputs import random_inputs
 from foldcc.verification.locate import locate_backward, locate_forward
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.ranks import OnRanks
-from foldcc.verification.reference import Reference
+from foldcc.verification.reference import Reference, Undefined
 from foldcc.verification.same import first_unlike
 from foldcc.verification.wiring import wired_alike
 
@@ -118,34 +118,55 @@ def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fie
 
 
 def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:
-    """`verify` over given fields, one for each round."""
+    """`verify` over given fields, one for each round, and one more on extreme inputs where something went one way only."""
     captured: Program = stages["capture"].program
     program: Program = stages[stage].program
-    difference, proved = None, ()
+    difference, proved, rounds = None, (), len(fields)
     for field in fields:
         difference, proved = _round(stages, program, field, buffers)
         if difference is not None:
             break
+    if difference is None and _undecided(fields):
+        extreme = replace(fields[0], decisions={}, known={})
+        try:
+            difference, _ = _round(stages, program, extreme, buffers, extreme=True)
+            fields = [*fields, extreme]
+        except Undefined:
+            pass  # a mean over no token at all, say: what is undecided stays so, and the proof lists it
     return Proof(
         program=program.name,
         mesh=str(program.mesh),
         stage=stage,
         prime=fields[0].prime,
-        rounds=len(fields),
-        bound=bound(captured, fields[0].prime, len(fields)),
+        rounds=rounds,
+        bound=bound(captured, fields[0].prime, rounds),
         proved=proved,
+        undecided=_undecided(fields),
         difference=difference,
     )
 
 
+def _undecided(fields: Sequence[Field]) -> tuple[str, ...]:
+    """What went one way only, in all rounds."""
+    ways: dict[str, set[bool]] = {}
+    for field in fields:
+        for at, found in field.decisions.items():
+            ways.setdefault(at, set()).update(found)
+    return tuple(at for at, found in ways.items() if len(found) == 1)
+
+
 def _round(
-    stages: Stages, program: Program, field: Field, buffers: Mapping[str, Tensor]
+    stages: Stages, program: Program, field: Field, buffers: Mapping[str, Tensor], *, extreme: bool = False
 ) -> tuple[Difference | None, tuple[str, ...]]:
     captured: Program = stages["capture"].program
     generator = torch.Generator().manual_seed(field.seed)
-    reference = Reference(captured, field, random_inputs(captured, field, buffers, generator), generator)
+    inputs = random_inputs(captured, field, buffers, generator, extreme=extreme)
+    reference = Reference(captured, field, inputs, generator)
     differentiated = "differentiated" in program.properties
-    run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+    try:
+        run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+    except (RuntimeError, IndexError) as error:  # the captured program runs on the same inputs
+        return Difference(what=f"The folded program does not run ({error}), so that it", rank=0), ()
     mesh = program.mesh
     for i, (values, wanted, layout) in enumerate(zip(run.outputs, reference.outputs, run.layouts, strict=True)):
         rank = wrong_rank(values, wanted.detach(), layout, mesh, field)
@@ -158,7 +179,10 @@ def _round(
     if not trained:
         return None, (outputs,)
     for given in _objectives(reference):
-        found_gradients, wanted_gradients = run.gradients(given), reference.gradients(trained, given)
+        wanted_gradients = reference.gradients(trained, given)
+        if any(bool(x.isnan().any()) for x in wanted_gradients.values()):
+            raise Undefined("The captured program's derivative divides by zero.", prime=str(field.prime))
+        found_gradients = run.gradients(given)
         difference = _gradients(program, found_gradients, wanted_gradients, field)
         if difference is not None:
             return (locate_backward(stages, run, given, difference) if isinstance(run, Folded) else difference), ()

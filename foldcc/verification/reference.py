@@ -23,6 +23,10 @@ from foldcc.verification.lockstep import leaves
 from foldcc.verification.mode import FieldMode, NoMeaning
 
 
+class Undefined(FoldError):
+    """The captured program has no value on the inputs that were drawn."""
+
+
 class Reference:
     """A captured program, run forward on given inputs; any gradient can be asked for.
 
@@ -39,7 +43,7 @@ class Reference:
         trained = {slot.name for slot in program.slots if slot.grad}
         with FieldMode(field):
             given = [inputs[s.name].clone().requires_grad_(s.name in trained) for s in program.slots]
-            self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values).run(*given))
+            self.outputs: list[Tensor] = leaves(_Defined(program.graph, self.values, noted=field).run(*given))
         for x in self.outputs:
             if bool(x.detach().isnan().any()):
                 raise self._undefined()
@@ -48,7 +52,7 @@ class Reference:
     def _undefined(self) -> FoldError:
         """The error for an output that divides by zero or reads memory that nobody wrote."""
         name = next(n for n, x in self.values.items() if isinstance(x, Tensor) and bool(x.detach().isnan().any()))
-        return FoldError(
+        return Undefined(
             f"The captured program divides by zero, or reads what was never written, at {name}.",
             prime=str(self.field.prime),
             valid="another seed, if the divisor is data",
@@ -77,28 +81,41 @@ class Reference:
         return {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
 
 
+_BOUNDS = {getattr(torch.ops.aten, x) for x in ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")}
+
+
 class _Defined(fx.Interpreter):
     """Runs a graph with the definitions of our own nodes, and keeps every value under its captured name."""
 
-    def __init__(self, graph: fx.GraphModule, values: dict[str, Any], names: Mapping[str, str] | None = None):
+    def __init__(
+        self, graph: fx.GraphModule, values: dict[str, Any], names: Mapping[str, str] | None = None, noted: Field | None = None
+    ):
         super().__init__(graph)
-        self.kept, self.names = values, names
+        self.kept, self.names, self.noted = values, names, noted
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
             block = self.module.get_submodule(str(n.target))
             inside = [x.name for x in block.graph.nodes if x.op == "call_function"]
-            run = _Defined(block, self.kept, dict(zip(inside, n.meta["nodes"], strict=True)))
+            run = _Defined(block, self.kept, dict(zip(inside, n.meta["nodes"], strict=True)), self.noted)
             given: Any = self.map_nodes_to_values(n.args, n)
             return run.run(*given)
+        name = n.name if self.names is None else self.names.get(n.name)
+        at = self.noted.at if self.noted is not None else []
+        at.append(" ".join(x for x in (f"{name} = {n.target}", _place(n) or "") if x))
         try:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             result = call(n, args, kwargs) if n.op == "call_function" else super().run_node(n)
         except NoMeaning as error:
             raise FoldError(str(error), at=_place(n), valid="a program without it, or check_equivalence in float64") from None
         except (RuntimeError, IndexError) as error:
-            raise FoldError(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
-        name = n.name if self.names is None else self.names.get(n.name)
+            raise Undefined(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
+        if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor):
+            if result.dtype == torch.bool:
+                self.noted.decided(result)
+            elif not result.is_floating_point() and getattr(n.target, "overloadpacket", None) in _BOUNDS:
+                self.noted.decided(result == args[0])  # of integers; elements of the field note their own
+        at.pop()
         if name is not None:
             self.kept[name] = result
         return result
