@@ -35,7 +35,7 @@ def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before, d_before, d = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
     n, found, least = torch.zeros_like(rest), torch.ones_like(rest), torch.full_like(rest, _HEIGHT).masked_fill_(rest == 0, 0.0)
     size, height, quotient = d.clone(), torch.empty_like(rest), torch.empty_like(rest)
-    while bool((size < _HEIGHT).any()):  # x * d = rest, modulo the prime; in place, because most of the time is here
+    while bool(((size < _HEIGHT) & (rest > 0)).any()):  # x * d = rest, modulo the prime; in place, for it takes most of the time
         torch.mul(rest, size, out=height).masked_fill_(rest == 0, _HEIGHT)
         at = (height < least).nonzero(as_tuple=True)
         n[at], found[at], least[at] = rest[at], d[at], height[at]
