@@ -251,10 +251,10 @@ class Odd(nn.Module):
 
 
 def test_a_verifier_whose_hash_is_the_identity_is_caught() -> None:
-    """It takes a cosine for a sine, where no derivative of either is asked for."""
+    """It takes an error function for a sine, where no derivative of either is asked for."""
     mesh = FoldedMesh.parse("dp=2")
     model = foldcc.parallelize(Odd(lambda x: x * torch.sin(x.detach())), mesh, example_inputs=(torch.randn(4, 8),))
-    bug = broken_at(model, "shard", edit_first(aten.sin.default, lambda n: setattr(n, "target", aten.cos.default)))
+    bug = broken_at(model, "shard", edit_first(aten.sin.default, lambda n: setattr(n, "target", aten.erf.default)))
     assert not missed(bug, Field())
     assert missed(bug, Field(hashed=lambda x, name: x))
 
