@@ -21,6 +21,7 @@ from foldcc.verification.meanings import Meaning, meaning, value
 
 aten = torch.ops.aten
 _HEIGHT = 2**21  # a fraction n / d with n * d below it is read as data; one random element in a hundred looks like one
+_STEPS = 46  # that Euclid's algorithm takes at most below 2**31
 _DECADES = 4.0  # keyed places lie between 1e-4 and 1e4, evenly in each power of ten
 _INTEGERS = 16  # a number that is no data is cast to one of so many integers
 
@@ -35,7 +36,9 @@ def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before, d_before, d = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
     n, found, least = torch.zeros_like(rest), torch.ones_like(rest), torch.full_like(rest, _HEIGHT).masked_fill_(rest == 0, 0.0)
     size, height, quotient = d.clone(), torch.empty_like(rest), torch.empty_like(rest)
-    while bool(((size < _HEIGHT) & (rest > 0)).any()):  # x * d = rest, modulo the prime; in place, for it takes most of the time
+    for _ in range(_STEPS):  # x * d = rest, modulo the prime; in place, for it takes most of the time
+        if not bool(((size < _HEIGHT) & (rest > 0)).any()):
+            break
         torch.mul(rest, size, out=height).masked_fill_(rest == 0, _HEIGHT)
         at = (height < least).nonzero(as_tuple=True)
         n[at], found[at], least[at] = rest[at], d[at], height[at]
