@@ -55,7 +55,7 @@ def with_results(program: Program, recorder: Recorder) -> Program:
             mark.replace_all_uses_with(value)
             values.append(value)
         graph.erase_node(mark)
-    returned = returned[:count]
+    returned = list(output.args[0][:count])
     places = {node: i for i, node in reversed(list(enumerate(returned)))}
     for value in values:
         if value not in places:

@@ -87,7 +87,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, layers: int = 3, *, checkpointed: bool = False) -> None:
+    def __init__(self, layers: int = 2, *, checkpointed: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(checkpointed) for _ in range(layers))
         self.shared = nn.Linear(16, 16)
@@ -98,7 +98,7 @@ class Stack(nn.Module):
         return x
 
 
-PATHS = ["layers.1", "layers.1.up", "layers.0.down", "shared"]
+PATHS = ["layers.1", "layers.1.up", "shared"]  # of one of two layers, one inside another, and one that is called twice
 
 
 def sample(batch: int = 4, length: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -121,7 +121,7 @@ def test_hooks_see_what_they_see_in_one_process(when: str) -> None:
     else:
         folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(sample(),))
         step(folded, sample())
-        with pytest.warns(UserWarning, match=r"Another program was compiled, for hooks on layers\.0\.down \(arguments by name, grad"):
+        with pytest.warns(UserWarning, match=r"Another program was compiled, for hooks on layers\.1 \(arguments by name, gradients\)"):
             found = Log(folded, PATHS)
             step(folded, sample())
         found.calls.clear()
@@ -135,4 +135,185 @@ def test_hooks_see_what_they_see_in_one_process(when: str) -> None:
     assert_alike(found, wanted)
     found.remove()
     step(folded, sample())
-    assert not found.calls and not folded.program.observed
+    assert not found.calls and sum("hooks" in text for text in folded.programs) == 3
+
+
+def family() -> nn.Module:
+    model = tiny_model("mixtral", num_hidden_layers=1).double()
+    model.config._experts_implementation = "eager"  # it shares no code with the folded program
+    return model
+
+
+LAYER = "model.layers.0"
+BLOCKS = [LAYER, f"{LAYER}.mlp", f"{LAYER}.mlp.gate", f"{LAYER}.mlp.experts", "model.embed_tokens", "lm_head"]
+
+
+def test_hooks_on_a_moe_block_and_around_it_see_what_they_see_in_one_process() -> None:
+    model, batch = family(), token_batch(4)
+    with in_float64():
+        folded = foldcc.parallelize(model, MESH, example_inputs=batch)
+        found, wanted = Log(folded, BLOCKS), Log(model, BLOCKS)
+        for m in (folded, model):
+            m(**batch).loss.backward()
+    assert_without_masks(found, wanted)
+
+
+def assert_without_masks(found: Log, wanted: Log) -> None:
+    """A mask among the arguments by name is what it is made of in the folded model."""
+    for log in (found, wanted):
+        log.calls = [
+            (path, kind, [x for x in given if x.dim() != 4 and x.dtype != torch.bool]) for path, kind, given in log.calls
+        ]
+    assert_alike(found, wanted)
+
+
+def test_hooks_see_bfloat16() -> None:
+    model, x = Stack(1).bfloat16(), sample(dtype=torch.bfloat16)
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    found, wanted = Log(folded, PATHS[2:]), Log(model, PATHS[2:])
+    step(folded, x), step(model, x)
+    assert_alike(found, wanted, within=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_what_a_hook_makes_of_an_output_is_differentiated() -> None:
+    model = Stack(1).double()
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(sample(),))
+    for m in (folded, model):
+        kept: list[Tensor] = []
+        log = Log(m, ["layers.0.up"])
+        m.get_submodule("layers.0.up").register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        (m(sample()).square().mean() + kept[0].abs().mean()).backward()
+        m.log = log
+    assert_alike(folded.log, model.log)
+    for (name, p), q in zip(folded.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(p.grad, q.grad) <= 1e-12, name
+
+
+def test_hooks_inside_a_checkpoint_are_called_in_the_forward() -> None:
+    model, x = Stack(1, checkpointed=True).double(), sample()
+    folded = foldcc.parallelize(model, "dp=2", example_inputs=(x,))
+    found, wanted = (Log(m, ["layers.0.up"], backward=False) for m in (folded, model))
+    step(folded, x), step(model, x)
+    assert len(wanted.calls) == 4  # the original computes again in the backward, a program does not
+    del wanted.calls[2:]
+    assert_alike(found, wanted)
+
+
+CHANGES = {
+    "returned something": ("forward_hook", lambda m, args, output: output * 2),
+    "changed a tensor in place": ("forward_hook", lambda m, args, output: output.detach().mul_(2) and None),
+    "put something else": ("forward_hook", lambda m, args, output: None),
+    "returned something ": ("forward_pre_hook", lambda m, args: (args[0] * 2,)),
+    "returned something  ": ("full_backward_hook", lambda m, entering, leaving: (leaving[0],)),
+    "returned something   ": ("full_backward_pre_hook", lambda m, leaving: (leaving[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("what", [k for k in CHANGES if k != "put something else"])
+def test_a_hook_that_would_change_a_value_is_an_error_that_names_it(what: str) -> None:
+    register, hook = CHANGES[what]
+    folded = foldcc.parallelize(Stack(1), "dp=2")
+    getattr(folded.get_submodule("layers.0.norm"), f"register_{register}")(hook)
+    with pytest.raises(FoldError, match=rf"hook test_hooks\.<lambda> on layers\.0\.norm \(LayerNorm\) {what.strip()}"):
+        folded(sample(dtype=torch.float32)).sum().backward()
+
+
+def test_hooks_that_ask_for_what_a_program_has_not_are_refused_by_name() -> None:
+    def watch(*_: object) -> None: ...
+
+    model = Stack(1)
+    handle = model.layers[0].norm.register_forward_hook(watch, always_call=True)
+    with pytest.raises(FoldError, match=r"layers\.0\.norm \(LayerNorm\) has a forward hook, .*watch, which is to be called when"):
+        foldcc.parallelize(model, "dp=2")
+    handle.remove()
+    folded = foldcc.parallelize(model, "dp=2")
+    folded.get_submodule("shared").register_backward_hook(watch)
+    with pytest.raises(FoldError, match=r"shared \(Linear\) has a backward hook, .*watch, which is of the kind that PyTorch has"):
+        folded(sample(dtype=torch.float32))
+
+
+def test_a_hook_on_what_the_captured_forward_does_not_call_is_announced() -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"does not call model\.layers\.0\.mlp\.experts\.act_fn \(SiLU"):
+        foldcc.parallelize(model, "dp=2", example_inputs=token_batch(2, 4))
+
+
+def test_activation_statistics_of_every_module() -> None:
+    """The script that users have: means of every module's output, by name, in evaluation, with a copy of the model besides."""
+    model, x = Stack(2).double(), sample()
+    seen: dict[nn.Module, dict[str, float]] = {}
+
+    def statistics(of: nn.Module) -> None:
+        for name, module in of.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(
+                    lambda m, args, output, name=name, of=of: seen.setdefault(of, {}).update({name: output.mean().item()})
+                )
+
+    folded = foldcc.parallelize(model, "dp=2,tp=2")
+    statistics(folded), statistics(model)
+    model.eval(), folded.eval()
+    with torch.no_grad():
+        for m in (folded, model):
+            m(x)
+    assert seen[folded].keys() == seen[model].keys() and len(seen[model]) == 7
+    assert all(abs(seen[folded][name] - mean) <= 1e-14 for name, mean in seen[model].items())
+
+
+def test_a_hook_on_the_model_itself_goes_on_to_the_folded_model_and_is_removed_by_its_handle() -> None:
+    model, calls = Stack(1), []
+    handles = [
+        model.register_forward_hook(lambda *_: calls.append("model")),
+        model.shared.register_forward_hook(lambda *_: calls.append("shared")),
+    ]
+    folded, x = foldcc.parallelize(model, "dp=2", example_inputs=(sample(dtype=torch.float32),)), sample(dtype=torch.float32)
+    assert not calls
+    folded(x)
+    assert calls == ["shared", "model"]
+    for handle in handles:
+        handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folded(x)
+    assert calls == ["shared", "model"]
+
+
+def hooked_on_a_rank(text: str) -> list[tuple[str, str, list[Tensor]]]:
+    mesh = foldcc.FoldedMesh.parse(text, "cpu")
+    position = mesh.coordinate(dist.get_rank(), "dp")
+    batch = {name: x.chunk(mesh.size("dp"))[position] for name, x in token_batch(2 * mesh.size("dp")).items()}
+    with in_float64():
+        folded = foldcc.parallelize(family(), mesh, example_inputs=batch)
+        log = Log(folded, BLOCKS)
+        folded(**batch).loss.backward()
+        if dist.get_rank() == 0:
+            folded.lm_head.register_forward_hook(lambda *_: None)
+            folded.model.norm.register_forward_hook(lambda *_: None)
+        try:
+            folded(**batch)
+        except FoldError as error:
+            log.calls.append(("error", str(error), []))
+    return log.calls
+
+
+def test_hooks_on_processes_see_this_ranks_samples_and_are_the_same_on_every_rank() -> None:
+    mesh = foldcc.FoldedMesh.parse(MESH)
+    ranks = run_distributed(hooked_on_a_rank, mesh.world_size, MESH, timeout=400)
+    model, batch, dp = family(), token_batch(2 * mesh.size("dp")), mesh.size("dp")
+    with in_float64():
+        log = Log(model, BLOCKS)
+        model(**batch).loss.backward()
+    for rank, calls in enumerate(ranks):
+        *calls, (error, text, _) = calls
+        assert error == "error" and "with hooks on model.embed_tokens" in text and "model.norm" in text
+        found, wanted = Log(nn.Module(), []), Log(nn.Module(), [])
+        found.calls = calls
+        wanted.calls = [
+            (path, kind, [of_rank(x, dp, mesh.coordinate(rank, "dp")) for x in given]) for path, kind, given in log.calls
+        ]
+        assert_without_masks(found, wanted)
+
+
+def of_rank(x: Tensor, dp: int, position: int) -> Tensor:
+    return x if x.shape[0] == 1 else x.chunk(dp)[position]
