@@ -161,19 +161,37 @@ def call_forward(tree: nn.Module, events: Events, outputs: Sequence[Tensor]) -> 
             _call(seen.path, module, kind, hook, more, allowed=given[-1])
 
 
-def call_backward(tree: nn.Module, events: Events, gradients: Mapping[str, Tensor | None]) -> None:
-    """Calls the backward hooks of the modules through which a gradient came, with the gradients of the program's taps."""
+def call_backward(
+    tree: nn.Module, events: Events, zeros: Callable[[int], Tensor], gradients: Mapping[str, Tensor | None]
+) -> None:
+    """Calls the backward hooks of the modules through which a gradient came, with the gradients of the program's taps.
+
+    As in PyTorch, where one argument has a gradient, those of other tensors are zeros; without any they are None.
+
+    Args:
+        zeros: like the program's result at a position.
+    """
     for seen, ends in reversed(events):
         module = tree.get_submodule(seen.path)
         leaving = tuple(None if name is None else gradients[name] for name in seen.leaving)
         if all(x is None for x in leaving):
             continue
-        entering = tuple(None if name is None else gradients[name] for name in seen.entering)
+        entering = _entering(seen, zeros, gradients)
         given = (leaving,) if ends else (entering, leaving)
         hooks = module._backward_pre_hooks if ends else module._backward_hooks
         for hook in list(hooks.values()):
             kind = CALLED["_backward_pre_hooks" if ends else "_backward_hooks"]
             _call(seen.path, module, kind, hook, given, allowed=given[0])
+
+
+def _entering(seen: Seen, zeros: Callable[[int], Tensor], gradients: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    found = []
+    for x, name in zip(seen.args, seen.entering, strict=True):
+        gradient = None if name is None else gradients[name]
+        if gradient is None and isinstance(x, Result) and any(seen.entering):
+            gradient = zeros(x.position)
+        found.append(gradient)
+    return tuple(found)
 
 
 def _call(path: str, module: nn.Module, kind: str, hook: Callable[..., Any], given: Sequence[Any], allowed: Any) -> None:

@@ -104,7 +104,7 @@ class FoldedModule(nn.Module):
                 values.append(self._places.local(slot.names[0], held[slot.names[0]]))
         if not program.observed:
             return program.returned(kept.executable(values))
-        outputs = kept.executable(values, partial(call_backward, self, program.observed))
+        outputs = kept.executable(values, partial(call_backward, self, program.observed, kept.executable.no_gradient))
         call_forward(self, program.observed, outputs)
         return program.returned(outputs)
 

@@ -21,6 +21,7 @@ from foldcc.capture import functions, modules, normalize, packing, regions, tran
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
+from foldcc.hooks import told
 from foldcc.mesh import FoldedMesh
 from foldcc.program import Program, Slot
 
@@ -63,6 +64,11 @@ def capture(
     """
     if tracer not in TRACERS:
         raise FoldError(f"There is no tracer {tracer!r}.", valid=", ".join(TRACERS))
+    if tracer == "dynamo" and recorder is not None and recorder.watches:
+        raise FoldError(
+            f"Dynamo does not see hooks, and there are some{told(recorder.watches)}.",
+            valid='capture="export"; or the model without these hooks',
+        )
     for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
         if not isinstance(leaf, (torch.Tensor, bool, int, float, str, type(None))):
             raise FoldError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError, listed
@@ -122,10 +122,13 @@ def _runs(module: nn.Module) -> bool:
 
 
 def _observe(module: nn.Module, watch: Watch, recorder: Recorder) -> None:
-    open_calls: list[Seen] = []
+    open_calls: list[Seen | None] = []  # None: traced on its own, for an operator that is given a function
     what = named(watch.path, module)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(x, fx.Proxy) for x in pytree.tree_leaves((args, kwargs))):
+            open_calls.append(None)
+            return None
         seen = Seen(watch.path, (), {})
         open_calls.append(seen)
         recorder.events.append((seen, False))
@@ -139,6 +142,8 @@ def _observe(module: nn.Module, watch: Watch, recorder: Recorder) -> None:
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         seen = open_calls.pop()
+        if seen is None:
+            return None
         recorder.events.append((seen, True))
         if not watch.gradients or not isinstance(output, (Tensor, tuple)):
             if watch.gradients:

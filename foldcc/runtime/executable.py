@@ -56,8 +56,13 @@ class Executable:
     def own(self, x: Tensor, node: fx.Node) -> Tensor:
         return x if self.virtual else own_samples(x, node.meta["layout"], self.program.mesh)
 
+    def no_gradient(self, position: int) -> Tensor:
+        """Zeros like an output."""
+        node = self.outputs[position]
+        return self.own(self.zeros(node), node)
+
     def zeros(self, node: fx.Node) -> Tensor:
-        """What a tap is."""
+        """A tap, or zeros like another value, as a rank holds it."""
         like, layout = node.meta["val"], node.meta["layout"]
         return torch.zeros(layout.global_shape if self.virtual else layout.shape, dtype=like.dtype, device=like.device)
 
