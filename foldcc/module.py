@@ -23,6 +23,7 @@ from foldcc.program import Program
 from foldcc.programs import Kept, Programs
 from foldcc.runtime.agreement import agree_on_call, agree_on_start
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
+from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
 from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, refuse_hooks
@@ -72,6 +73,7 @@ class FoldedModule(nn.Module):
         self._inherited = inherit_hooks(model, self)
         self._attributes = Attributes(self)
         self.register_state_dict_post_hook(store_boxes)
+        notice_optimizers(model, self)
         if not mesh.is_virtual:
             watch_optimizers(mesh.attention, mesh.moe)
 
@@ -156,6 +158,11 @@ class FoldedModule(nn.Module):
         return other
 
     # --- what a person reads ---
+
+    def __repr__(self) -> str:
+        from foldcc.inspect.module import described
+
+        return described(type(self._compiler.model).__name__, self, self.mesh, self._places.layouts, len(self._programs))
 
     @property
     def program(self) -> Program:

@@ -120,6 +120,20 @@ def test_an_attribute_that_is_set_afterwards_is_refused_by_name() -> None:
         folded(x)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_was_made_before_folding_is_noticed(optimizer: type[torch.optim.Optimizer]) -> None:
+    model, x = Mixer(), activations()
+    before = optimizer(model.parameters(), lr=1e-3)
+    folded = foldcc.parallelize(model, "dp=2", example_inputs=(x,))
+    before.step()  # nobody has a gradient
+    folded(x).sum().backward()
+    with pytest.raises(FoldError, match=rf"{optimizer.__name__} was made before parallelize: its 5 parameters are"):
+        before.step()
+    optimizer(folded.parameters(), lr=1e-3).step()
+    model(x).sum().backward()  # the original may be trained beside it
+    before.step()
+
+
 def test_a_parametrization_is_folded() -> None:
     model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), activations()
     torch.nn.utils.parametrizations.weight_norm(model[0])
