@@ -149,6 +149,7 @@ def call_forward(tree: nn.Module, events: Events, outputs: Sequence[Tensor]) -> 
     for seen, ends in events:
         module = tree.get_submodule(seen.path)
         args, kwargs, output = value(seen.args), value(seen.kwargs), value(seen.output)
+        given: tuple[Any, ...]
         if ends:
             with_kwargs, given = module._forward_hooks_with_kwargs, (args, output)
             hooks: Mapping[int, Any] = module._forward_hooks

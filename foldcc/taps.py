@@ -39,7 +39,7 @@ def with_results(program: Program, recorder: Recorder) -> Program:
     slots, taps = list(program.slots), 0
     values: list[fx.Node] = []
     for i, mark in enumerate(returned[count:]):
-        value: fx.Node = mark.args[0]
+        value: Any = mark.args[0]
         if i in recorder.asked and value in flowing:
             seen, ends, position = recorder.asked[i]
             where = f"{'result' if ends else 'argument'} {position} of {seen.path}"

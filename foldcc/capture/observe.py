@@ -41,7 +41,9 @@ class Recorder:
     asked: dict[int, tuple[Seen, bool, int]] = field(default_factory=dict)
 
     def clear(self) -> None:
-        self.events.clear(), self.marks.clear(), self.asked.clear()
+        self.events.clear()
+        self.marks.clear()
+        self.asked.clear()
 
     def mark(self, x: Tensor) -> tuple[Tensor, Result]:
         self.marks.append(observed(x))

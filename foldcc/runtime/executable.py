@@ -140,8 +140,8 @@ class _Step(torch.autograd.Function):
             result = executable.leave(columns, executable.layouts, names)
         if ctx.after is not None:
             slots = executable.program.slots
-            gradients = {s.name: (g, n) for s, g, n in zip(slots, result, placeholders, strict=True) if s.kind == "tap"}
-            ctx.after({name: g if g is None else executable.own(g, n) for name, (g, n) in gradients.items()})
+            taps = {s.name: (g, n) for s, g, n in zip(slots, result, placeholders, strict=True) if s.kind == "tap"}
+            ctx.after({name: g if g is None else executable.own(g, n) for name, (g, n) in taps.items()})
             result = [None if s.kind == "tap" else g for s, g in zip(slots, result, strict=True)]
         return (None, None, *result)
 
