@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.capture.numbers import as_tensor
 from foldcc.errors import FoldError, divides
+from foldcc.hooks import watched
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.modes import Modes
 
@@ -108,7 +109,7 @@ class Call:
         )
         training = tuple(m.training for m in tree.modules())
         dtypes = tuple(x.dtype for x in (*tree.parameters(), *tree.buffers()))
-        return (str(self.spec), told, training, dtypes, modes, self.given_gradients(tree))
+        return (str(self.spec), told, training, dtypes, modes, self.given_gradients(tree), watched(tree))
 
     def given_gradients(self, tree: nn.Module) -> frozenset[str]:
         """The parameters and inputs that require a gradient, by name; none where gradients are switched off."""

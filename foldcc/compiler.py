@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from foldcc.call import Call, Told, without_digits
 from foldcc.capture import capture
-from foldcc.capture.numbers import as_inputs, watched
+from foldcc.capture.numbers import as_inputs
+from foldcc.capture.numbers import watched as watched_numbers
+from foldcc.capture.observe import Recorder
 from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError
+from foldcc.hooks import watched
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, check_types, run_passes
@@ -30,6 +33,7 @@ from foldcc.programs import Kept
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.samples import refuse_attention_over_samples, sample_dims
+from foldcc.taps import with_results
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Compiler:
             if divided and not self.mesh.is_virtual and not self.batch_dims:
                 refuse_attention_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
-        made = Kept(key, Executable(stages[-1].program), stages, call.told(free), free, {} if free else numbers)
+        made = Kept(key, Executable(stages[-1].program), stages, call.told(free), free, {} if free else numbers, watched(tree))
         return made, other
 
     def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:
@@ -120,12 +124,14 @@ class Compiler:
         """The model's program for a call, and the numbers among its inputs that the model did not look at."""
         model = self.model
         kwargs = call.whole(self.mesh, batch_dims, next(model.parameters()).device)
-        watch: AbstractContextManager[set[str]] = watched(model) if self.tracer == "export" else nullcontext(set())
+        watch: AbstractContextManager[set[str]] = watched_numbers(model) if self.tracer == "export" else nullcontext(set())
         with traceable(), in_modes(model, tree), in_dtypes(model, tree), watch as blind, warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            program = capture(model, (), kwargs, self.mesh, tracer=self.tracer, device=self.device(tree))
-        return replace(program.with_gradients(call.given_gradients(tree)), batch_dims=batch_dims), blind
+            device, recorder = self.device(tree), Recorder(watched(tree))
+            program = capture(model, (), kwargs, self.mesh, tracer=self.tracer, device=device, recorder=recorder)
+        program = with_results(program.with_gradients(call.given_gradients(tree)), recorder)
+        return replace(program, batch_dims=batch_dims), blind
 
     def _over_numbers(
         self, call: Call, tree: nn.Module, program: Program, numbers: Mapping[str, Any], others: Iterable[Kept]

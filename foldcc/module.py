@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,15 +16,17 @@ from foldcc.call import Call
 from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import NotFolded
+from foldcc.hooks import call_backward, call_forward, told, watched
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.program import Program
 from foldcc.programs import Kept, Programs
 from foldcc.runtime.agreement import agree_on_call, agree_on_start
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
+from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
-from foldcc.tree import Attributes, copy_tree, of_the_original, refuse_hooks
+from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, refuse_hooks
 from foldcc.verification import first_broken
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
@@ -67,8 +70,10 @@ class FoldedModule(nn.Module):
         self._unset: Unset = {}
         refuse_hooks(model)
         copy_tree(model, self, mesh)
+        self._inherited = inherit_hooks(model, self)
         self._attributes = Attributes(self)
         self.register_state_dict_post_hook(store_boxes)
+        notice_optimizers(model, self)
         if not mesh.is_virtual:
             watch_optimizers(mesh.attention, mesh.moe)
 
@@ -90,18 +95,25 @@ class FoldedModule(nn.Module):
             **dict(self.named_buffers(remove_duplicate=False)),
         }
         values = []
-        for slot in program.slots:
+        for slot, node in zip(program.slots, program.placeholders, strict=True):
             if slot.kind == "input":
                 values.append(next(inputs))
             elif slot.kind == "constant":
                 values.append(program.constants[slot.name])
+            elif slot.kind == "tap":
+                values.append(kept.executable.zeros(node))
             else:
                 values.append(self._places.local(slot.names[0], held[slot.names[0]]))
-        return program.returned(kept.executable(values))
+        if not program.observed:
+            return program.returned(kept.executable(values))
+        outputs = kept.executable(values, partial(call_backward, self, program.observed, kept.executable.no_gradient))
+        call_forward(self, program.observed, outputs)
+        return program.returned(outputs)
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call, where nothing speaks against it, and on real ranks all of them are about to run the same program."""
         try:
+            drop_removed(self._inherited)
             self._attributes.check(self)
             refuse_unset(self, self._unset)
             call = Call.of(self._compiler.model, args, kwargs)
@@ -112,7 +124,8 @@ class FoldedModule(nn.Module):
             raise
         if self._check_ranks:
             mode = "training" if self.training else "evaluation"
-            agree_on_call(self.mesh, f"{call} in {mode}{self._compiler.modes(self)}")
+            hooks = f", with hooks{told(watches, all=True)}" if (watches := watched(self)) else ""
+            agree_on_call(self.mesh, f"{call} in {mode}{self._compiler.modes(self)}{hooks}")
         return call
 
     def _find(self, call: Call) -> Kept | None:
@@ -145,6 +158,11 @@ class FoldedModule(nn.Module):
         return other
 
     # --- what a person reads ---
+
+    def __repr__(self) -> str:
+        from foldcc.inspect.module import described
+
+        return described(type(self._compiler.model).__name__, self, self.mesh, self._places.layouts, len(self._programs))
 
     @property
     def program(self) -> Program:
@@ -234,19 +252,21 @@ class FoldedModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
         """Parameters of its own, and the same programs: they are given parameters in each call."""
+        drop_removed(self._inherited)
         self._attributes.check(self)
         new = memo[id(self)] = type(self).__new__(type(self))
         for name, x in vars(self).items():
-            if name not in ("_attributes", "_unset"):
+            if name not in ("_attributes", "_inherited", "_unset"):
                 vars(new)[name] = x if name in _SHARED else copy.deepcopy(x, memo)
-        new._attributes = Attributes(new)
+        new._attributes, new._inherited = Attributes(new), []
         new._unset = as_unset(new, still_unset(self, self._unset))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: nobody to report progress to, and buffers without values by name."""
+        drop_removed(self._inherited)
         self._attributes.check(self)
-        state = {name: x for name, x in vars(self).items() if name != "_attributes"}
+        state = {name: x for name, x in vars(self).items() if name not in ("_attributes", "_inherited")}
         return {
             **state,
             "_compiler": replace(self._compiler, progress=quiet),
@@ -258,7 +278,7 @@ class FoldedModule(nn.Module):
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
             watch_optimizers(self.mesh.attention, self.mesh.moe)
-        self._attributes = Attributes(self)
+        self._attributes, self._inherited = Attributes(self), []
 
 
 def quiet(name: str) -> None:

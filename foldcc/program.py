@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from foldcc.hooks import Events
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 
@@ -30,7 +31,7 @@ class Slot:
 
     Attributes:
         name: the placeholder's name.
-        kind: "parameter", "buffer", "constant" or "input".
+        kind: "parameter", "buffer", "constant" or "input"; or "tap", which is zero and whose gradient hooks are given.
         names: the names under which the module tree holds a parameter or buffer (several, when tied), or the path of an
             input in the call, such as `["input_ids"]`.
         grad: the program gives it a gradient, if what it computes has one.
@@ -56,6 +57,7 @@ class Program:
         sizes: size of each factor.
         backward: the main backward graph, for gradients of all outputs; None if no slot is given a gradient.
         batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
+        observed: what hooks on modules are called with.
         backward_for: makes the main backward graph for the outputs whose gradients are given; None with `backward`.
     """
 
@@ -71,6 +73,7 @@ class Program:
     literals: Mapping[int, Any] = field(default_factory=dict)
     name: str = "program"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    observed: Events = ()
 
     def __repr__(self) -> str:
         return f"<program {self.name} on {self.mesh}: {len(self.blocks)} blocks, {self.node_count()} nodes>"
@@ -130,9 +133,8 @@ class Program:
 
     def returned(self, outputs: Sequence[Any]) -> Any:
         """What the model returns, made of what the main graph returns."""
-        tensors = iter(outputs)
-        count = len(outputs) + len(self.literals)
-        leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(count)]
+        tensors = iter(outputs)  # those for hooks come last
+        leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(self.out_spec.num_leaves)]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def batch_dim(self, node: fx.Node) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from foldcc.call import Key, Told
 from foldcc.errors import FoldError
+from foldcc.hooks import Watch, told
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
 
@@ -28,6 +29,7 @@ class Kept:
         told: the inputs, as a person reads them.
         free: the numbers that are inputs of the program.
         blind: the numbers that it is specialised to, and that the model does not look at.
+        watches: the modules that hooks watch.
     """
 
     key: Key
@@ -36,9 +38,11 @@ class Kept:
     told: Mapping[str, Told]
     free: frozenset[str] = frozenset()
     blind: Mapping[str, Any] = field(default_factory=dict)
+    watches: tuple[Watch, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}{told}" for name, told in self.told.items())
+        call = ", ".join(f"{name}{told}" for name, told in self.told.items())
+        return f"{call}, with hooks{told(self.watches)}" if self.watches else call
 
 
 @dataclass
@@ -96,6 +100,12 @@ class Programs:
             advice = _ADVICE[now.kind]
             if advice is not None:
                 self._announce(now.kind, f"Another program was compiled, for {name}{now} instead of {name}{was}. {advice}")
+        if self.kept and all(k.watches != new.watches for k in self.kept.values()):
+            self._announce(
+                f"hooks{told(new.watches)}",
+                f"Another program was compiled, for hooks{told(new.watches)}. Those are kept that are compiled already: "
+                "register hooks before parallelize, and leave them where they are.",
+            )
         self.kept[new.key] = new
         self._newest = new.key
         while len(self) > KEPT:

@@ -1,7 +1,7 @@
 """The module tree of a folded model: the classes, names and attributes of the original, with parameters of its own.
 
-The tree is what one reads and trains; a compiled program computes. So what would be called in between, such as a forward
-hook, or what forward would read anew, such as a switch, is refused by name instead of being ignored.
+The tree is what one reads and trains; a compiled program computes. What hooks observe, programs return (`foldcc/hooks.py`);
+what forward would read anew, such as a switch, is refused by name instead of being ignored.
 """
 
 from __future__ import annotations
@@ -11,36 +11,25 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from foldcc.errors import FoldError, NotFolded
+from foldcc.hooks import CALLED, OPTIONS, hooks_of, is_the_models, named, refuse_unobserving
 from foldcc.mesh import FoldedMesh
 
-_CALLED = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
-_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
-_INSIDE = "hooks on the module that parallelize returns, which are called; or what the model returns"
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raises for hooks that a folded model would not call: those of modules, and those of parameters' gradients."""
-    own = {id(m) for m in model.modules()}
-    for path, module in model.named_modules():
-        for kind, hook in _hooks(module):
-            if not _is_the_models(hook, own):
-                raise FoldError(
-                    f"{_name(path, module)} has a {kind}, {_described(hook)}, which the folded model would not call.",
-                    valid=f"the model without it; {_INSIDE}",
-                )
+    """Raises for hooks that a folded model would not call: some of modules, and those of parameters' gradients."""
+    for path, module, held, key, hook in _foreign(model):
+        if path:
+            refuse_unobserving(path, module, held, key, hook)
     for name, p in model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise FoldError(
@@ -49,30 +38,45 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for held, kind in _CALLED.items():
-        for hook in vars(module)[held].values():
-            yield kind, hook
+def _foreign(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int, Any]]:
+    """The hooks that are no part of what the model computes."""
+    own = {id(m) for m in model.modules()}
+    for path, module in model.named_modules():
+        for held, key, hook in hooks_of(module):
+            if not is_the_models(hook, own):
+                yield path, module, held, key, hook
 
 
-def _is_the_models(hook: Any, own: set[int]) -> bool:
-    """Hooks that are a part of what the model computes: methods of its modules, and what its library registers."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
-        return True
-    where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.startswith(("transformers.", "torch.nn.utils.", "torch.export."))
+@dataclass(frozen=True)
+class Inherited:
+    """A hook that was on the original; its handle removes it from there, and so from here."""
+
+    theirs: dict[int, Any]
+    ours: nn.Module
+    held: str
+    key: int
 
 
-def _described(hook: Any) -> str:
-    name = getattr(hook, "__qualname__", None) or type(hook).__qualname__
-    where = getattr(hook, "__module__", None)
-    return f"{where}.{name}" if where else name
+def inherit_hooks(model: nn.Module, root: nn.Module) -> list[Inherited]:
+    """Gives the modules of a tree the hooks that were registered on the original's."""
+    found = []
+    for path, module, held, key, hook in _foreign(model):
+        target = root.get_submodule(path)
+        vars(target)[held][key] = hook
+        for option in OPTIONS:
+            if option.startswith(held) and key in vars(module)[option]:
+                vars(target)[option][key] = True
+        if held == "_backward_hooks":
+            target._is_full_backward_hook = module._is_full_backward_hook
+        found.append(Inherited(vars(module)[held], target, held, key))
+    return found
 
 
-def _name(path: str, module: nn.Module) -> str:
-    return f"{path} ({type(module).__name__})" if path else f"The model ({type(module).__name__})"
+def drop_removed(inherited: list[Inherited]) -> None:
+    for hook in inherited:
+        if hook.key not in hook.theirs:
+            for held in (hook.held, *OPTIONS):
+                vars(hook.ours)[held].pop(hook.key, None)
 
 
 def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
@@ -122,7 +126,7 @@ def _alike(module: nn.Module) -> nn.Module:
     """A module of the same class with the same plain attributes, without parameters, buffers, children and hooks."""
     new: nn.Module = object.__new__(type(module))
     vars(new).update(vars(module))
-    for name in (*_HELD, *_CALLED, *_OPTIONS, *_ON_STATES):
+    for name in (*_HELD, *CALLED, *OPTIONS, *_ON_STATES):
         vars(new)[name] = type(vars(module)[name])()
     vars(new)["_non_persistent_buffers_set"] = set()
     return new
@@ -161,16 +165,13 @@ class Attributes:
         for path, module in root.named_modules():
             if not path:
                 continue
-            for kind, hook in _hooks(module):
-                raise FoldError(
-                    f"{_name(path, module)} was given a {kind}, {_described(hook)}, which the folded model does not call.",
-                    valid=_INSIDE,
-                )
+            for held, key, hook in hooks_of(module):
+                refuse_unobserving(path, module, held, key, hook)
             before, now = self._before.get(path), _plain(module)
             if before is None or before.keys() != now.keys() or any(now[k] is not x for k, x in before.items()):
                 changed = sorted(k for k in {*(before or ()), *now} if before is None or before.get(k) is not now.get(k))
                 raise FoldError(
-                    f"{_name(path, module)} is not what it was when the model was folded: {', '.join(changed)}.",
+                    f"{named(path, module)} is not what it was when the model was folded: {', '.join(changed)}.",
                     valid="the change on the original model, before parallelize",
                 )
 

@@ -167,6 +167,7 @@ class _AxisProblem:
         kind = None
         if slot.op == "placeholder" and slot.graph is self.program.graph.graph:
             kind = self.program.slot(slot.name).kind
+            kind = None if kind == "tap" else kind  # laid out as what it is added to
         if kind == "parameter":
             before = self.kept.get(self.program.slot(slot.name).names[0])
             if before is not None and before.view == "attention":

@@ -13,6 +13,7 @@ import foldcc
 from foldcc import simulate
 from foldcc.errors import FoldError
 from foldcc.inspect import parse
+from foldcc.inspect.sizes import human
 from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.groups import active
@@ -185,6 +186,12 @@ def test_heads_that_are_fewer_than_ranks_are_listed_as_replicated():
 def test_what_a_console_shows_of_a_program_is_one_line(folded):
     for shown in (folded.stages, folded.stages["dispatch"], folded.program):
         assert len(repr(shown)) < 300 and "\n" not in repr(shown)
+
+
+def test_what_a_console_shows_of_a_folded_module_is_its_mesh_and_what_it_holds(folded):
+    shown, summary = repr(folded), folded.summary()
+    assert len(shown.splitlines()) <= 8 and str(folded.mesh) in shown and "MixtralForCausalLM" in shown
+    assert f"{summary.parameters_total:,} in" in shown and human(4 * summary.parameters_per_rank) in shown
 
 
 def test_a_line_that_returns_is_wrapped_and_one_block_can_be_printed(folded):

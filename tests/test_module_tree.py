@@ -93,23 +93,6 @@ class Shared(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
-def test_a_hook_that_would_not_be_called_is_refused_by_name(register: str) -> None:
-    x = activations()
-
-    def watch(*_: object) -> None: ...
-
-    model = Mixer()
-    getattr(model.norm, f"register_{register}")(watch)
-    with pytest.raises(FoldError, match=r"norm \(LayerNorm\) has a .* hook|norm \(LayerNorm\) has a .*pre-hook.*watch"):
-        foldcc.parallelize(model, "dp=2")
-    folded = foldcc.parallelize(Mixer(), "dp=2", example_inputs=(x,))
-    handle = getattr(folded.norm, f"register_{register}")(watch)
-    with pytest.raises(FoldError, match=r"norm \(LayerNorm\) was given a"):
-        folded(x)
-    handle.remove()
-
-
 def test_hooks_of_the_folded_module_and_of_its_gradients_are_called() -> None:
     folded, seen = foldcc.parallelize(Mixer(), "dp=2", example_inputs=(activations(),)), []
     folded.register_forward_hook(lambda m, i, o: seen.append("forward"))
@@ -135,6 +118,20 @@ def test_an_attribute_that_is_set_afterwards_is_refused_by_name() -> None:
     folded.get_submodule("0").switch = 2
     with pytest.raises(FoldError, match=r"0 \(Mixer\) is not what it was when the model was folded: switch"):
         folded(x)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_was_made_before_folding_is_noticed(optimizer: type[torch.optim.Optimizer]) -> None:
+    model, x = Mixer(), activations()
+    before = optimizer(model.parameters(), lr=1e-3)
+    folded = foldcc.parallelize(model, "dp=2", example_inputs=(x,))
+    before.step()  # nobody has a gradient
+    folded(x).sum().backward()
+    with pytest.raises(FoldError, match=rf"{optimizer.__name__} was made before parallelize: its 5 parameters are"):
+        before.step()
+    optimizer(folded.parameters(), lr=1e-3).step()
+    model(x).sum().backward()  # the original may be trained beside it
+    before.step()
 
 
 def test_a_parametrization_is_folded() -> None:

@@ -18,8 +18,10 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import functions, modules, normalize, packing, regions, transformers
+from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
+from foldcc.hooks import told
 from foldcc.mesh import FoldedMesh
 from foldcc.program import Program, Slot
 
@@ -45,6 +47,7 @@ def capture(
     *,
     device: torch.device,
     tracer: str = "export",
+    recorder: Recorder | None = None,
 ) -> Program:
     """Traces `model(*args, **kwargs)` into a Program over global shapes. The model is left as it was.
 
@@ -54,12 +57,18 @@ def capture(
         mesh: the mesh that the program is for.
         device: where the program will run; the model may be on `meta`.
         tracer: "export" for torch.export's non-strict tracer, "dynamo" for Dynamo.
+        recorder: for the modules that hooks watch, whose marks the program returns last.
 
     Raises:
         FoldError: the model's graph depends on the values in a tensor, or it changes its own buffers.
     """
     if tracer not in TRACERS:
         raise FoldError(f"There is no tracer {tracer!r}.", valid=", ".join(TRACERS))
+    if tracer == "dynamo" and recorder is not None and recorder.watches:
+        raise FoldError(
+            f"Dynamo does not see hooks, and there are some{told(recorder.watches)}.",
+            valid='capture="export"; or the model without these hooks',
+        )
     for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
         if not isinstance(leaf, (torch.Tensor, bool, int, float, str, type(None))):
             raise FoldError(
@@ -69,9 +78,11 @@ def capture(
     args, kwargs = _as_exported(model, args, kwargs)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
+        remove_hooks(model)
         modules.adapt(model)
         stack.enter_context(transformers.adapted(model, kwargs))
         stack.enter_context(functions.adapted(model, tracer))
+        stack.enter_context(observing(model, recorder or Recorder()))
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
     regions.detach_no_grad(exported)
@@ -87,10 +98,11 @@ def capture(
     packing.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
     normalize.normalize(graph)
     literals = _without_literals(graph)
+    out_spec = exported.call_spec.out_spec
     return Program(
         graph=graph,
         slots=slots,
-        out_spec=exported.call_spec.out_spec,
+        out_spec=out_spec.child(0) if recorder is not None and recorder.watches else out_spec,
         literals=literals,
         constants={s.name: _constant(model, exported.constants[s.names[0]], device) for s in slots if s.kind == "constant"},
         mesh=mesh,

@@ -2,7 +2,7 @@
 
 The shard of a fused weight, such as gate and up over `etp`, is several blocks of its dimension; `_StridedShard` says
 so. torch.distributed.checkpoint and torch.distributed.checkpoint.state_dict take the first block's offset for that of all,
-so that they refuse to store it, and load something else into it.
+so that by themselves they refuse to store it, and load something else into it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
+from foldcc.runtime.full_states import take_whole_values
 
 _meshes: WeakSet[DeviceMesh] = WeakSet()  # of folded models; what others lay out in blocks is theirs
 _watching: list[Any] = []
@@ -35,7 +36,7 @@ def store_boxes(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Stands against `set_model_state_dict(..., full_state_dict=True)`.
+    """Stands against what PyTorch's `set_model_state_dict(..., full_state_dict=True)` does, see `full_states.py`.
 
     It writes one box into the parameters themselves, and then loads them into themselves.
     """
@@ -53,6 +54,7 @@ def watch_optimizers(*meshes: DeviceMesh) -> None:
     """From its first step on, an optimizer of parameters on these meshes stores boxes too, and takes them."""
     _meshes.update(meshes)
     if not _watching:
+        take_whole_values(_in_blocks)
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from foldcc.program import Program
 from foldcc.runtime.groups import active
 from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.simulate import simulate
+
+After = Callable[[Mapping[str, Tensor | None]], None]
 
 
 @dataclass
@@ -36,20 +38,33 @@ class Executable:
         fx.map_arg(self.program.output.args[0][0], outputs.append)
         self.outputs = outputs
 
-    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, values: Sequence[Tensor], after: After | None = None) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
 
         On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
+
+        Args:
+            after: called behind each backward pass with the gradients of taps by name, laid out like outputs.
         """
         if self.program.backward is None:
             with torch.no_grad():
                 outputs = self.forward(values)[0]
         else:
-            outputs = list(_Step.apply(self, *values))
-        if self.virtual:
-            return outputs
-        mesh = self.program.mesh
-        return [own_samples(x, n.meta["layout"], mesh) for x, n in zip(outputs, self.outputs, strict=True)]
+            outputs = list(_Step.apply(self, after, *values))
+        return [self.own(x, n) for x, n in zip(outputs, self.outputs, strict=True)]
+
+    def own(self, x: Tensor, node: fx.Node) -> Tensor:
+        return x if self.virtual else own_samples(x, node.meta["layout"], self.program.mesh)
+
+    def no_gradient(self, position: int) -> Tensor:
+        """Zeros like an output."""
+        node = self.outputs[position]
+        return self.own(self.zeros(node), node)
+
+    def zeros(self, node: fx.Node) -> Tensor:
+        """A tap, or zeros like another value, as a rank holds it."""
+        like, layout = node.meta["val"], node.meta["layout"]
+        return torch.zeros(layout.global_shape if self.virtual else layout.shape, dtype=like.dtype, device=like.device)
 
     def forward(self, values: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
         """The outputs, and what each call of a block saves for its backward pass."""
@@ -91,10 +106,10 @@ class Executable:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, executable: Executable, *values: Tensor) -> Any:
+    def forward(ctx: Any, executable: Executable, after: After | None, *values: Tensor) -> Any:
         outputs, saved = executable.forward([v.detach() for v in values])
         _save(ctx, saved)
-        ctx.executable = executable
+        ctx.executable, ctx.after = executable, after
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
         return tuple(outputs)
@@ -123,7 +138,12 @@ class _Step(torch.autograd.Function):
             columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
             names = [f"The gradient of {executable.program.slot(n.name).names[0]}" for n in placeholders]
             result = executable.leave(columns, executable.layouts, names)
-        return (None, *result)
+        if ctx.after is not None:
+            slots = executable.program.slots
+            taps = {s.name: (g, n) for s, g, n in zip(slots, result, placeholders, strict=True) if s.kind == "tap"}
+            ctx.after({name: g if g is None else executable.own(g, n) for name, (g, n) in taps.items()})
+            result = [None if s.kind == "tap" else g for s, g in zip(slots, result, strict=True)]
+        return (None, None, *result)
 
 
 def _save(ctx: Any, values: list[Any]) -> None:
