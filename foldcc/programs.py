@@ -11,6 +11,7 @@ from foldcc.call import Key, Told
 from foldcc.errors import FoldError
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
+from foldcc.verification.origin import Origin
 
 KEPT = 16  # programs of a module
 _ADVICE = {
@@ -28,6 +29,7 @@ class Kept:
         told: the inputs, as a person reads them.
         free: the numbers that are inputs of the program.
         blind: the numbers that it is specialised to, and that the model does not look at.
+        origin: the module that it was captured from, and how it was called.
     """
 
     key: Key
@@ -36,6 +38,7 @@ class Kept:
     told: Mapping[str, Told]
     free: frozenset[str] = frozenset()
     blind: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
 
     def __str__(self) -> str:
         return ", ".join(f"{name}{told}" for name, told in self.told.items())

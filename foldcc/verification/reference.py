@@ -58,6 +58,14 @@ class Reference:
             valid="another seed, if the divisor is data",
         )
 
+    def objectives(self) -> list[tuple[bool, ...]]:
+        """For which outputs a gradient is given: for all, and for those without dimensions, the losses, alone."""
+        outputs = [x for x, t in zip(self.outputs, self.tangents, strict=True) if t is not None]
+        if not outputs:
+            raise FoldError("No output of the model depends on a parameter through differentiable operators.")
+        every, losses = tuple(True for _ in outputs), tuple(x.dim() == 0 for x in outputs)
+        return [every, losses] if any(losses) and losses != every else [every]
+
     def gradients(self, names: Sequence[str], given: Sequence[bool]) -> dict[str, Tensor]:
         """The gradients, with respect to values, of the sum of all products of an output with its tangent.
 
