@@ -1,0 +1,198 @@
+"""verify begins at the module: a mistake of capture, which both programs share, is refuted by the module's own run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import foldcc
+from foldcc.capture import masks, transformers
+from foldcc.verification.proof import Proof
+from tests.models import token_batch
+
+_SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "use_cache": False,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Granite": {"attention_multiplier": 3.0},
+    "Mistral": {"sliding_window": 3},
+    "Mixtral": {**_EXPERTS, "output_router_logits": True},
+    "GptOss": {**_EXPERTS, "sliding_window": 3, "head_dim": 4},
+    "DeepseekV3": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    },
+}
+
+
+def proof_of(name: str, *, mask: bool = False, **options: Any) -> Proof:
+    import transformers as library
+
+    torch.manual_seed(0)
+    model = getattr(library, f"{name}ForCausalLM")(getattr(library, f"{name}Config")(**{**_SIZES, **_MODELS[name]}))
+    inputs = token_batch(2, 8, vocabulary=32)
+    given = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])} if mask else inputs
+    return foldcc.verify(foldcc.parallelize(model, "tp=2", example_inputs=given), rounds=1, **options)
+
+
+def the_module_itself(proof: Proof) -> bool:
+    return proof.ok and not proof.missing and any("those of the module itself" in line for line in proof.proved)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [*((n, False) for n in _MODELS), ("Llama", True), ("Mistral", True), ("GptOss", True)],
+)
+def test_what_is_captured_is_proved_to_be_what_the_module_computes(name: str, mask: bool) -> None:
+    proof = proof_of(name, mask=mask)
+    assert the_module_itself(proof), str(proof)
+    assert "gradients" in proof.proved[-1]
+
+
+# --- capture mistakes, on both sides of the proof of the folded program ---
+
+attention = import_module("foldcc.ops.attention")  # the package has its node under this name
+_allowed, _attention, _experts = attention._allowed, transformers._attention, transformers.experts
+
+
+def diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int) -> Tensor | None:
+        found = _allowed(q, k, valid, causal, window)
+        return found if valid is None or found is None else found | torch.eye(q.shape[2], dtype=torch.bool)
+
+    monkeypatch.setattr(attention, "_allowed", allowed)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    def attend(*args: Any, **options: Any) -> Any:
+        return _attention(*args, **{**options, option: None})
+
+    monkeypatch.setattr(transformers, "_attention", attend)
+
+
+def window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(masks._FACTORIES, "sliding_window_causal_mask_function", lambda size: masks.Pattern(True, size + 1))
+
+
+def dropped_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "experts", lambda *args, **options: _experts(*args, **{**options, "b_down": None}))
+
+
+def gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts whose gate and up alternate, read as if they stood one after the other."""
+
+    def experts(*args: Any, activation_fn: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        def apart(rows: Tensor) -> Tensor:
+            gate, up = rows.chunk(2, -1)
+            return activation_fn(torch.stack([gate, up], -1).flatten(-2))
+
+        return _experts(*args, activation_fn=apart, **options)
+
+    monkeypatch.setattr(transformers, "experts", experts)
+
+
+def rotary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours are turned in the model, halves in what is captured of it."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as model
+
+    adapted = transformers.adapted
+
+    @contextmanager
+    def mistaken(*args: Any) -> Iterator[None]:
+        with adapted(*args), masks.changed(vars(model), {"apply_rotary_pos_emb_interleave": model.apply_rotary_pos_emb}):
+            yield
+
+    monkeypatch.setattr(transformers, "adapted", mistaken)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant", "at"),
+    [
+        ("Llama", diagonal, "self_attn"),
+        ("Granite", lambda patch: without(patch, "scaling"), "self_attn"),
+        ("Mistral", window, "self_attn"),
+        ("GptOss", lambda patch: without(patch, "s_aux"), "self_attn"),
+        ("DeepseekV3", rotary, "self_attn"),
+        ("GptOss", gate_and_up, "mlp"),
+        ("GptOss", dropped_bias, "mlp"),
+    ],
+    ids=["diagonal", "scale", "window", "sinks", "rotary", "gate_and_up", "bias"],
+)
+def test_a_mistake_of_capture_is_refuted_by_the_module(
+    name: str, plant: Callable[[pytest.MonkeyPatch], None], at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    proof = proof_of(name, mask=plant is diagonal)
+    assert not proof.ok
+    assert "The capture is wrong" in str(proof) and "what the module itself computes" in str(proof)
+    assert proof.difference is not None and proof.difference.capture and at in proof.difference.node
+
+
+# --- modules of one's own ---
+
+
+class Own(nn.Module):
+    """A constant that is no buffer, a norm without an epsilon, a loop with in-place sums, and a checkpoint."""
+
+    def __init__(self, reentrant: bool | None = None, detached: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm = nn.Linear(8, 8), nn.RMSNorm(8)
+        self.scale, self.reentrant, self.detached = torch.tensor([0.3, 0.7] * 4), reentrant, detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = self.inside
+        y = run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
+        total = torch.zeros_like(y)
+        for i in range(2):
+            total[:, i::2] += y[:, i::2] * self.scale[i]
+        return total.square().mean()
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(x)) * self.scale
+
+
+def own(model: nn.Module, **options: Any) -> Proof:
+    return foldcc.verify(foldcc.parallelize(model, "dp=2", example_inputs=(torch.randn(4, 8),)), rounds=1, **options)
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_a_module_of_ones_own_is_run_too(reentrant: bool | None) -> None:
+    proof = own(Own(reentrant))
+    assert the_module_itself(proof), str(proof)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_module_of_any_dtype_is_run(dtype: torch.dtype) -> None:
+    model = foldcc.parallelize(Own().to(dtype), "dp=2", example_inputs=(torch.randn(4, 8, dtype=dtype),))
+    proof = foldcc.verify(model, rounds=1)
+    assert the_module_itself(proof), str(proof)
