@@ -185,7 +185,7 @@ def own(model: nn.Module, **options: Any) -> Proof:
     return foldcc.verify(foldcc.parallelize(model, "dp=2", example_inputs=(torch.randn(4, 8),)), rounds=1, **options)
 
 
-@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("reentrant", [None, False, True])
 def test_a_module_of_ones_own_is_run_too(reentrant: bool | None) -> None:
     proof = own(Own(reentrant))
     assert the_module_itself(proof), str(proof)

@@ -6,7 +6,7 @@ on; nothing of capture or of our own nodes is used. Casts are the identity on bo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from foldcc.capture.export import as_exported
+from foldcc.capture.functions import inlined
 from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
@@ -26,7 +27,7 @@ from foldcc.verification.field import Field
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.mode import FieldMode, NoMeaning
 from foldcc.verification.proof import Difference, Proof
-from foldcc.verification.reference import Reference, Undefined
+from foldcc.verification.reference import Reference, Undefined, least
 
 _MISSING = "the capture is not proved"
 _HALF = "its parameters are float16, whose range models know as numbers, and elements of a field have none"
@@ -89,22 +90,11 @@ def _round(
             reference = Reference(captured, field, inputs, generator)
     except Undefined as error:
         raise Missing("it has no value on such masks as eager attention has", error) from None
-    try:
-        module = Module(origin, captured, field, inputs)
-    except (FoldError, RuntimeError, IndexError, TypeError, ValueError) as error:  # of the model's own code
-        raise Missing("the module does not run over a field", error) from None
-    difference = module.outputs_compared(reference)
     trained = [s.name for s in captured.slots if s.grad]
-    if difference is not None or not trained:
-        return _told(reference), difference
-    for given in reference.objectives():
-        try:
-            difference = module.gradients_compared(reference, trained, given)
-        except (FoldError, RuntimeError) as error:
-            raise Missing("the module's outputs are equal, its gradients do not run over a field", error) from None
-        if difference is not None:
-            break
-    return _told(reference, trained), difference
+    wanted = {given: reference.gradients(trained, given) for given in reference.objectives()} if trained else {}
+    module = Module(origin, captured, field, reference)
+    module.run(list(wanted))
+    return _told(reference, trained), module.outputs_compared() or module.gradients_compared(wanted)
 
 
 def _told(reference: Reference, trained: Sequence[str] = ()) -> str:
@@ -114,29 +104,58 @@ def _told(reference: Reference, trained: Sequence[str] = ()) -> str:
 
 
 class Module:
-    """A module, run forward over a field.
+    """A module, run over a field on what a captured program was run on.
 
     Attributes:
         returned: the leaves of what it returns.
+        gradients: of what is trained, for each choice of the outputs that are given a gradient.
     """
 
-    def __init__(self, origin: Origin, captured: Program, field: Field, inputs: Mapping[str, Tensor]):
-        self.origin, self.captured, self.field = origin, captured, field
-        trained = {slot.name for slot in captured.slots if slot.grad}
-        self.values = {slot.name: inputs[slot.name].clone().requires_grad_(slot.name in trained) for slot in captured.slots}
-        self.returned, self.spec = self._run()
+    def __init__(self, origin: Origin, captured: Program, field: Field, reference: Reference):
+        self.origin, self.captured, self.field, self.reference = origin, captured, field, reference
+        self.trained = [slot.name for slot in captured.slots if slot.grad]
+        self.values = {n: x.clone().requires_grad_(n in self.trained) for n, x in reference.inputs.items()}
+        self.returned: list[Any] = []
+        self.spec: pytree.TreeSpec | None = None
+        self.gradients: list[dict[str, Tensor]] = []
 
-    def _run(self) -> tuple[list[Any], pytree.TreeSpec]:
+    def run(self, objectives: Sequence[tuple[bool, ...]]) -> None:
+        """Forward, and if that has the outputs that the captured program has, backward for each choice of outputs."""
+
+        def both(model: nn.Module) -> None:
+            try:
+                with torch.set_grad_enabled(self.origin.grad):
+                    self.returned, self.spec = pytree.tree_flatten(model(*args, **kwargs))
+            except (FoldError, RuntimeError, IndexError, TypeError, ValueError) as error:  # of the model's own code
+                raise Missing("the module does not run over a field", error) from None
+            if self._differentiable():
+                try:
+                    self.gradients = [self._gradients(given) for given in objectives]
+                except (FoldError, RuntimeError) as error:
+                    raise Missing("its outputs are right, but the module's gradients do not run over a field", error) from None
+
         model, slots = self.origin.model, self.captured.slots
         held = {name: self.values[s.name] for s in slots if s.kind in ("parameter", "buffer") for name in s.names}
         held = {**self._other_buffers(held), **held}
         values = {s.names[0]: self.values[s.name] for s in slots if s.kind == "input"}
         args, kwargs = as_exported(model, (), self.origin.arguments)
-        args, kwargs = pytree.tree_map_with_path(lambda path, x: values.get(pytree.keystr(path[1:]), x), (args, dict(kwargs)))
-        with self._running(), torch.set_grad_enabled(self.origin.grad):
-            returned = functional_call(model, held, args, kwargs, tie_weights=False)
-        leaves, spec = pytree.tree_flatten(returned)
-        return leaves, spec
+        args, kwargs = pytree.tree_map_with_path(
+            lambda path, x: values.get(pytree.keystr(path[1:]), x), (args, dict(kwargs)), is_leaf=lambda x: x is None
+        )
+        with self._running():  # a checkpoint reads parameters in the backward pass as well
+            functional_call(_Around(model), {f"model.{n}": x for n, x in held.items()}, (both,), tie_weights=False)
+
+    def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
+        pairs = [(x, t) for x, t in zip(self.outputs() or (), self.reference.tangents, strict=True) if t is not None]
+        pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
+        trained = {n: self.values[n] for n in self.trained}
+        for x in trained.values():
+            x.grad = None
+        # Not autograd.grad, which leaves the modes of functions, although a checkpoint calls functions meanwhile.
+        torch.autograd.backward(
+            [x for x, _ in pairs], [t for _, t in pairs], retain_graph=True, inputs=list(trained.values())
+        )
+        return {n: x.grad for n, x in trained.items() if x.grad is not None}
 
     def _other_buffers(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Buffers that the captured program has none of."""
@@ -152,13 +171,14 @@ class Module:
             for module, training in zip(model.modules(), self.origin.training, strict=True):
                 module.training = training
             stack.enter_context(as_written(model))
+            stack.enter_context(inlined())
             stack.enter_context(_Plain(self.origin.dtype))
             stack.enter_context(_Foreign(self.field))
             torch.set_default_dtype(torch.float64)
             stack.callback(torch.set_default_dtype, before)
             yield
 
-    def tensors(self) -> list[Tensor] | None:
+    def outputs(self) -> list[Tensor] | None:
         """What the module returns where the captured program has outputs; None if it returns something else."""
         literals = self.captured.literals
         if self.spec != self.captured.out_spec:
@@ -166,46 +186,38 @@ class Module:
         if any(type(self.returned[i]) is not type(x) or self.returned[i] != x for i, x in literals.items()):
             return None
         found = [x for i, x in enumerate(self.returned) if i not in literals]
-        return found if all(isinstance(x, Tensor) for x in found) else None
+        alike = all(isinstance(x, Tensor) and x.shape == y.shape for x, y in zip(found, self.reference.outputs, strict=True))
+        return found if alike else None
 
-    def outputs_compared(self, reference: Reference) -> Difference | None:
-        outputs = self.tensors()
+    def _differentiable(self) -> bool:
+        found = self.outputs()
+        return found is not None and [x.requires_grad for x in found] == [t is not None for t in self.reference.tangents]
+
+    def outputs_compared(self) -> Difference | None:
+        outputs = self.outputs()
         if outputs is None:
-            return Difference(what="What is returned besides tensors", rank=0, capture=True)
+            return Difference(what="What is returned, or its shape,", rank=0, capture=True)
         if any(bool(x.detach().isnan().any()) for x in outputs):
             raise Missing("the module divides by zero on what was drawn")
-        for i, (x, y, tangent) in enumerate(zip(outputs, reference.outputs, reference.tangents, strict=True)):
+        for i, (x, y) in enumerate(zip(outputs, self.reference.outputs, strict=True)):
             if not torch.equal(x.detach(), y.detach()):
-                return Difference(what=f"Output {i}", rank=0, capture=True, node=self.first_unlike(reference))
-            if x.requires_grad != (tangent is not None):
+                return Difference(what=f"Output {i}", rank=0, capture=True, node=self.first_unlike())
+            if not self._differentiable():
                 return Difference(what=f"Whether output {i} has a gradient", rank=0, capture=True)
         return None
 
-    def gradients_compared(self, reference: Reference, trained: Sequence[str], given: Sequence[bool]) -> Difference | None:
-        wanted = reference.gradients(trained, given)
-        outputs = self.tensors()
-        assert outputs is not None
-        pairs = [(x, t) for x, t in zip(outputs, reference.tangents, strict=True) if t is not None]
-        pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
-        with self._running():
-            found = torch.autograd.grad(
-                [x for x, _ in pairs],
-                [self.values[n] for n in trained],
-                [t for _, t in pairs],
-                allow_unused=True,
-                retain_graph=True,
-            )
-        for name, x in zip(trained, found, strict=True):
-            y = wanted.get(name)
-            x, y = (torch.zeros_like(self.values[name]) if g is None else g for g in (x, y))
-            if not torch.equal(x, y):
-                called = self.captured.slot(name).names[0]
-                return Difference(what=f"The gradient of {called}", parameter=called, rank=0, capture=True)
+    def gradients_compared(self, wanted: Mapping[tuple[bool, ...], Mapping[str, Tensor]]) -> Difference | None:
+        for captured, found in zip(wanted.values(), self.gradients, strict=True):
+            for name in self.trained:
+                x, y = (g.get(name, torch.zeros_like(self.values[name]).detach()) for g in (found, captured))
+                if not torch.equal(x, y):
+                    called = self.captured.slot(name).names[0]
+                    return Difference(what=f"The gradient of {called}", parameter=called, rank=0, capture=True)
         return None
 
-    def first_unlike(self, reference: Reference) -> str:
+    def first_unlike(self) -> str:
         """The first module that returns, and what it returns is no value of the captured program."""
-        known = {_content(x) for x in reference.values.values() if isinstance(x, Tensor)}
+        known = {_content(x) for x in self.reference.values.values() if isinstance(x, Tensor)}
         unlike: list[str] = []
 
         def look(path: str, module: nn.Module) -> Any:
@@ -218,7 +230,7 @@ class Module:
 
         handles = [look(path, m) for path, m in self.origin.model.named_modules() if path]
         try:
-            self._run()
+            self.run([])
         finally:
             for handle in handles:
                 handle.remove()
@@ -228,6 +240,17 @@ class Module:
 def _content(x: Tensor) -> bytes:
     """A value, whatever its shape."""
     return x.detach().double().contiguous().numpy().tobytes()
+
+
+class _Around(nn.Module):
+    """Calls a function on a module; what a call of this module is given in place of parameters is there as long."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[nn.Module], None]) -> None:
+        run(self.model)
 
 
 class _Foreign(FieldMode):
@@ -242,6 +265,8 @@ class _Foreign(FieldMode):
 
 
 _ATTENTION = (torch.nn.functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+
+_NORMS = (torch.nn.functional.rms_norm, torch.rms_norm)
 
 
 class _Plain(TorchFunctionMode):
@@ -258,12 +283,12 @@ class _Plain(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _ATTENTION:
             return _attend(*args, **kwargs)
-        if func is torch.rms_norm:
+        if func in _NORMS:
             return self._rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _rms_norm(self, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        return torch.rms_norm(input, shape, weight, torch.finfo(self.dtype).eps if eps is None else eps)
+        return torch.rms_norm(input, shape, weight, least(self.dtype) if eps is None else eps)
 
 
 def _attend(

@@ -132,8 +132,13 @@ class _Defined(fx.Interpreter):
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """A node's result by its definition, where it has one of ours; what its type decides is decided by its real type."""
     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
-        args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(node.meta["val"].dtype).eps)
+        args = (*args[:2], args[2] if len(args) > 2 else None, least(node.meta["val"].dtype))
     return DEFINITIONS.get(node.target, node.target)(*args, **kwargs)
+
+
+def least(dtype: torch.dtype) -> float:
+    """What a norm that is given no epsilon adds: that of the type in which it computes."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
 
 
 def _place(node: fx.Node) -> str | None:
