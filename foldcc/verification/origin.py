@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.capture.export import as_exported
 from foldcc.capture.functions import inlined
+from foldcc.capture.masks import changed
 from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
@@ -76,9 +77,7 @@ class Missing(FoldError):
         super().__init__(f"{_MISSING}: {told}")
 
 
-def _round(
-    origin: Origin, captured: Program, field: Field, buffers: Mapping[str, Tensor]
-) -> tuple[str, Difference | None]:
+def _round(origin: Origin, captured: Program, field: Field, buffers: Mapping[str, Tensor]) -> tuple[str, Difference | None]:
     """What was compared, and where the two differ."""
     if origin.dtype == torch.float16:
         raise Missing(_HALF)
@@ -148,14 +147,9 @@ class Module:
     def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
         pairs = [(x, t) for x, t in zip(self.outputs() or (), self.reference.tangents, strict=True) if t is not None]
         pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
-        trained = {n: self.values[n] for n in self.trained}
-        for x in trained.values():
-            x.grad = None
-        # Not autograd.grad, which leaves the modes of functions, although a checkpoint calls functions meanwhile.
-        torch.autograd.backward(
-            [x for x, _ in pairs], [t for _, t in pairs], retain_graph=True, inputs=list(trained.values())
-        )
-        return {n: x.grad for n, x in trained.items() if x.grad is not None}
+        inputs = [self.values[n] for n in self.trained]
+        found = torch.autograd.grad([x for x, _ in pairs], inputs, [t for _, t in pairs], allow_unused=True, retain_graph=True)
+        return {n: g for n, g in zip(self.trained, found, strict=True) if g is not None}
 
     def _other_buffers(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Buffers that the captured program has none of."""
@@ -172,7 +166,10 @@ class Module:
                 module.training = training
             stack.enter_context(as_written(model))
             stack.enter_context(inlined())
-            stack.enter_context(_Plain(self.origin.dtype))
+            plain = stack.enter_context(_Plain(self.origin.dtype))
+            # A checkpoint calls functions in the backward pass, without the modes of functions.
+            named = {"scaled_dot_product_attention": _attend, "rms_norm": plain.rms_norm}
+            stack.enter_context(changed(vars(torch.nn.functional), named))
             stack.enter_context(_Foreign(self.field))
             torch.set_default_dtype(torch.float64)
             stack.callback(torch.set_default_dtype, before)
@@ -284,10 +281,10 @@ class _Plain(TorchFunctionMode):
         if func in _ATTENTION:
             return _attend(*args, **kwargs)
         if func in _NORMS:
-            return self._rms_norm(*args, **kwargs)
+            return self.rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _rms_norm(self, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def rms_norm(self, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return torch.rms_norm(input, shape, weight, least(self.dtype) if eps is None else eps)
 
 

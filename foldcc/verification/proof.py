@@ -99,7 +99,11 @@ class Proof:
 
     @property
     def not_proved(self) -> tuple[str, ...]:
-        return (*self.missing, *_NOT_PROVED, *(f"the other way of {x}, which was constant in all rounds" for x in self.undecided))
+        return (
+            *self.missing,
+            *_NOT_PROVED,
+            *(f"the other way of {x}, which was constant in all rounds" for x in self.undecided),
+        )
 
     def raise_if_failed(self) -> Proof:
         """This proof, if it holds.
