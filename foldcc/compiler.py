@@ -106,6 +106,7 @@ class Compiler:
             training=[m.training for m in (tree.get_submodule(path) for path, _ in self.model.named_modules())],
             grad=torch.is_grad_enabled(),
             dtype=next(tree.parameters()).dtype,
+            tracer=self.tracer,
         )
 
     def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import foldcc
 from foldcc.capture import masks, transformers
+from foldcc.capture.shrunk import shrunk
 from foldcc.verification.proof import Proof
 from tests.models import token_batch
 
@@ -157,6 +158,44 @@ def test_a_mistake_of_capture_is_refuted_by_the_module(
     assert proof.difference is not None and proof.difference.capture and at in proof.difference.node
 
 
+# --- models that are too large to run ---
+
+
+def test_of_a_large_model_a_small_copy_is_run() -> None:
+    proof = proof_of("Mistral", reduced=True)
+    assert the_module_itself(proof), str(proof)
+    assert "on a copy of the model with 1 layers" in proof.proved[-1]
+
+
+def test_a_mistake_of_capture_is_refuted_by_a_small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    window(monkeypatch)
+    proof = proof_of("Mistral", reduced=True)
+    assert proof.difference is not None and proof.difference.capture and "self_attn" in proof.difference.node
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Qwen3Moe", "Glm4Moe"])
+def test_a_copy_has_a_layer_of_each_kind_and_keeps_what_is_equal(name: str) -> None:
+    import transformers as library
+
+    config = getattr(library, f"{name}Config")()
+    with torch.device("meta"):
+        model = getattr(library, f"{name}ForCausalLM")(config)
+    copy, _ = shrunk(model)
+    assert sum(p.numel() for p in copy.parameters()) < 100_000
+    small = copy.config
+    assert small.num_attention_heads > small.num_key_value_heads or config.num_attention_heads == config.num_key_value_heads
+    assert [type(m) for m in copy.model.layers[-1].modules()] == [type(m) for m in model.model.layers[-1].modules()]
+    assert {type(layer.mlp) for layer in copy.model.layers} == {type(layer.mlp) for layer in model.model.layers}
+
+
+def test_a_large_model_without_a_configuration_is_said_to_be_unproved() -> None:
+    proof = own(Own(), reduced=True)
+    assert proof.ok
+    (line,) = proof.missing
+    assert line.startswith("the capture is not proved: ") and "no configuration" in line
+    assert f"not proved  {line}" in str(proof)
+
+
 # --- modules of one's own ---
 
 
@@ -196,3 +235,46 @@ def test_a_module_of_any_dtype_is_run(dtype: torch.dtype) -> None:
     model = foldcc.parallelize(Own().to(dtype), "dp=2", example_inputs=(torch.randn(4, 8, dtype=dtype),))
     proof = foldcc.verify(model, rounds=1)
     assert the_module_itself(proof), str(proof)
+
+
+class Unlike(nn.Module):
+    """What is traced of it is not what it runs."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.inner, self.run = nn.Linear(8, 8), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return (y if torch.compiler.is_exporting() else self.run(y)).square().mean()
+
+
+def test_a_gradient_that_capture_leaves_out_is_refuted() -> None:
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / 2
+
+    proof = own(Unlike(Half.apply))
+    assert proof.difference is not None and proof.difference.capture
+    assert proof.parameter == "inner.weight"
+
+
+def test_an_operator_without_a_meaning_in_the_module_is_named_and_the_rest_is_proved() -> None:
+    proof = own(Unlike(lambda x: x.logcumsumexp(-1)))
+    assert proof.ok
+    (line,) = proof.missing
+    assert "the capture is not proved" in line and "logcumsumexp" in line
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    model = Own()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    attributes = dict(vars(model))
+    own(model)
+    assert dict(vars(model)) == attributes and torch.get_default_dtype() == torch.float32
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -6,6 +6,7 @@ on; nothing of capture or of our own nodes is used. Casts are the identity on bo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +18,22 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from foldcc.capture.export import as_exported
+from foldcc.capture.export import as_exported, capture
 from foldcc.capture.functions import inlined
 from foldcc.capture.masks import changed
+from foldcc.capture.shrunk import shapes, shrunk
 from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
 from foldcc.program import Program
+from foldcc.runtime.modes import traceable
 from foldcc.verification.field import Field
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.mode import FieldMode, NoMeaning
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.reference import Reference, Undefined, least
 
+ELEMENTS = 5_000_000  # of parameters and inputs, that are run
 _MISSING = "the capture is not proved"
 _HALF = "its parameters are float16, whose range models know as numbers, and elements of a field have none"
 
@@ -43,6 +47,7 @@ class Origin:
         training: of each module in the order of `modules()`, whether it was in train mode.
         grad: gradients were recorded.
         dtype: of the parameters.
+        tracer: which it was captured with.
     """
 
     model: nn.Module
@@ -50,6 +55,7 @@ class Origin:
     training: Sequence[bool]
     grad: bool
     dtype: torch.dtype
+    tracer: str
 
 
 def against_the_module(
@@ -67,6 +73,42 @@ def against_the_module(
         if difference is not None:
             return replace(proof, difference=difference)
     return replace(proof, proved=(*proof.proved, told))
+
+
+def against_a_copy(proof: Proof, origin: Origin | None, captured: Program, fields: Sequence[Field]) -> Proof:
+    """A proof of a program that is too large to run, and whether a small copy of its model is captured as it computes."""
+    if origin is None:
+        return against_the_module(proof, None, captured, {}, fields)
+    try:
+        copy, program = _copy(origin, captured)
+    except (FoldError, RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError) as error:  # of its own code
+        return replace(proof, missing=(*proof.missing, str(Missing("there is no small copy of the model", error))))
+    held = dict(copy.model.named_buffers(remove_duplicate=False))
+    found = against_the_module(replace(proof, proved=()), copy, program, held, fields)
+    layers = getattr(copy.model.config, "num_hidden_layers", None)
+    where = f"on a copy of the model with {layers} layers and small sizes" if layers else "on a copy of the model with small sizes"
+    return replace(found, proved=(*proof.proved, *(f"{line}, {where}" for line in found.proved)))
+
+
+def _copy(origin: Origin, captured: Program) -> tuple[Origin, Program]:
+    """A small copy of a model as the origin of a program of its own, captured as the given one was."""
+    if len(set(origin.training)) != 1:
+        raise FoldError("Some of its modules are in train mode and others are not.")
+    model, sizes = shrunk(origin.model)
+    model.to(origin.dtype).train(origin.training[0])
+    inputs = [(s.names[0], n.meta["val"]) for s, n in zip(captured.slots, captured.placeholders, strict=True) if s.kind == "input"]
+    smaller = shapes([tuple(x.shape) for _, x in inputs], sizes)
+    given = {path: torch.zeros(shape, dtype=x.dtype) for (path, x), shape in zip(inputs, smaller, strict=True)}
+    kwargs = pytree.tree_map_with_path(
+        lambda path, x: given.get(pytree.keystr(path), x), dict(origin.arguments), is_leaf=lambda x: x is None
+    )
+    with traceable(), torch.set_grad_enabled(origin.grad), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        program = capture(model, (), kwargs, captured.mesh, tracer=origin.tracer, device=torch.device("cpu"))
+    if (elements := sum(n.meta["val"].numel() for n in program.placeholders)) > ELEMENTS:
+        raise FoldError(f"Of its configuration foldcc knows too few sizes: the copy has {elements} elements.")
+    trained = {name for s in captured.slots if s.grad for name in s.names}
+    return replace(origin, model=model, training=[m.training for m in model.modules()]), program.with_gradients(trained)
 
 
 class Missing(FoldError):

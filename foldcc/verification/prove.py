@@ -20,7 +20,7 @@ from foldcc.verification.field import Field
 from foldcc.verification.folded import Folded
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.locate import locate_backward, locate_forward
-from foldcc.verification.origin import against_the_module
+from foldcc.verification.origin import ELEMENTS, against_a_copy, against_the_module
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.ranks import OnRanks
 from foldcc.verification.reference import Reference, Undefined
@@ -30,7 +30,6 @@ from foldcc.verification.wiring import wired_alike
 if TYPE_CHECKING:
     from foldcc.module import FoldedModule
 
-_ELEMENTS = 5_000_000  # of parameters and inputs
 _CALLS = 1_000_000  # of operators, over all ranks
 _MOST = 100_000_000  # of operators, over all ranks, that are run at all: some hours
 
@@ -68,7 +67,8 @@ def verify(
     fields = [Field(seed=seed + i) for i in range(rounds)]
     origin, captured = model._programs.newest.origin, stages["capture"].program
     if too_large(stages) if reduced is None else reduced:
-        return _prove_reduced(stages, buffers, name, fields)
+        proof = _prove_reduced(stages, buffers, name, fields)
+        return against_a_copy(proof, origin, captured, fields) if proof.ok else proof
     proof = prove(stages, buffers, stage=name, fields=fields)
     return against_the_module(proof, origin, captured, buffers, fields) if proof.ok else proof
 
@@ -85,7 +85,7 @@ def too_large(stages: Stages) -> bool:
     """Whether running a program on all virtual ranks would take minutes, or more memory than a small machine has."""
     program: Program = stages["capture"].program
     elements = sum(n.meta["val"].numel() for n in program.placeholders)
-    return elements > _ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
+    return elements > ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
 
 
 def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
