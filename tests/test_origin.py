@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import foldcc
 from foldcc.capture import masks, transformers
 from foldcc.capture.shrunk import shrunk
+from foldcc.module import FoldedModule
+from foldcc.verification.field import Field
+from foldcc.verification.origin import against_a_copy
 from foldcc.verification.proof import Proof
 from tests.models import token_batch
 
@@ -55,14 +58,19 @@ _MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def proof_of(name: str, *, mask: bool = False, **options: Any) -> Proof:
+def folded(name: str, *, mask: bool = False, **changes: Any) -> FoldedModule:
     import transformers as library
 
     torch.manual_seed(0)
-    model = getattr(library, f"{name}ForCausalLM")(getattr(library, f"{name}Config")(**{**_SIZES, **_MODELS[name]}))
+    config = getattr(library, f"{name}Config")(**{**_SIZES, **_MODELS[name], **changes})
+    model = getattr(library, f"{name}ForCausalLM")(config)
     inputs = token_batch(2, 8, vocabulary=32)
     given = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])} if mask else inputs
-    return foldcc.verify(foldcc.parallelize(model, "tp=2", example_inputs=given), rounds=1, **options)
+    return foldcc.parallelize(model, "tp=2", example_inputs=given)
+
+
+def proof_of(name: str, *, mask: bool = False) -> Proof:
+    return foldcc.verify(folded(name, mask=mask), rounds=1)
 
 
 def the_module_itself(proof: Proof) -> bool:
@@ -161,15 +169,24 @@ def test_a_mistake_of_capture_is_refuted_by_the_module(
 # --- models that are too large to run ---
 
 
+def copy_of(name: str) -> Proof:
+    """What the small copy of a model on `meta` shows."""
+    with torch.device("meta"):
+        model = folded(name, num_hidden_layers=3)
+    captured = model.stages["capture"].program
+    nothing = Proof(program="", mesh="", stage="", prime=0, rounds=1, bound=0.0, proved=())
+    return against_a_copy(nothing, model._programs.newest.origin, captured, [Field()])
+
+
 def test_of_a_large_model_a_small_copy_is_run() -> None:
-    proof = proof_of("Mistral", reduced=True)
+    proof = copy_of("Mistral")
     assert the_module_itself(proof), str(proof)
     assert "on a copy of the model with 1 layers" in proof.proved[-1]
 
 
 def test_a_mistake_of_capture_is_refuted_by_a_small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     window(monkeypatch)
-    proof = proof_of("Mistral", reduced=True)
+    proof = copy_of("Mistral")
     assert proof.difference is not None and proof.difference.capture and "self_attn" in proof.difference.node
 
 

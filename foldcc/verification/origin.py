@@ -86,7 +86,9 @@ def against_a_copy(proof: Proof, origin: Origin | None, captured: Program, field
     held = dict(copy.model.named_buffers(remove_duplicate=False))
     found = against_the_module(replace(proof, proved=()), copy, program, held, fields)
     layers = getattr(copy.model.config, "num_hidden_layers", None)
-    where = f"on a copy of the model with {layers} layers and small sizes" if layers else "on a copy of the model with small sizes"
+    where = (
+        f"on a copy of the model with {layers} layers and small sizes" if layers else "on a copy of the model with small sizes"
+    )
     return replace(found, proved=(*proof.proved, *(f"{line}, {where}" for line in found.proved)))
 
 
@@ -96,7 +98,9 @@ def _copy(origin: Origin, captured: Program) -> tuple[Origin, Program]:
         raise FoldError("Some of its modules are in train mode and others are not.")
     model, sizes = shrunk(origin.model)
     model.to(origin.dtype).train(origin.training[0])
-    inputs = [(s.names[0], n.meta["val"]) for s, n in zip(captured.slots, captured.placeholders, strict=True) if s.kind == "input"]
+    inputs = [
+        (s.names[0], n.meta["val"]) for s, n in zip(captured.slots, captured.placeholders, strict=True) if s.kind == "input"
+    ]
     smaller = shapes([tuple(x.shape) for _, x in inputs], sizes)
     given = {path: torch.zeros(shape, dtype=x.dtype) for (path, x), shape in zip(inputs, smaller, strict=True)}
     kwargs = pytree.tree_map_with_path(
@@ -249,6 +253,8 @@ class Module:
         for captured, found in zip(wanted.values(), self.gradients, strict=True):
             for name in self.trained:
                 x, y = (g.get(name, torch.zeros_like(self.values[name]).detach()) for g in (found, captured))
+                if bool((x.isnan() | y.isnan()).any()):
+                    raise Missing("a derivative divides by zero on what was drawn")
                 if not torch.equal(x, y):
                     called = self.captured.slot(name).names[0]
                     return Difference(what=f"The gradient of {called}", parameter=called, rank=0, capture=True)
