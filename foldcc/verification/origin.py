@@ -134,7 +134,7 @@ def _round(origin: Origin, captured: Program, field: Field, buffers: Mapping[str
         with _Plain(origin.dtype):
             reference = Reference(captured, field, inputs, generator)
     except Undefined as error:
-        raise Missing("it has no value on such masks as eager attention has", error) from None
+        raise Missing("the captured program has no value on what was drawn", error) from None
     trained = [s.name for s in captured.slots if s.grad]
     wanted = {given: reference.gradients(trained, given) for given in reference.objectives()} if trained else {}
     module = Module(origin, captured, field, reference)
