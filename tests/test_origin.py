@@ -237,8 +237,9 @@ class Own(nn.Module):
         return self.norm(self.inner(x)) * self.scale
 
 
-def own(model: nn.Module, **options: Any) -> Proof:
-    return foldcc.verify(foldcc.parallelize(model, "dp=2", example_inputs=(torch.randn(4, 8),)), rounds=1, **options)
+def own(model: nn.Module, *, dtype: torch.dtype = torch.float32, **options: Any) -> Proof:
+    example = (torch.randn(4, 8, dtype=dtype),)
+    return foldcc.verify(foldcc.parallelize(model, "dp=2", example_inputs=example), rounds=1, **options)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -249,8 +250,7 @@ def test_a_module_of_ones_own_is_run_too(reentrant: bool | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_module_of_any_dtype_is_run(dtype: torch.dtype) -> None:
-    model = foldcc.parallelize(Own().to(dtype), "dp=2", example_inputs=(torch.randn(4, 8, dtype=dtype),))
-    proof = foldcc.verify(model, rounds=1)
+    proof = own(Own().to(dtype), dtype=dtype)
     assert the_module_itself(proof), str(proof)
 
 
@@ -295,3 +295,29 @@ def test_the_module_is_left_as_it_was() -> None:
     own(model)
     assert dict(vars(model)) == attributes and torch.get_default_dtype() == torch.float32
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_the_module_is_called_as_it_was_when_it_was_captured() -> None:
+    """With a number that is an input of the program, asked for hidden states, with frozen weights, without gradients."""
+    model = folded("Llama")
+    batch = token_batch(2, 8, vocabulary=32)
+    original = model._compiler.model
+    original.get_input_embeddings().weight.requires_grad_(False)
+    again = foldcc.parallelize(original, "tp=2")
+    for number in (5, 7):
+        again(**batch, num_items_in_batch=number, output_hidden_states=True)
+    assert "any int" in again.programs[-1]
+    again.eval()
+    proof = foldcc.verify(again, rounds=1)
+    assert the_module_itself(proof), str(proof)
+    assert "4 outputs and the gradients of 11 parameters" in proof.proved[-1]
+    with torch.no_grad():
+        again(**batch)
+    proof = foldcc.verify(again, rounds=1)
+    assert the_module_itself(proof), str(proof)
+    assert "gradients of" not in proof.proved[-1]
+
+
+def test_a_model_in_float16_is_said_to_be_unproved() -> None:
+    proof = own(Own().half(), dtype=torch.float16)
+    assert proof.ok and "float16" in proof.missing[0]
