@@ -121,6 +121,12 @@ class Call:
     def with_numbers(self, numbers: Mapping[str, Any]) -> Call:
         return replace(self, leaves=[numbers.get(n, x) for n, x in self.items()])
 
+    def without_tensors(self) -> dict[str, Any]:
+        """The arguments by name; a tensor is None, so that none is kept."""
+        left = [None if isinstance(x, Tensor) else x for x in self.leaves]
+        arguments: dict[str, Any] = pytree.tree_unflatten(left, self.spec)
+        return arguments
+
     def whole(self, mesh: FoldedMesh, batch_dims: Mapping[str, int | None], device: torch.device) -> dict[str, Any]:
         """The arguments by name, with stand-ins of global shapes for tensors."""
         found = [x if not isinstance(x, Tensor) else _whole(n, x, mesh, batch_dims[n], device) for n, x in self.items()]

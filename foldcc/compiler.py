@@ -34,6 +34,7 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.taps import with_results
+from foldcc.verification.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,27 @@ class Compiler:
             if divided and not self.mesh.is_virtual and not self.batch_dims:
                 refuse_attention_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
-        made = Kept(key, Executable(stages[-1].program), stages, call.told(free), free, {} if free else numbers, watched(tree))
+        made = Kept(
+            key,
+            Executable(stages[-1].program),
+            stages,
+            call.told(free),
+            free,
+            {} if free else numbers,
+            watches=watched(tree),
+            origin=self._origin(call, tree),
+        )
         return made, other
+
+    def _origin(self, call: Call, tree: nn.Module) -> Origin:
+        return Origin(
+            model=self.model,
+            arguments=call.without_tensors(),
+            training=[m.training for m in (tree.get_submodule(path) for path, _ in self.model.named_modules())],
+            grad=torch.is_grad_enabled(),
+            dtype=next(tree.parameters()).dtype,
+            tracer=self.tracer,
+        )
 
     def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:
         emission, _ = self.emission(tree)

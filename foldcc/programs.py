@@ -12,6 +12,7 @@ from foldcc.errors import FoldError
 from foldcc.hooks import Watch, told
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
+from foldcc.verification.origin import Origin
 
 KEPT = 16  # programs of a module
 _ADVICE = {
@@ -30,6 +31,7 @@ class Kept:
         free: the numbers that are inputs of the program.
         blind: the numbers that it is specialised to, and that the model does not look at.
         watches: the modules that hooks watch.
+        origin: the module that it was captured from, and how it was called.
     """
 
     key: Key
@@ -39,6 +41,7 @@ class Kept:
     free: frozenset[str] = frozenset()
     blind: Mapping[str, Any] = field(default_factory=dict)
     watches: tuple[Watch, ...] = ()
+    origin: Origin | None = None
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}{told}" for name, told in self.told.items())

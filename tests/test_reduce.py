@@ -46,6 +46,7 @@ def test_a_reduced_program_is_proved_and_stands_for_the_full_one(family: str) ->
     proof = foldcc.verify(model, reduced=True, rounds=1).raise_if_failed()
     small, full = reduced(model.stages), model.stages
     assert "wired alike" in str(proof) and "smaller sizes" in str(proof)
+    assert "those of the module itself" in proof.proved[-1] and "on a copy of the model" in proof.proved[-1]
     assert len(small["outline"].program.calls) <= len(full["outline"].program.calls)
     sizes = small["shard"].program.sizes
     assert sum(sizes[f] < n for f, n in full["shard"].program.sizes.items()) >= 4

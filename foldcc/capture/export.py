@@ -75,7 +75,7 @@ def capture(
                 f"Input {pytree.keystr(path[1:])} is a {type(leaf).__name__}, which no program takes.",
                 valid="tensors, numbers, strings and None, in tuples, lists and dicts",
             )
-    args, kwargs = _as_exported(model, args, kwargs)
+    args, kwargs = as_exported(model, args, kwargs)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         remove_hooks(model)
@@ -121,7 +121,7 @@ def _constant(model: nn.Module, value: torch.Tensor, device: torch.device) -> to
     return value.to(device)
 
 
-def _as_exported(
+def as_exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """The `.module()` of an exported program takes by position what it was exported with by position."""

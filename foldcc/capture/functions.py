@@ -29,6 +29,13 @@ class _Inlined:
 
 
 @contextmanager
+def inlined() -> Iterator[None]:
+    """Reentrant checkpoints are what they compute inside this context."""
+    with changed(vars(checkpoint), {"CheckpointFunction": _Inlined}):
+        yield
+
+
+@contextmanager
 def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
     """Checkpointed functions are captured as what they compute, and a gradient through any other function is an error.
 
@@ -37,7 +44,7 @@ def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
     if tracer == "export":
         model.register_forward_hook(lambda module, args, returned: _refuse_through(returned))
     call = _DYNAMOS.__call__
-    with changed(vars(checkpoint), {"CheckpointFunction": _Inlined}):
+    with inlined():
         _DYNAMOS.__call__ = _refuse if torch.is_grad_enabled() else call
         try:
             yield

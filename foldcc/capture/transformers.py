@@ -169,6 +169,16 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Attention, masks and experts are the library's plainest inside this context: those of the model's own file."""
+    plain = {"_attn_implementation_internal": "eager", "_experts_implementation_internal": "eager", "use_cache": False}
+    with ExitStack() as stack:
+        for config in _configurations(model):
+            stack.enter_context(changed(config.__dict__, plain))
+        yield
+
+
 def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The model's own `dummy_inputs`, None if it has none."""
     found = getattr(model, "dummy_inputs", None)

@@ -24,7 +24,13 @@ _COUNTS = 100
 
 
 def random_inputs(
-    program: Program, field: Field, held: Mapping[str, Tensor], generator: torch.Generator, *, extreme: bool = False
+    program: Program,
+    field: Field,
+    held: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    extreme: bool = False,
+    full_rows: bool = False,
 ) -> dict[str, Tensor]:
     """A value for every slot of a captured program, by the slot's name: whole tensors.
 
@@ -32,6 +38,7 @@ def random_inputs(
         held: buffers by name. Integers and booleans keep their values, and so do numbers that are data: few distinct ones,
             as in a mask, or such as something compares. Of other buffers the values are drawn.
         extreme: one value for each integer input: every label is ignored, every mask is zero, every id a special one.
+        full_rows: of a padding mask so much is valid that every query of the program's attention may attend to something.
     """
     found = {}
     for slot, node in zip(program.slots, program.placeholders, strict=True):
@@ -47,7 +54,15 @@ def random_inputs(
             found[slot.name] = held[slot.names[0]].cpu()
         else:
             found[slot.name] = _positions(node, generator, extreme)
+            if full_rows and (windows := _masking(node)) and like.dim() == 2:
+                found[slot.name][:, :: min(windows)] = 1
     return found
+
+
+def _masking(node: fx.Node) -> list[int]:
+    """The windows, or all positions where there is none, of attention that an input is the padding mask of."""
+    readers = [user for user, x in _uses(node, _integral) if user.target is ops.attention and argument(user, "valid") is x]
+    return [argument(user, "window") or argument(user, "k").meta["val"].shape[2] for user in readers]
 
 
 def _data(node: fx.Node, buffer: Tensor | None) -> Tensor | None:

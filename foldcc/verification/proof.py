@@ -25,6 +25,8 @@ class Difference:
         node: the node at which the two programs part, with the block that it is in.
         at: the module and source line of that node.
         layouts: of the node's result and its operands, one line each.
+        capture: it is the captured program that computes something else, than the module that it was captured from; the node
+            is then the first module that returns something else.
     """
 
     what: str
@@ -34,8 +36,12 @@ class Difference:
     node: str = ""
     at: str = ""
     layouts: tuple[str, ...] = ()
+    capture: bool = False
 
     def __str__(self) -> str:
+        if self.capture:
+            lines = [f"The capture is wrong: {self.what} differs from what the module itself computes."]
+            return "\n".join([*lines, *([f"  module  {self.node}"] if self.node else [])])
         lines = [f"{self.what} differs on rank {self.rank}" + (f": it is {self.reading}." if self.reading else ".")]
         lines += [f"  node    {self.node}"] if self.node else []
         lines += [f"  at      {self.at}"] if self.at else []
@@ -56,7 +62,8 @@ class Proof:
             at. Programs that differ on a share of all elements, as by a clamp that is left out, are missed with at most
             that share's chance; what went one way only is in `undecided`.
         undecided: each mask, branch and comparison of the captured program that was constant in all rounds.
-        proved: what was compared on every rank, one sentence each.
+        proved: what was compared, one sentence each: on every rank, and of the capture with the module itself.
+        missing: what could not be compared, and why.
         assumed: what else the verdict rests on, such as the argument for reduced sizes.
         difference: where the program fails; None when it is proved.
     """
@@ -70,6 +77,7 @@ class Proof:
     proved: tuple[str, ...]
     assumed: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     difference: Difference | None = None
 
     @property
@@ -91,7 +99,11 @@ class Proof:
 
     @property
     def not_proved(self) -> tuple[str, ...]:
-        return (*_NOT_PROVED, *(f"the other way of {x}, which was constant in all rounds" for x in self.undecided))
+        return (
+            *self.missing,
+            *_NOT_PROVED,
+            *(f"the other way of {x}, which was constant in all rounds" for x in self.undecided),
+        )
 
     def raise_if_failed(self) -> Proof:
         """This proof, if it holds.
@@ -106,6 +118,8 @@ class Proof:
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT equal"
         lines = [f"{self.program} on {self.mesh} is {verdict} to the captured program, at stage {self.stage}."]
+        if self.difference is not None and self.difference.capture:
+            lines = [f"{self.program} as it was captured is NOT equal to the module."]
         if self.difference is not None:
             return "\n".join([*lines, str(self.difference)])
         lines += [f"  proved      {line}" for line in self.proved]

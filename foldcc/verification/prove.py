@@ -20,6 +20,7 @@ from foldcc.verification.field import Field
 from foldcc.verification.folded import Folded
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.locate import locate_backward, locate_forward
+from foldcc.verification.origin import ELEMENTS, against_a_copy, against_the_module
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.ranks import OnRanks
 from foldcc.verification.reference import Reference, Undefined
@@ -29,7 +30,6 @@ from foldcc.verification.wiring import wired_alike
 if TYPE_CHECKING:
     from foldcc.module import FoldedModule
 
-_ELEMENTS = 5_000_000  # of parameters and inputs
 _CALLS = 1_000_000  # of operators, over all ranks
 _MOST = 100_000_000  # of operators, over all ranks, that are run at all: some hours
 
@@ -65,15 +65,18 @@ def verify(
     name = stage or stages[-1].name
     buffers = dict(model.named_buffers(remove_duplicate=False))
     fields = [Field(seed=seed + i) for i in range(rounds)]
+    origin, captured = model._programs.newest.origin, stages["capture"].program
     if too_large(stages) if reduced is None else reduced:
-        return _prove_reduced(stages, buffers, name, fields)
-    return prove(stages, buffers, stage=name, fields=fields)
+        proof = _prove_reduced(stages, buffers, name, fields)
+        return against_a_copy(proof, origin, captured, fields) if proof.ok else proof
+    proof = prove(stages, buffers, stage=name, fields=fields)
+    return against_the_module(proof, origin, captured, buffers, fields) if proof.ok else proof
 
 
 def first_broken(model: FoldedModule, **options: Any) -> Proof:
     """The proof of the last stage if it holds, else that of the first stage at which it does not: its pass is broken."""
     last = verify(model, **options)
-    if last.ok:
+    if last.difference is None or last.difference.capture:
         return last
     return next(p for s in model.stages.lowered if not (p := verify(model, stage=s.name, **options)).ok)
 
@@ -82,7 +85,7 @@ def too_large(stages: Stages) -> bool:
     """Whether running a program on all virtual ranks would take minutes, or more memory than a small machine has."""
     program: Program = stages["capture"].program
     elements = sum(n.meta["val"].numel() for n in program.placeholders)
-    return elements > _ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
+    return elements > ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
 
 
 def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
@@ -178,7 +181,7 @@ def _round(
     outputs = f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks"
     if not trained:
         return None, (outputs,)
-    for given in _objectives(reference):
+    for given in reference.objectives():
         wanted_gradients = reference.gradients(trained, given)
         if any(bool(x.isnan().any()) for x in wanted_gradients.values()):
             raise Undefined("The captured program's derivative divides by zero.", prime=str(field.prime))
@@ -199,15 +202,6 @@ def _round(
 def _called(program: Program) -> str:
     inputs = any(s.grad and s.kind == "input" for s in program.slots)
     return "parameters and inputs" if inputs else "parameters"
-
-
-def _objectives(reference: Reference) -> list[tuple[bool, ...]]:
-    """For which outputs a gradient is given: for all, and for those without dimensions, the losses, alone."""
-    outputs = [x for x, t in zip(reference.outputs, reference.tangents, strict=True) if t is not None]
-    if not outputs:
-        raise FoldError("No output of the model depends on a parameter through differentiable operators.")
-    every, losses = tuple(True for _ in outputs), tuple(x.dim() == 0 for x in outputs)
-    return [every, losses] if any(losses) and losses != every else [every]
 
 
 def _gradients(program: Program, found: Mapping[str, Any], wanted: Mapping[str, Tensor], field: Field) -> Difference | None:

@@ -58,6 +58,14 @@ class Reference:
             valid="another seed, if the divisor is data",
         )
 
+    def objectives(self) -> list[tuple[bool, ...]]:
+        """For which outputs a gradient is given: for all, and for those without dimensions, the losses, alone."""
+        outputs = [x for x, t in zip(self.outputs, self.tangents, strict=True) if t is not None]
+        if not outputs:
+            raise FoldError("No output of the model depends on a parameter through differentiable operators.")
+        every, losses = tuple(True for _ in outputs), tuple(x.dim() == 0 for x in outputs)
+        return [every, losses] if any(losses) and losses != every else [every]
+
     def gradients(self, names: Sequence[str], given: Sequence[bool]) -> dict[str, Tensor]:
         """The gradients, with respect to values, of the sum of all products of an output with its tangent.
 
@@ -124,8 +132,13 @@ class _Defined(fx.Interpreter):
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """A node's result by its definition, where it has one of ours; what its type decides is decided by its real type."""
     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
-        args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(node.meta["val"].dtype).eps)
+        args = (*args[:2], args[2] if len(args) > 2 else None, least(node.meta["val"].dtype))
     return DEFINITIONS.get(node.target, node.target)(*args, **kwargs)
+
+
+def least(dtype: torch.dtype) -> float:
+    """What a norm that is given no epsilon adds: that of the type in which it computes."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
 
 
 def _place(node: fx.Node) -> str | None:
