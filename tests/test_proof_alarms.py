@@ -59,7 +59,7 @@ def rewritten(model: foldcc.FoldedModule, target: Any, build: Callable[[Emit, fx
                 return
         raise AssertionError(f"no {target}")
 
-    return broken_at(model, "outline", edit)
+    return broken_at(model, "outline", edit, name="rewrite")
 
 
 def shifted_softmax(emit: Emit, node: fx.Node) -> fx.Node:

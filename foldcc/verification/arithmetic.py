@@ -310,6 +310,7 @@ def linspace(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
 @meaning("nan_to_num")
 def nan_to_num(field: Field, x: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Tensor:
     """An infinity is the carrier of a type's least number as well, which the operator keeps or makes of it."""
+    field.decided(~torch.isfinite(x))
     lowest = x if neginf is None else torch.where(x == -math.inf, value(field, neginf), x)
     return torch.where(x.isnan(), value(field, 0.0 if nan is None else nan), lowest)
 

@@ -33,6 +33,7 @@ class Field:
         seed: of the hashes; two fields with the same seed have the same ones.
         hashed: `(x, name) -> value of the function called name`, on finite carriers; None for keyed hashes.
         decisions: which ways each mask, branch or comparison went, by the node that was named in `at` meanwhile.
+        near: positive numbers that the program compares with, which elements of the field stand near; see `order`.
         known: (x, what a function makes of x), by the function and x's place in memory; see `remember`.
     """
 
@@ -41,6 +42,7 @@ class Field:
     hashed: Callable[[Tensor, str], Tensor] | None = None
     decisions: dict[str, set[bool]] = field(default_factory=dict, compare=False, repr=False)
     at: list[str] = field(default_factory=list, compare=False, repr=False)
+    near: list[float] = field(default_factory=list, compare=False, repr=False)
     known: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     # --- elements ---

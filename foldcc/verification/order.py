@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import Meaning, meaning, value
+from foldcc.verification.meanings import MEANINGS, Meaning, meaning, value
 
 aten = torch.ops.aten
 _HEIGHT = 2**21  # a fraction n / d with n * d below it is read as data; one random element in a hundred looks like one
 _DECADES = 4.0  # keyed places lie between 1e-4 and 1e4, evenly in each power of ten
+_CLOSE = 6.0  # those near a number differ from it by a part in one to a million
 _INTEGERS = 16  # a number that is no data is cast to one of so many integers
 
 
@@ -35,7 +36,9 @@ def fraction(field: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before, d_before, d = torch.full_like(rest, field.prime), torch.zeros_like(rest), torch.ones_like(rest)
     n, found, least = torch.zeros_like(rest), torch.ones_like(rest), torch.full_like(rest, _HEIGHT).masked_fill_(rest == 0, 0.0)
     size, height, quotient = d.clone(), torch.empty_like(rest), torch.empty_like(rest)
-    while bool(((size < _HEIGHT) & (rest > 0)).any()):  # x * d = rest, modulo the prime; in place, for it takes most of the time
+    while bool(
+        ((size < _HEIGHT) & (rest > 0)).any()
+    ):  # x * d = rest, modulo the prime; in place, for it takes most of the time
         torch.mul(rest, size, out=height).masked_fill_(rest == 0, _HEIGHT)
         at = (height < least).nonzero(as_tuple=True)
         n[at], found[at], least[at] = rest[at], d[at], height[at]
@@ -61,8 +64,25 @@ def standing(field: Field, x: Any) -> Tensor:
     key = field.keyed(size, "order")
     sign = torch.where((size == x) ^ (key % 2 == 0), 1.0, -1.0)
     unit = (key * 2**21 + size % 2**21) / 2**52  # all different, so that no two elements are equal
-    place = sign * torch.pow(10.0, (2 * unit - 1) * _DECADES)
+    place = sign * _size(field, unit)
     return torch.where(data, n.double() / d, torch.where(torch.isfinite(x), place, x))
+
+
+def _size(field: Field, unit: Tensor) -> Tensor:
+    """How far from zero: in any power of ten, or, every other time, near a number that the program compares with.
+
+    So a threshold that is moved a little lets some elements go the other way.
+    """
+    anywhere = torch.pow(10.0, (2 * unit - 1) * _DECADES)
+    if not field.near:
+        return anywhere
+    choice = unit * 2 * len(field.near)
+    which = choice.floor()
+    rest = (choice - which) * 2
+    apart = torch.pow(10.0, (rest % 1 - 1) * _CLOSE)
+    numbers = torch.tensor(field.near, dtype=torch.float64)
+    near = numbers[which.long() % len(numbers)] * torch.where(rest < 1, 1 - 0.9 * apart, 1 + apart)
+    return torch.where(which < len(numbers), near, torch.pow(10.0, (4 * unit - 3) * _DECADES))
 
 
 # --- comparisons ---
@@ -197,6 +217,14 @@ def _picked(name: str, dim_first: int) -> None:
 
 for _name, _dim in (("topk", 1), ("kthvalue", 1), ("sort", 0), ("cummax", 0), ("cummin", 0), ("mode", 0)):
     _picked(_name, _dim)
+
+
+@meaning("median")
+def median(field: Field, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    """The lower of the two in the middle."""
+    if dim is None:
+        return median(field, x.flatten(), 0)[0]
+    return MEANINGS["kthvalue"](field, x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
 
 def _extreme(name: str, pick: Callable[..., Tensor], both: Meaning) -> None:
