@@ -172,6 +172,17 @@ def leaky_relu_backward(field: Field, grad: Tensor, x: Tensor, slope: Any, is_re
     return torch.where(positive(field, x), grad, field.times(grad, value(field, slope)))
 
 
+@meaning("_prelu_kernel")
+def prelu(field: Field, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(positive(field, x), x, field.times(x, weight))
+
+
+@meaning("_prelu_kernel_backward")
+def prelu_backward(field: Field, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    above = positive(field, x)
+    return torch.where(above, grad, field.times(grad, weight)), torch.where(above, 0.0, field.times(grad, x))
+
+
 @meaning("abs")
 def absolute(field: Field, x: Tensor) -> Tensor:
     return torch.where(field.decided(standing(field, x) < 0), field.negative(x), x)
@@ -217,6 +228,12 @@ def _picked(name: str, dim_first: int) -> None:
 
 for _name, _dim in (("topk", 1), ("kthvalue", 1), ("sort", 0), ("cummax", 0), ("cummin", 0), ("mode", 0)):
     _picked(_name, _dim)
+
+
+@meaning("aminmax")
+def aminmax(field: Field, x: Tensor, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = () if dim is None else dim
+    return MEANINGS["amin"](field, x, dims, keepdim), MEANINGS["amax"](field, x, dims, keepdim)
 
 
 @meaning("median")
@@ -281,7 +298,7 @@ def histc(field: Field, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 # --- rounding ---
 
 
-def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Meaning:
+def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor], keyed: Callable[[Field, Tensor], Tensor]) -> Meaning:
     def rounded(field: Field, x: Any, decimals: int = 0) -> Tensor:
         """Of data, what it is; of any other element a keyed function."""
         x = value(field, x)
@@ -289,19 +306,28 @@ def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Meaning:
             scale = value(field, 10**decimals)
             return field.times(rounded(field, field.times(x, scale)), field.inverse(scale))
         n, d, data = fraction(field, x)
-        return torch.where(data, field.reduced(of(n, d).double()), field.function(name, x))
+        return torch.where(data, field.reduced(of(n, d).double()), keyed(field, x))
 
     return meaning(name)(rounded)
 
 
-def _half_to_even(n: Tensor, d: Tensor) -> Tensor:
-    return (n.double() / d).round().long()
+def _odd(name: str) -> Callable[[Field, Tensor], Tensor]:
+    def keyed(field: Field, x: Tensor) -> Tensor:
+        above, size = field.halves(x)
+        y = field.function(name, size)
+        return torch.where(above, y, field.negative(y))
+
+    return keyed
 
 
-floor = _whole("floor", lambda n, d: torch.div(n, d, rounding_mode="floor"))
-ceil = _whole("ceil", lambda n, d: -torch.div(-n, d, rounding_mode="floor"))
-trunc = _whole("trunc", lambda n, d: torch.div(n, d, rounding_mode="trunc"))
-round_ = _whole("round", _half_to_even)
+def _below(field: Field, x: Tensor) -> Tensor:
+    return field.function("floor", x)
+
+
+floor = _whole("floor", lambda n, d: torch.div(n, d, rounding_mode="floor"), _below)
+ceil = _whole("ceil", lambda n, d: -torch.div(-n, d, rounding_mode="floor"), lambda f, x: f.negative(_below(f, f.negative(x))))
+trunc = _whole("trunc", lambda n, d: torch.div(n, d, rounding_mode="trunc"), _odd("trunc"))
+round_ = _whole("round", lambda n, d: (n.double() / d).round().long(), _odd("round"))
 ROUNDED = {"floor": floor, "trunc": trunc}
 
 
