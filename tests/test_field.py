@@ -140,7 +140,6 @@ IDENTITIES = {
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.1), lambda x: torch.where(x > 0, x, 0.1 * x)),
     "softplus": (lambda x: F.softplus(x), lambda x: torch.where(x > 20, x, torch.log1p(torch.exp(x)))),
     "logsigmoid": (lambda x: F.logsigmoid(x), lambda x: torch.sigmoid(x).log()),
-    "mish": (lambda x: F.mish(x), lambda x: x * torch.tanh(F.softplus(x))),
     "hardswish": (lambda x: F.hardswish(x), lambda x: x * F.relu6(x + 3) / 6),
     "hardsigmoid": (lambda x: F.hardsigmoid(x), lambda x: F.relu6(x + 3) / 6),
     "frac": (lambda x: torch.frac(x), lambda x: x - torch.trunc(x)),

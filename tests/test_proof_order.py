@@ -18,6 +18,7 @@ from foldcc.testing import in_float64
 from foldcc.testing.mutate import equivalent, mutants
 from foldcc.verification.field import Field
 from foldcc.verification.mode import FieldMode
+from tests.test_proof_alarms import rewritten
 from tests.test_verify import broken_at
 
 aten = torch.ops.aten
@@ -220,6 +221,158 @@ def test_an_operator_that_orders_is_missed_when_it_is_left_out(
         raise AssertionError("nothing was edited")
 
     assert not foldcc.verify(broken_at(model, "annotate", edited)).ok
+
+
+# --- programs in which one operator is another ---
+
+
+def instead(target: Any, *args: Any) -> Callable[[Any, fx.Node], fx.Node]:
+    """Calls another operator on an operator's first operand and these."""
+    return lambda emit, n: emit(target, n.args[0], *args)
+
+
+def first(emit: Any, n: fx.Node) -> fx.Node:
+    return n.args[0]
+
+
+def later(emit: Any, n: fx.Node) -> fx.Node:
+    """Of two branches, the second one always."""
+    return n.args[2]
+
+
+def at_id(which: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, ids, **buffers: torch.where(which(ids, **buffers)[..., None], x * 2, x)
+
+
+def times(factor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, ids, **more: x * factor(ids, **more)[..., None]
+
+
+def segments(x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    return attending(x, mask[:, :, None] == mask[:, None, :])
+
+
+def of_any_segment(emit: Any, n: fx.Node) -> fx.Node:
+    return emit(aten.eq.Tensor, *(emit(aten.clamp.default, x, 0, 1) for x in n.args))
+
+
+def nucleus(x: Tensor, ids: Tensor) -> Tensor:
+    likely = x.softmax(-1).sort(-1, descending=True).values
+    return likely * (likely.cumsum(-1) < 0.9)
+
+
+def faked(x: Tensor, ids: Tensor) -> Tensor:
+    return (torch.clamp(torch.round(x / 0.1) + 8, 0, 15) - 8) * 0.1
+
+
+def straight_through(x: Tensor, ids: Tensor) -> Tensor:
+    return x + (torch.round(x) - x).detach()
+
+
+def later_positions(ids: Tensor, mask: Tensor) -> Tensor:
+    return mask.sum(1, keepdim=True) - 1
+
+
+LARGE = {"vocab": 20_000}
+MASK = {"mask": torch.ones(4, S, dtype=torch.long)}
+FLOAT_MASK = {"mask": torch.ones(4, S, dtype=torch.double)}
+BOUNDARIES = {"at": torch.tensor([-1.0, 0.25, 2.0], dtype=torch.double)}
+TOKENS = {"at": torch.tensor([5, 100, 19_000]), **LARGE}
+OTHERWISE = {
+    "a threshold": (lambda x, ids: torch.where(x > 0.5, x, x * 2), aten.gt.Scalar, instead(aten.gt.Scalar, 0.51), {}, {}),
+    "a tiny threshold": (lambda x, ids: torch.where(x.abs() < 1e-8, 0 * x, x), aten.where.self, later, {}, {}),
+    "the end of half precision": (lambda x, ids: x.clamp(-65504.0, 65504.0), aten.clamp.default, first, {}, {}),
+    "the bound of a norm": (lambda x, ids: F.normalize(x, dim=-1), aten.clamp_min.default, first, {}, {}),
+    "rounding": (quantised, aten.round.default, instead(aten.floor.default), {}, {}),
+    "rounding of data": (
+        lambda x, ids: x * torch.floor((torch.arange(S) - 3.0) / 2)[:, None],
+        aten.floor.default,
+        instead(aten.trunc.default),
+        {},
+        {},
+    ),
+    "quantisation": (faked, aten.clamp.default, instead(aten.clamp.default, 0, 16), {}, {}),
+    "rounding without a gradient": (straight_through, aten.round.default, first, {}, {}),
+    "a cast": (lambda x, ids: x.int().to(x.dtype) * x, aten._to_copy.default, first, {}, {}),
+    "an order": (lambda x, ids: x.sort(-1).values, aten.sort.default, instead(aten.sort.default, -1, True), {}, {}),
+    "a choice": (lambda x, ids: x * x.argmax(-1, True), aten.argmax.default, instead(aten.argmin.default, -1, True), {}, {}),
+    "how many are chosen": (
+        lambda x, ids: torch.where(x >= x.topk(3, -1).values[..., -1:], x, x * 2),
+        aten.topk.default,
+        instead(aten.topk.default, 4, -1),
+        {},
+        {},
+    ),
+    "a likely part": (nucleus, aten.lt.Scalar, instead(aten.lt.Scalar, 0.8), {}, {}),
+    "one side of a band": (lambda x, ids: torch.where((x > 0.1) & (x < 1.0), x, -x), aten.__and__.Tensor, first, {}, {}),
+    "boundaries": (
+        lambda x, ids, at: x * torch.bucketize(x, at),
+        aten.bucketize.Tensor,
+        lambda emit, n: emit(aten.bucketize.Tensor, n.args[0], emit(aten.slice.Tensor, n.args[1], 0, 1)),
+        BOUNDARIES,
+        {},
+    ),
+    "the middle one": (
+        lambda x, ids: x * x.median(-1, True).values,
+        aten.median.dim,
+        instead(aten.kthvalue.default, 5, -1, True),
+        {},
+        {},
+    ),
+    "an offset of ids": (at_id(lambda ids: ids - 100 == 7), aten.where.self, later, LARGE, {}),
+    "a residue of ids": (at_id(lambda ids: ids % 1000 == 3), aten.where.self, later, LARGE, {}),
+    "a quotient of ids": (
+        times(lambda ids: ids // 1000),
+        aten.floor_divide.default,
+        instead(aten.floor_divide.default, 1001),
+        LARGE,
+        {},
+    ),
+    "ids as numbers": (at_id(lambda ids: ids.float() > 19_990.5), aten.where.self, later, LARGE, {}),
+    "one of two tokens": (at_id(lambda ids: (ids == 5) | (ids == 19_000)), aten.__or__.Tensor, first, LARGE, {}),
+    "tokens of a buffer": (at_id(lambda ids, at: (ids[..., None] == at).any(-1)), aten.where.self, later, TOKENS, {}),
+    "tokens of a set": (at_id(lambda ids, at: torch.isin(ids, at)), aten.where.self, later, TOKENS, {}),
+    "buckets of ids": (
+        times(lambda ids, at: torch.searchsorted(at, ids)),
+        aten.searchsorted.Tensor,
+        lambda emit, n: emit(aten.searchsorted.Tensor, n.args[0], emit(aten.add.Tensor, n.args[1], 1)),
+        TOKENS,
+        {},
+    ),
+    "the place of a token": (times(lambda ids: (ids == 31).int().argmax(-1, True)), aten.eq.Scalar, first, {}, {}),
+    "segments": (segments, aten.eq.Tensor, of_any_segment, {}, MASK),
+    "any number in a mask": (times(lambda ids, mask: mask > 0), aten.gt.Scalar, instead(aten.eq.Scalar, 1), {}, MASK),
+    "a mask of real numbers": (times(lambda ids, mask: mask == 0), aten.eq.Scalar, instead(aten.lt.Scalar, 0), {}, FLOAT_MASK),
+    "the last position": (
+        times(later_positions),
+        aten.sum.dim_IntList,
+        lambda emit, n: emit(aten.sum.dim_IntList, emit(aten.ones_like.default, n.args[0]), [1], True),
+        {},
+        MASK,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_decides_otherwise_is_told_apart(case: str) -> None:
+    middle, target, build, options, more = OTHERWISE[case]
+    model = folded(middle, more, **options)
+    assert foldcc.verify(model, rounds=1).ok
+    assert not foldcc.verify(rewritten(model, target, build)).ok
+
+
+def test_rows_that_are_not_there_are_not_named() -> None:
+    """As positions that begin at 2 behind the padding, and an offset by which a row is looked up."""
+    table, mask = {"table": torch.randn(S + 3, H, dtype=torch.double)}, {"mask": torch.ones(4, S, dtype=torch.long)}
+    positions = lambda x, ids, mask, table: x * F.embedding(mask.cumsum(1) * mask + 1, table)  # noqa: E731
+    foldcc.verify(folded(positions, mask, **table), rounds=1).raise_if_failed()
+    foldcc.verify(folded(lambda x, ids, mask, table: x * table[mask // 3 - 1], mask, **table), rounds=1).raise_if_failed()
+
+
+def test_how_a_branch_is_reached_does_not_hide_that_it_is_one() -> None:
+    """`isfinite` compares and takes absolute values, of which some go either way."""
+    proof = foldcc.verify(folded(lambda x, ids: torch.where(x.isfinite(), x, 2 * x)), rounds=1)
+    assert any("isfinite" in x for x in proof.undecided)
 
 
 class Counted(nn.Module):

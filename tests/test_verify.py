@@ -43,13 +43,20 @@ def mixtral() -> FoldedModule:
     return folded("mixtral", "dp=2,tp=2|ep=2,etp=2")
 
 
-def broken_at(model: FoldedModule, stage: str, edit: Callable[[Program], None]) -> FoldedModule:
-    """The model with its program edited after a stage, and the later passes run on it."""
+def broken_at(model: FoldedModule, stage: str, edit: Callable[[Program], None], name: str | None = None) -> FoldedModule:
+    """The model with its program edited after a stage, and the later passes run on it.
+
+    Args:
+        name: of a pass that has edited it; without one the stage's own pass has.
+    """
     start = [s.name for s in model.stages].index(stage)
     program = model.stages[stage].program.copied()
     edit(program)
     later = run_passes(program, model.stages.passes(after=stage))
-    stages = [*model.stages[:start], _stage(model, stage, program), *list(later)[1:]]
+    edited = [_stage(model, stage, program)]
+    if name is not None:
+        edited = [model.stages[stage], replace(edited[0], name=name)]
+    stages = [*model.stages[:start], *edited, *list(later)[1:]]
     other = copy.copy(model)
     other.__dict__["_programs"] = model._programs.rewritten(Stages(stages), model._programs.newest.executable)
     return other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def addmm(field: Field, bias: Tensor, x: Tensor, y: Tensor, beta: Any = 1, alpha
     return field.add(scaled(field, bias, beta), scaled(field, field.matmul(x, y), alpha))
 
 
-@meaning("sum")
+@meaning("sum", "nansum")
 def total(field: Field, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     return field.sum(value(field, x), dim or None, keepdim)
 
@@ -169,6 +170,16 @@ def var(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: 
     total = field.sum(square(field, centred), dim or None, keepdim)
     count = x.numel() // max(1, total.numel())
     return field.times(total, over(field, count - int(1 if correction is None else correction)))
+
+
+@meaning("var_mean")
+def var_mean(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return var(field, x, dim, correction, keepdim), mean(field, x, dim, keepdim)
+
+
+@meaning("std_mean")
+def std_mean(field: Field, x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return std(field, x, dim, correction, keepdim), mean(field, x, dim, keepdim)
 
 
 @meaning("std")
@@ -197,6 +208,41 @@ def vector_norm(field: Field, x: Tensor, ord: Any = 2, dim: Any = None, keepdim:
         return (x != 0).double().sum(dims, keepdim)
     powers = field.sum(field.power(MEANINGS["abs"](field, x), float(ord)), dims, keepdim)
     return field.power(powers, 1 / ord)
+
+
+@meaning("convolution")
+def convolution(field: Field, x: Tensor, w: Tensor, bias: Any, *how: Any) -> Tensor:
+    """Bilinear, so that it is taken of a few bits at a time, for which every sum is exact."""
+    y = _by_bits(field, lambda bits: (aten.convolution(bits, w, None, *how),), x, w.numel())[0]
+    return y if bias is None else field.add(y, bias.view(-1, *[1] * (w.dim() - 2)))
+
+
+@meaning("convolution_backward")
+def convolution_backward(
+    field: Field, grad: Tensor, x: Tensor, w: Tensor, sizes: Any, *how: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *how, mask = how
+    linear = lambda bits: aten.convolution_backward(bits, x, w, sizes, *how, [True, True, False])[:2]  # noqa: E731
+    dx, dw = _by_bits(field, linear, grad, max(w.numel(), grad.numel()))
+    db = field.sum(grad, [0, *range(2, grad.dim())]) if mask[2] else None
+    return dx if mask[0] else None, dw if mask[1] else None, db
+
+
+def _by_bits(field: Field, linear: Callable[[Tensor], Any], x: Tensor, count: int) -> list[Tensor]:
+    """What a linear function, whose results are sums of at most so many products, makes of x."""
+    bits = 53 - 31 - math.ceil(math.log2(max(2, count)))
+    if bits < 1:
+        raise NotImplementedError(f"its sums are of {count} products")
+    limbs = []
+    for _ in range(math.ceil(31 / bits)):
+        high = (x / 2.0**bits).floor()
+        limbs.append(x - high * 2.0**bits)
+        x = high
+    totals = [field.reduced(y) for y in linear(limbs.pop())]
+    while limbs:
+        pairs = zip(totals, linear(limbs.pop()), strict=True)
+        totals = [field.reduced(field.times(t, 2.0**bits) + field.reduced(y)) for t, y in pairs]
+    return totals
 
 
 @meaning("cumsum")
@@ -310,6 +356,7 @@ def linspace(field: Field, *bounds: Any, **kwargs: Any) -> Tensor:
 @meaning("nan_to_num")
 def nan_to_num(field: Field, x: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Tensor:
     """An infinity is the carrier of a type's least number as well, which the operator keeps or makes of it."""
+    field.decided(~torch.isfinite(x))
     lowest = x if neginf is None else torch.where(x == -math.inf, value(field, neginf), x)
     return torch.where(x.isnan(), value(field, 0.0 if nan is None else nan), lowest)
 

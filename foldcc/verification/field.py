@@ -33,6 +33,7 @@ class Field:
         seed: of the hashes; two fields with the same seed have the same ones.
         hashed: `(x, name) -> value of the function called name`, on finite carriers; None for keyed hashes.
         decisions: which ways each mask, branch or comparison went, by the node that was named in `at` meanwhile.
+        near: positive numbers that the program compares with, which elements of the field stand near; see `order`.
         known: (x, what a function makes of x), by the function and x's place in memory; see `remember`.
     """
 
@@ -41,6 +42,7 @@ class Field:
     hashed: Callable[[Tensor, str], Tensor] | None = None
     decisions: dict[str, set[bool]] = field(default_factory=dict, compare=False, repr=False)
     at: list[str] = field(default_factory=list, compare=False, repr=False)
+    near: list[float] = field(default_factory=list, compare=False, repr=False)
     known: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     # --- elements ---
@@ -127,17 +129,24 @@ class Field:
         return self.reduced(x.sum(list(range(x.dim())) if dim is None else dim, keepdim=keepdim))
 
     def inverse(self, x: Tensor) -> Tensor:
-        """1 / x by Fermat's little theorem; NaN where x is zero."""
-        base, left = torch.nan_to_num(x, 0.0, 0.0, 0.0).long(), self.prime - 2
-        result = torch.ones_like(base)
-        while left:
-            if left & 1:
-                result = result * base % self.prime
-            base, left = base * base % self.prime, left >> 1
-        return torch.where(torch.isfinite(x) & (x != 0), result.double(), math.nan)
+        """1 / x; NaN where x is zero. All at once: of the product of all, from which each is got by products of the others."""
+        there = torch.isfinite(x) & (x != 0)
+        level = torch.where(there, x, 1.0).flatten().long()
+        levels = []
+        while len(level) > 1:
+            level = torch.nn.functional.pad(level, (0, len(level) % 2), value=1)
+            levels.append(level)
+            level = level[::2] * level[1::2] % self.prime
+        result = torch.tensor([pow(int(e), -1, self.prime) for e in level], dtype=torch.long)
+        for level in reversed(levels):  # of a pair's inverse, each one's is the product with the other
+            pairs = level.view(-1, 2).flip(1)
+            result = (pairs * result[: len(pairs), None] % self.prime).flatten()
+        return torch.where(there, result[: x.numel()].view(x.shape).double(), math.nan)
 
     def power(self, x: Tensor, exponent: float) -> Tensor:
         """Whole exponents are products, halves those of a root; any other is a function of its own."""
+        if exponent < 0 and exponent % 1 == 0.5:  # of 1 / sqrt(x), as its derivatives are
+            return self.power(self.inverse(self.root(x)), -2 * exponent)
         if exponent < 0:
             return self.inverse(self.power(x, -exponent))
         if exponent % 1 == 0.5:
@@ -166,7 +175,22 @@ class Field:
         known = self.recall("exp", x)
         if known is not None:
             return known
-        return torch.where(x == -math.inf, 0.0, torch.where(x == 0, 1.0, self.function("exp", x)))
+        above, size = self.halves(x)
+        value = torch.where(x == 0, 1.0, self.function("exp", size))
+        return torch.where(x == -math.inf, 0.0, torch.where(above, value, self.inverse(value)))
+
+    def logistic(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(x) / (1 + exp(x)), and 1 / (1 + exp(x))."""
+        above, size = self.halves(x)
+        value = torch.where(x == 0, 1.0, self.function("exp", size))
+        rest = self.inverse(self.reduced(value + 1))
+        share = self.times(value, rest)
+        return torch.where(above, share, rest), torch.where(above, rest, share)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(whether x is the smaller one of x and -x, that one): for the laws of f(-x)."""
+        size = torch.where(torch.isfinite(x), torch.minimum(x, self.prime - x), x)
+        return size == x, size
 
     def root(self, x: Tensor) -> Tensor:
         return self.remember("square", self.function("sqrt", x), x)

@@ -7,7 +7,6 @@ from typing import Any
 from torch import fx
 
 from foldcc.layout import Layout
-from foldcc.program import Program
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.groups import active
 from foldcc.runtime.placement import parts
@@ -24,9 +23,9 @@ class Folded:
         layouts: of the outputs.
     """
 
-    def __init__(self, program: Program, reference: Reference):
-        self.program, self.reference = program, reference
-        self.executable = Executable(program)
+    def __init__(self, executable: Executable, reference: Reference):
+        self.program, self.reference = executable.program, reference
+        self.executable = executable
         self.layouts: list[Layout] = [n.meta["layout"] for n in self.executable.outputs]
         self.outputs, self.saved = self.forward()
 

@@ -20,9 +20,9 @@ from foldcc.verification.order import clamp, hardtanh_backward, positive
 
 def symmetric(field: Field, name: str, x: Tensor, odd: bool = True) -> Tensor:
     """A hash for which f(-x) = -f(x), or f(x) where it is even."""
-    size = torch.where(torch.isfinite(x), torch.minimum(x, field.prime - x), x)
+    above, size = field.halves(x)
     y = torch.where(x == 0, 0.0 if odd else 1.0, field.function(name, size))
-    return torch.where(size == x, y, field.negative(y)) if odd else y
+    return torch.where(above, y, field.negative(y)) if odd else y
 
 
 def _symmetric(name: str, odd: bool) -> None:
@@ -32,19 +32,22 @@ def _symmetric(name: str, odd: bool) -> None:
 
 
 HASHED = ("cos", "erf", "erfc", "log", "log1p", "log2", "sigmoid", "sin", "sqrt", "tan", "tanh")
-for _name in ("cos", "erf", "sin", "tan", "tanh"):
+for _name in ("cos", "erf", "sin", "tan"):
     _symmetric(_name, odd=_name != "cos")
 
 
 @meaning("sigmoid")
 def sigmoid(field: Field, x: Any) -> Tensor:
-    """(1 + tanh(x / 2)) / 2, by which all laws of either are those of one odd function."""
-    half = field.number(0.5)
-    return field.times(field.add(torch.ones((), dtype=torch.float64), tanh(field, field.times(value(field, x), half))), half)
+    """exp(x) / (1 + exp(x)), so that it has all laws that exp has."""
+    return field.logistic(value(field, x))[0]
 
 
-def tanh(field: Field, x: Tensor) -> Tensor:
-    return symmetric(field, "tanh", x)
+@meaning("tanh")
+def tanh(field: Field, x: Any) -> Tensor:
+    """(exp(2x) - 1) / (exp(2x) + 1)."""
+    x = value(field, x)
+    first, second = field.logistic(field.reduced(x + x))
+    return field.reduced(first - second)
 
 
 @meaning("log2")
@@ -177,7 +180,7 @@ def mish(field: Field, x: Tensor) -> Tensor:
 @meaning("mish_backward")
 def mish_backward(field: Field, grad: Tensor, x: Tensor) -> Tensor:
     inner = tanh(field, softplus(field, x))
-    slope = softplus_backward(field, sub(field, 1, square(field, inner)), x, 1, 20)
+    slope = mul(field, sub(field, 1, square(field, inner)), sigmoid(field, x))
     return mul(field, grad, add(field, inner, mul(field, x, slope)))
 
 
@@ -209,6 +212,24 @@ def log_sigmoid_forward(field: Field, x: Tensor) -> tuple[Tensor, Tensor]:
 @meaning("log_sigmoid_backward")
 def log_sigmoid_backward(field: Field, grad: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
     return mul(field, grad, sub(field, 1, sigmoid(field, x)))
+
+
+@meaning("glu")
+def glu(field: Field, x: Tensor, dim: int = -1) -> Tensor:
+    first, second = x.chunk(2, dim)
+    return field.times(first, sigmoid(field, second))
+
+
+@meaning("glu_backward")
+def glu_backward(field: Field, grad: Tensor, x: Tensor, dim: int) -> Tensor:
+    first, second = x.chunk(2, dim)
+    gate = sigmoid(field, second)
+    return torch.cat([field.times(grad, gate), sigmoid_backward(field, field.times(grad, first), gate)], dim)
+
+
+@meaning("hypot")
+def hypot(field: Field, x: Tensor, y: Tensor) -> Tensor:
+    return field.root(add(field, square(field, x), square(field, y)))
 
 
 def pointwise(field: Field, name: str, arguments: Any) -> Tensor:

@@ -13,14 +13,20 @@ from foldcc.program import Program
 from foldcc.rules.aten import argument
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import MOVES
+from foldcc.verification.steps import steps
 
 aten = torch.ops.aten
 _FEW = 64  # a buffer with so many distinct values at most, and several times as many elements, is data such as a mask
-_SEEDED = 4  # every so many positions, one is a special one
-_COMPARING = frozenset("eq ne lt le gt ge clamp clamp_min clamp_max maximum minimum floor ceil round trunc isin".split())
+_SEEDED = 3  # every so many positions, one is a special one; no position of every third sample
+_EQUAL = frozenset("eq ne isin".split())
+_BOUNDED = frozenset("lt le gt ge clamp clamp_min clamp_max maximum minimum hardtanh threshold bucketize searchsorted".split())
+_COMPARING = _EQUAL | _BOUNDED | frozenset("floor ceil round trunc sort argsort topk argmax argmin max min amax amin".split())
+_FROM_MANY = frozenset("cumsum sum prod argmax argmin argsort one_hot bincount".split())
 _IGNORED = 4  # every so many labels one is left out, and all of the first sample's, so that ranks count differently
 
 _COUNTS = 100
+_SEGMENTS = 4
+_HUGE = 1e30  # a number from here on is no threshold, but the end of a type
 
 
 def random_inputs(
@@ -40,20 +46,25 @@ def random_inputs(
         extreme: one value for each integer input: every label is ignored, every mask is zero, every id a special one.
         full_rows: of a padding mask so much is valid that every query of the program's attention may attend to something.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
+    data: dict[fx.Node, Tensor] = {}  # which keeps its values, as integers or real numbers
+    for slot, node in zip(program.slots, program.placeholders, strict=True):
+        kept = program.constants[slot.name] if slot.kind == "constant" else held.get(slot.names[0])
+        kept = _data(node, kept) if slot.kind == "buffer" and node.meta["val"].is_floating_point() else kept
+        if slot.kind in ("buffer", "constant") and kept is not None and kept.device.type != "meta":
+            data[node] = kept.detach().cpu()
+    field.near[:] = _thresholds(program, data)
     for slot, node in zip(program.slots, program.placeholders, strict=True):
         like = node.meta["val"]
-        if slot.kind == "constant":
-            constant = program.constants[slot.name]
-            found[slot.name] = field.numbers(constant.cpu()) if constant.is_floating_point() else constant.cpu()
-        elif slot.kind == "buffer" and (data := _data(node, held.get(slot.names[0]))) is not None:
-            found[slot.name] = field.numbers(data)
+        if node in data:
+            found[slot.name] = field.numbers(data[node]) if data[node].is_floating_point() else data[node]
         elif like.is_floating_point():
             found[slot.name] = field.random(like.shape, generator)
-        elif slot.kind == "buffer" and held[slot.names[0]].device.type != "meta":
-            found[slot.name] = held[slot.names[0]].cpu()
+            if slot.kind == "input" and (equal := _numbers(node, _moved, _EQUAL)):
+                special = field.numbers(torch.tensor(sorted(equal), dtype=torch.float64))
+                found[slot.name] = _seeded(found[slot.name], special, generator)
         else:
-            found[slot.name] = _positions(node, generator, extreme)
+            found[slot.name] = _positions(node, data, generator, extreme)
             if full_rows and (windows := _masking(node)) and like.dim() == 2:
                 found[slot.name][:, :: min(windows)] = 1
     return found
@@ -63,6 +74,37 @@ def _masking(node: fx.Node) -> list[int]:
     """The windows, or all positions where there is none, of attention that an input is the padding mask of."""
     readers = [user for user, x in _uses(node, _integral) if user.target is ops.attention and argument(user, "valid") is x]
     return [argument(user, "window") or argument(user, "k").meta["val"].shape[2] for user in readers]
+
+
+def _seeded(values: Tensor, special: Tensor, generator: torch.Generator) -> Tensor:
+    """Special values at some positions, and at none of every third sample, which is then a plain one."""
+    seeded = torch.randint(0, _SEEDED, tuple(values.shape), generator=generator) == 0
+    if values.dim():
+        seeded[1::3] = False
+    drawn = special[torch.randint(0, len(special), tuple(values.shape), generator=generator)]
+    return torch.where(seeded, drawn.to(values.dtype), values)
+
+
+def _thresholds(program: Program, data: Mapping[fx.Node, Tensor]) -> list[float]:
+    """The numbers that the program compares with, those of buffers included."""
+    found: set[float] = set()
+    for block in [program.graph, *program.blocks.values()]:
+        for node in block.graph.nodes:
+            found |= set(_compared(node)) if _name(node) in _BOUNDED else set()
+    for node, values in data.items():
+        if values.is_floating_point() and values.numel() <= _FEW and any(_name(u) in _BOUNDED for u, _ in _uses(node, _moved)):
+            found |= {abs(x) for x in values.flatten().tolist()}
+    return sorted(x for x in found if 0 < x < _HUGE)
+
+
+def _compared(node: fx.Node) -> list[float]:
+    return [abs(float(x)) for x in pytree.tree_leaves((node.args[1:], node.kwargs)) if type(x) in (int, float)]
+
+
+def _numbers(node: fx.Node, through: Callable[[fx.Node], bool], names: frozenset[str]) -> set[float]:
+    """The numbers that a value is compared with by operators of some names."""
+    users = [u for u, _ in _uses(node, through) if _name(u) in names]
+    return {float(x) for u in users for x in pytree.tree_leaves((u.args, u.kwargs)) if type(x) in (int, float)}
 
 
 def _data(node: fx.Node, buffer: Tensor | None) -> Tensor | None:
@@ -78,18 +120,17 @@ def _data(node: fx.Node, buffer: Tensor | None) -> Tensor | None:
     return values if few or any(_name(user) in _COMPARING for user, _ in _uses(node, _moved)) else None
 
 
-def _positions(node: fx.Node, generator: torch.Generator, extreme: bool) -> Tensor:
+def _positions(node: fx.Node, data: Mapping[fx.Node, Tensor], generator: torch.Generator, extreme: bool) -> Tensor:
     like = node.meta["val"]
-    bound, ignored, special = _range(node)
+    bound, ignored, special, there = _range(node, data)
     if not like.dim() and bound is None and like.dtype != torch.bool:  # a count, which programs divide by
         return torch.randint(1, _COUNTS, (), generator=generator, dtype=like.dtype)
     if extreme:
         return torch.full(tuple(like.shape), [*special, 0][0] if ignored is None else ignored, dtype=like.dtype)
-    values = torch.randint(0, bound or 2, tuple(like.shape), generator=generator)
-    if special:
-        seeded = torch.randint(0, _SEEDED, tuple(like.shape), generator=generator) == 0
-        drawn = torch.tensor(special)[torch.randint(0, len(special), tuple(like.shape), generator=generator)]
-        values = torch.where(seeded, drawn, values)
+    each = bound or (_SEGMENTS if _compared_with_itself(node) and like.dtype != torch.bool else 2)
+    there = range(each) if there is None else range(max(0, there.start), there.stop)[:each]
+    values = torch.randint(there.start, there.stop, tuple(like.shape), generator=generator)
+    values = _seeded(values, torch.tensor(special), generator) if special else values
     if ignored is not None and like.dim():
         left_out = torch.randint(0, _IGNORED, tuple(like.shape), generator=generator) == 0
         left_out[0] = True
@@ -98,12 +139,23 @@ def _positions(node: fx.Node, generator: torch.Generator, extreme: bool) -> Tens
     return values.to(like.dtype)
 
 
-def _range(node: fx.Node) -> tuple[int | None, int | None, list[int]]:
+def _compared_with_itself(node: fx.Node) -> bool:
+    """Whether a value's elements are compared with each other, as segments of packed samples are."""
+    there = {node, *(user for user, x in _uses(node, _integral))}
+    return any(
+        _name(user) in ("eq", "ne", "lt", "le", "gt", "ge")
+        and len(user.all_input_nodes) == 2
+        and there >= {*user.all_input_nodes}
+        for user in there
+    )
+
+
+def _range(node: fx.Node, data: Mapping[fx.Node, Tensor]) -> tuple[int | None, int | None, list[int], range | None]:
     """How many values an integer input may take, if its uses say it, the label that is ignored, and special ids:
-    padding, and what the program compares with, a step below and above it."""
+    padding, and what the program compares with or steps at, a step below and above it; and which values may be drawn."""
     bounds: list[int] = []
     ignored, compared = None, set()
-    for user, x in _uses(node, _integral):
+    for user, x in _uses(node, _each):
         if user.target is aten.embedding.default and user.args[1] is x:
             rows = user.args[0].meta["val"].shape[0]
             bounds.append(rows)
@@ -112,11 +164,12 @@ def _range(node: fx.Node) -> tuple[int | None, int | None, list[int]]:
         elif user.target is ops.token_loss and argument(user, "target") is x:
             bounds.append(argument(user, "logits").meta["val"].shape[1])
             ignored = argument(user, "ignore_index")
-        elif _name(user) in _COMPARING:
+        elif _name(user) in _EQUAL | _BOUNDED:
             numbers = [int(y) for y in pytree.tree_leaves((user.args, user.kwargs)) if type(y) in (int, float) and y == y // 1]
-            compared |= {c + step for c in numbers for step in ((0,) if _name(user) in ("eq", "ne") else (-1, 0, 1))}
+            compared |= {c + step for c in numbers for step in ((0,) if _name(user) in _EQUAL else (-1, 0, 1))}
     bound = min(bounds) if bounds else None
-    return bound, ignored, sorted(c for c in compared if bound is None or 0 <= c < bound)
+    found, there = (set(), None) if node.meta["val"].dtype == torch.bool else steps(node, bound, data)
+    return bound, ignored, sorted(c for c in compared | found if there is None or c in there), there
 
 
 def _uses(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -143,6 +196,12 @@ def _name(node: fx.Node) -> str:
 
 def _integral(node: fx.Node) -> bool:
     return isinstance(v := node.meta.get("val"), Tensor) and not v.is_floating_point()
+
+
+def _each(node: fx.Node) -> bool:
+    """Whether a node makes an integer of each integer, so that the range of one tells that of the other."""
+    together = _name(node) in ("add", "sub", "mul") and len(node.all_input_nodes) > 1
+    return _integral(node) and not together and _name(node) not in _FROM_MANY
 
 
 def _moved(node: fx.Node) -> bool:

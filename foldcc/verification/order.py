@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import Meaning, meaning, value
+from foldcc.verification.meanings import MEANINGS, Meaning, meaning, value
 
 aten = torch.ops.aten
 _HEIGHT = 2**21  # a fraction n / d with n * d below it is read as data; one random element in a hundred looks like one
 _STEPS = 46  # that Euclid's algorithm takes at most below 2**31
 _DECADES = 4.0  # keyed places lie between 1e-4 and 1e4, evenly in each power of ten
+_CLOSE = 6.0  # those near a number differ from it by a part in one to a million
 _INTEGERS = 16  # a number that is no data is cast to one of so many integers
 
 
@@ -64,8 +65,25 @@ def standing(field: Field, x: Any) -> Tensor:
     key = field.keyed(size, "order")
     sign = torch.where((size == x) ^ (key % 2 == 0), 1.0, -1.0)
     unit = (key * 2**21 + size % 2**21) / 2**52  # all different, so that no two elements are equal
-    place = sign * torch.pow(10.0, (2 * unit - 1) * _DECADES)
+    place = sign * _size(field, unit)
     return torch.where(data, n.double() / d, torch.where(torch.isfinite(x), place, x))
+
+
+def _size(field: Field, unit: Tensor) -> Tensor:
+    """How far from zero: in any power of ten, or, every other time, near a number that the program compares with.
+
+    So a threshold that is moved a little lets some elements go the other way.
+    """
+    anywhere = torch.pow(10.0, (2 * unit - 1) * _DECADES)
+    if not field.near:
+        return anywhere
+    choice = unit * 2 * len(field.near)
+    which = choice.floor()
+    rest = (choice - which) * 2
+    apart = torch.pow(10.0, (rest % 1 - 1) * _CLOSE)
+    numbers = torch.tensor(field.near, dtype=torch.float64)
+    near = numbers[which.long() % len(numbers)] * torch.where(rest < 1, 1 - 0.9 * apart, 1 + apart)
+    return torch.where(which < len(numbers), near, torch.pow(10.0, (4 * unit - 3) * _DECADES))
 
 
 # --- comparisons ---
@@ -155,6 +173,17 @@ def leaky_relu_backward(field: Field, grad: Tensor, x: Tensor, slope: Any, is_re
     return torch.where(positive(field, x), grad, field.times(grad, value(field, slope)))
 
 
+@meaning("_prelu_kernel")
+def prelu(field: Field, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(positive(field, x), x, field.times(x, weight))
+
+
+@meaning("_prelu_kernel_backward")
+def prelu_backward(field: Field, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    above = positive(field, x)
+    return torch.where(above, grad, field.times(grad, weight)), torch.where(above, 0.0, field.times(grad, x))
+
+
 @meaning("abs")
 def absolute(field: Field, x: Tensor) -> Tensor:
     return torch.where(field.decided(standing(field, x) < 0), field.negative(x), x)
@@ -200,6 +229,20 @@ def _picked(name: str, dim_first: int) -> None:
 
 for _name, _dim in (("topk", 1), ("kthvalue", 1), ("sort", 0), ("cummax", 0), ("cummin", 0), ("mode", 0)):
     _picked(_name, _dim)
+
+
+@meaning("aminmax")
+def aminmax(field: Field, x: Tensor, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = () if dim is None else dim
+    return MEANINGS["amin"](field, x, dims, keepdim), MEANINGS["amax"](field, x, dims, keepdim)
+
+
+@meaning("median")
+def median(field: Field, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    """The lower of the two in the middle."""
+    if dim is None:
+        return median(field, x.flatten(), 0)[0]
+    return MEANINGS["kthvalue"](field, x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
 
 def _extreme(name: str, pick: Callable[..., Tensor], both: Meaning) -> None:
@@ -256,7 +299,7 @@ def histc(field: Field, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 # --- rounding ---
 
 
-def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Meaning:
+def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor], keyed: Callable[[Field, Tensor], Tensor]) -> Meaning:
     def rounded(field: Field, x: Any, decimals: int = 0) -> Tensor:
         """Of data, what it is; of any other element a keyed function."""
         x = value(field, x)
@@ -264,19 +307,28 @@ def _whole(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Meaning:
             scale = value(field, 10**decimals)
             return field.times(rounded(field, field.times(x, scale)), field.inverse(scale))
         n, d, data = fraction(field, x)
-        return torch.where(data, field.reduced(of(n, d).double()), field.function(name, x))
+        return torch.where(data, field.reduced(of(n, d).double()), keyed(field, x))
 
     return meaning(name)(rounded)
 
 
-def _half_to_even(n: Tensor, d: Tensor) -> Tensor:
-    return (n.double() / d).round().long()
+def _odd(name: str) -> Callable[[Field, Tensor], Tensor]:
+    def keyed(field: Field, x: Tensor) -> Tensor:
+        above, size = field.halves(x)
+        y = field.function(name, size)
+        return torch.where(above, y, field.negative(y))
+
+    return keyed
 
 
-floor = _whole("floor", lambda n, d: torch.div(n, d, rounding_mode="floor"))
-ceil = _whole("ceil", lambda n, d: -torch.div(-n, d, rounding_mode="floor"))
-trunc = _whole("trunc", lambda n, d: torch.div(n, d, rounding_mode="trunc"))
-round_ = _whole("round", _half_to_even)
+def _below(field: Field, x: Tensor) -> Tensor:
+    return field.function("floor", x)
+
+
+floor = _whole("floor", lambda n, d: torch.div(n, d, rounding_mode="floor"), _below)
+ceil = _whole("ceil", lambda n, d: -torch.div(-n, d, rounding_mode="floor"), lambda f, x: f.negative(_below(f, f.negative(x))))
+trunc = _whole("trunc", lambda n, d: torch.div(n, d, rounding_mode="trunc"), _odd("trunc"))
+round_ = _whole("round", lambda n, d: (n.double() / d).round().long(), _odd("round"))
 ROUNDED = {"floor": floor, "trunc": trunc}
 
 

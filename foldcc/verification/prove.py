@@ -13,6 +13,7 @@ from foldcc.errors import FoldError
 from foldcc.layout import Shard
 from foldcc.passes.manager import Stages
 from foldcc.program import Program
+from foldcc.runtime.executable import Executable
 from foldcc.verification import reduce
 from foldcc.verification.compare import reading, summed, wrong_rank
 from foldcc.verification.degree import bound
@@ -124,15 +125,16 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
     """`verify` over given fields, one for each round, and one more on extreme inputs where something went one way only."""
     captured: Program = stages["capture"].program
     program: Program = stages[stage].program
+    executable = Executable(program) if "differentiated" in program.properties else None  # its backward graphs are made once
     difference, proved, rounds = None, (), len(fields)
     for field in fields:
-        difference, proved = _round(stages, program, field, buffers)
+        difference, proved = _round(stages, program, executable, field, buffers)
         if difference is not None:
             break
     if difference is None and _undecided(fields):
         extreme = replace(fields[0], decisions={}, known={})
         try:
-            difference, _ = _round(stages, program, extreme, buffers, extreme=True)
+            difference, _ = _round(stages, program, executable, extreme, buffers, extreme=True)
             fields = [*fields, extreme]
         except Undefined:
             pass  # a mean over no token at all, say: what is undecided stays so, and the proof lists it
@@ -159,15 +161,20 @@ def _undecided(fields: Sequence[Field]) -> tuple[str, ...]:
 
 
 def _round(
-    stages: Stages, program: Program, field: Field, buffers: Mapping[str, Tensor], *, extreme: bool = False
+    stages: Stages,
+    program: Program,
+    executable: Executable | None,
+    field: Field,
+    buffers: Mapping[str, Tensor],
+    *,
+    extreme: bool = False,
 ) -> tuple[Difference | None, tuple[str, ...]]:
     captured: Program = stages["capture"].program
     generator = torch.Generator().manual_seed(field.seed)
     inputs = random_inputs(captured, field, buffers, generator, extreme=extreme)
     reference = Reference(captured, field, inputs, generator)
-    differentiated = "differentiated" in program.properties
     try:
-        run = Folded(program, reference) if differentiated else OnRanks(program, reference)
+        run = Folded(executable, reference) if executable is not None else OnRanks(program, reference)
     except (RuntimeError, IndexError) as error:  # the captured program runs on the same inputs
         return Difference(what=f"The folded program does not run ({error}), so that it", rank=0), ()
     mesh = program.mesh

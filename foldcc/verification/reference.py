@@ -119,7 +119,8 @@ class _Defined(fx.Interpreter):
         except (RuntimeError, IndexError) as error:
             raise Undefined(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
         if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor):
-            if result.dtype == torch.bool:
+            if result.dtype == torch.bool and not _is_view(n):
+                self.noted.decisions.pop(at[-1], None)  # how it came about is nobody's branch
                 self.noted.decided(result)
             elif not result.is_floating_point() and getattr(n.target, "overloadpacket", None) in _BOUNDS:
                 self.noted.decided(result == args[0])  # of integers; elements of the field note their own
@@ -127,6 +128,11 @@ class _Defined(fx.Interpreter):
         if name is not None:
             self.kept[name] = result
         return result
+
+
+def _is_view(node: fx.Node) -> bool:
+    returned = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(x.alias_info is not None for x in returned)
 
 
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
