@@ -11,6 +11,7 @@ from foldcc.call import Key, Told
 from foldcc.errors import FoldError
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
+from foldcc.verification import Proof
 
 KEPT = 16  # programs of a module
 _ADVICE = {
@@ -28,6 +29,7 @@ class Kept:
         told: the inputs, as a person reads them.
         free: the numbers that are inputs of the program.
         blind: the numbers that it is specialised to, and that the model does not look at.
+        proof: that was made when it was compiled, if one was.
     """
 
     key: Key
@@ -36,6 +38,7 @@ class Kept:
     told: Mapping[str, Told]
     free: frozenset[str] = frozenset()
     blind: Mapping[str, Any] = field(default_factory=dict)
+    proof: Proof | None = None
 
     def __str__(self) -> str:
         return ", ".join(f"{name}{told}" for name, told in self.told.items())
@@ -68,7 +71,7 @@ class Programs:
 
     def rewritten(self, stages: Stages, executable: Executable | None = None) -> Programs:
         """The newest program alone, rewritten; unless said otherwise, what runs is its last stage."""
-        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program))
+        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program), proof=None)
         return replace(self, kept={new.key: new})
 
     def find(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:

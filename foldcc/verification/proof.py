@@ -59,6 +59,7 @@ class Proof:
         proved: what was compared on every rank, one sentence each.
         assumed: what else the verdict rests on, such as the argument for reduced sizes.
         difference: where the program fails; None when it is proved.
+        impossible: why nothing could be proved; empty when something was, or a difference was found.
     """
 
     program: str
@@ -71,10 +72,11 @@ class Proof:
     assumed: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
     difference: Difference | None = None
+    impossible: str = ""
 
     @property
     def ok(self) -> bool:
-        return self.difference is None
+        return self.difference is None and not self.impossible
 
     @property
     def parameter(self) -> str | None:
@@ -104,6 +106,8 @@ class Proof:
         return self
 
     def __str__(self) -> str:
+        if self.impossible:
+            return f"{self.program} on {self.mesh} was not proved equal to the captured program: {self.impossible}"
         verdict = "equal" if self.ok else "NOT equal"
         lines = [f"{self.program} on {self.mesh} is {verdict} to the captured program, at stage {self.stage}."]
         if self.difference is not None:

@@ -66,7 +66,7 @@ def verify(
     buffers = dict(model.named_buffers(remove_duplicate=False))
     fields = [Field(seed=seed + i) for i in range(rounds)]
     if too_large(stages) if reduced is None else reduced:
-        return _prove_reduced(stages, buffers, name, fields)
+        return prove_reduced(stages, reduce.reduced(stages), buffers, name, fields)
     return prove(stages, buffers, stage=name, fields=fields)
 
 
@@ -85,11 +85,11 @@ def too_large(stages: Stages) -> bool:
     return elements > _ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
 
 
-def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
+def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
+    """`verify` of a program over smaller sizes, and that it is the same program; `small` may be on a mesh of fewer ranks."""
     order = [s.name for s in stages]
     if order.index(name) < order.index("shard"):
         name = "shard"  # until then there is nothing but the captured graph
-    small = reduce.reduced(stages)
     operators, ranks = small[-1].after, small[-1].program.mesh.world_size
     if operators * ranks > _MOST:
         raise FoldError(
@@ -108,13 +108,15 @@ def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fie
         what = f"The gradient that the main graph sums over {calls} calls"
         return replace(proof, difference=Difference(what=what, rank=0, node=f"main backward of stage {name}"))
     sizes = " ".join(f"{f.name}={n}" for f, n in small["shard"].program.sizes.items() if f in stages["shard"].program.sizes)
+    mesh, fewer = stages[name].program.mesh, small[name].program.mesh
     argument = (
+        *((f"proved on the mesh {fewer}, whose axes cross as those of {mesh} do",) if fewer != mesh else ()),
         f"proved over smaller sizes: {sizes}",
         f"each of {blocks} blocks of the full program has the same nodes, operands, axes and layouts; sizes and offsets differ",
         f"the {calls} calls of blocks in the main graphs are wired alike, forward and backward, whatever the blocks compute",
         "each operator does the same at every size of a factor, as its factor rule says",
     )
-    return replace(proof, assumed=argument)
+    return replace(proof, mesh=str(mesh), assumed=argument)
 
 
 def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:
