@@ -1,11 +1,13 @@
 """The proof that `parallelize` makes of every program that it compiles: small enough to be made each time.
 
-It is `verify` in one round; of a large mesh, on one of fewer ranks with the same axes. What held is remembered on disk.
+It is `verify` in one round; of a large program over smaller sizes, and on a mesh of fewer ranks with the same axes. What held
+is remembered on disk.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -17,11 +19,12 @@ from foldcc.verification import reduce
 from foldcc.verification.fewer_ranks import fewer_ranks
 from foldcc.verification.field import MERSENNE, Field
 from foldcc.verification.proof import Proof
-from foldcc.verification.prove import prove, prove_reduced, too_large
+from foldcc.verification.prove import prove, prove_reduced
 from foldcc.verification.remembered import fingerprint, recall, remember
 from foldcc.verification.same import first_unlike
 
-_RANKS = 8  # more are proved on fewer, where the programs are alike
+_CALLS = 20_000  # of operators, over all ranks: about what making a program smaller takes
+_WORK = 50_000_000  # products of parameters with tokens
 
 
 def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor]) -> Proof:
@@ -34,7 +37,7 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor]) -> Proof:
     Raises:
         FoldError: the program computes something else than the captured one: after which pass, and where.
     """
-    key = fingerprint(stages, buffers, _RANKS)
+    key = fingerprint(stages, buffers)
     known = recall(key)
     if known is not None:
         return known
@@ -42,8 +45,16 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor]) -> Proof:
     try:
         proof = _proof(stages, buffers, stages[-1].name)
     except FoldError as error:
-        told = dict(program=program.name, mesh=str(program.mesh), stage=stages[-1].name, prime=MERSENNE)
-        proof = Proof(**told, rounds=0, bound=1.0, proved=(), impossible=str(error))
+        proof = Proof(
+            program=program.name,
+            mesh=str(program.mesh),
+            stage=stages[-1].name,
+            prime=MERSENNE,
+            rounds=0,
+            bound=1.0,
+            proved=(),
+            impossible=str(error),
+        )
         warnings.warn(str(proof), stacklevel=2)
         return proof
     if not proof.ok:
@@ -54,15 +65,29 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor]) -> Proof:
 
 
 def _proof(stages: Stages, buffers: Mapping[str, Tensor], name: str) -> Proof:
-    mesh, fields = stages[-1].program.mesh, [Field(seed=0)]
+    fields = [Field(seed=0)]
+    if not _large(stages):
+        return prove(stages, buffers, stage=name, fields=fields)
+    return prove_reduced(stages, _smaller(stages, name), buffers, name, fields)
+
+
+def _large(stages: Stages) -> bool:
+    program: Program = stages["capture"].program
+    held: Counter[bool] = Counter()
+    for slot, node in zip(program.slots, program.placeholders, strict=True):
+        held[slot.kind == "input"] += node.meta["val"].numel()
+    return held[True] * held[False] > _WORK or stages[-1].after * program.mesh.world_size > _CALLS
+
+
+def _smaller(stages: Stages, name: str) -> Stages:
+    """The program over smaller sizes, and on fewer ranks where it is the same program there."""
+    mesh = stages[-1].program.mesh
     fewer = fewer_ranks(mesh)
-    if mesh.world_size > _RANKS and fewer != mesh:
+    if fewer != mesh:
         try:
             small = reduce.reduced(stages, fewer)
         except FoldError:  # a size that fewer ranks do not divide as these do
             small = None
         if small is not None and first_unlike(stages, small, name) is None:
-            return prove_reduced(stages, small, buffers, name, fields)
-    if too_large(stages):
-        return prove_reduced(stages, reduce.reduced(stages), buffers, name, fields)
-    return prove(stages, buffers, stage=name, fields=fields)
+            return small
+    return reduce.reduced(stages)
