@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from math import gcd
 from types import ModuleType
@@ -43,7 +44,7 @@ def parallelize(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     capture: str = "export",
     kernels: str | ModuleType = "auto",
-    verify: bool = False,
+    verify: bool | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
     check_ranks: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -63,7 +64,9 @@ def parallelize(
         kernels: "triton" emits Triton kernels for what is between matrix products, and "aten" does not; "auto" does on
             CUDA. On CPU they run in Triton's interpreter, which is slow and for tests. Or kernels that were emitted and
             edited, from `load_kernels`.
-        verify: proves every program that is compiled equal to the captured one, as `foldcc.verify` does.
+        verify: every program that is compiled is proved equal to the captured one, as by `foldcc.verify`: in one round, on a
+            mesh of fewer ranks where there are many, and on one rank for all. `model.proof` says what was proved, and what
+            held is remembered on disk. False skips it; unless said otherwise, so does FOLDCC_VERIFY=0 in the environment.
         batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
             not named it is the first, where that has the size of the others' samples.
         check_ranks: on real ranks, every call begins with an exchange of eight bytes that finds ranks which call with other
@@ -71,8 +74,8 @@ def parallelize(
         progress: called with the name of each stage before it runs.
 
     Raises:
-        FoldError: the model, the mesh and the inputs do not fit together, with the arithmetic and the valid values; or,
-            with `verify`, a pass changed what the program computes: which, and where.
+        FoldError: the model, the mesh and the inputs do not fit together, with the arithmetic and the valid values; or
+            a pass changed what the program computes: which, and where.
     """
     if not isinstance(model, nn.Module):
         raise FoldError(f"parallelize takes an nn.Module, not {type(model).__name__}.")
@@ -94,7 +97,7 @@ def parallelize(
         tracer=capture,
         kernels=kernels,
         pipeline=PIPELINE,
-        verified=verify,
+        verified=os.environ.get("FOLDCC_VERIFY") != "0" if verify is None else verify,
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from foldcc.call import Call
 from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
-from foldcc.errors import NotFolded
+from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.program import Program
 from foldcc.programs import Kept, Programs
-from foldcc.runtime.agreement import agree_on_call, agree_on_start
+from foldcc.runtime.agreement import agree_on_call, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
 from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, refuse_hooks
-from foldcc.verification import first_broken
+from foldcc.verification import Proof
+from foldcc.verification.compiled import prove_compiled
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
 
@@ -135,12 +136,14 @@ class FoldedModule(nn.Module):
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
         with compiling():
+            if self._verified:
+                self._compiler.progress("verify")
+                buffers = dict(self.named_buffers(remove_duplicate=False))
+                made = replace(
+                    made, proof=on_one_rank(self.mesh, lambda: prove_compiled(made.stages.lowered, buffers, made.origin))
+                )
             self._places.take(self, made.executable.program)
         self._programs.keep(made, replaced)
-        if self._verified:
-            self._compiler.progress("verify")
-            with compiling():
-                first_broken(self).raise_if_failed()
         if fixed:
             self._structure = call.structure
 
@@ -178,6 +181,18 @@ class FoldedModule(nn.Module):
         compiled again when it is needed again.
         """
         return tuple(map(str, self._programs.kept.values()))
+
+    @property
+    def proof(self) -> Proof:
+        """What was proved of the newest program when it was compiled, and what was not.
+
+        Raises:
+            FoldError: nothing was: with `verify=False`, or after passes of your own, `foldcc.verify` proves it.
+        """
+        proof = self._programs.newest.proof
+        if proof is None:
+            raise FoldError("The newest program was compiled without a proof.", instead="foldcc.verify(model)")
+        return proof
 
     @property
     def stages(self) -> Stages:

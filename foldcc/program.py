@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.hooks import Events
@@ -161,7 +162,7 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
     root = torch.nn.Module()
     for name, block in graph.named_children():
         setattr(root, name, copied(block))  # type: ignore[arg-type]
-    return fx.GraphModule(root, new)
+    return _LazyGraphModule(root, new)
 
 
 def _calls(graph: fx.GraphModule) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from foldcc.errors import FoldError
 from foldcc.hooks import Watch, told
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
+from foldcc.verification import Proof
 from foldcc.verification.origin import Origin
 
 KEPT = 16  # programs of a module
@@ -32,6 +33,7 @@ class Kept:
         blind: the numbers that it is specialised to, and that the model does not look at.
         watches: the modules that hooks watch.
         origin: the module that it was captured from, and how it was called.
+        proof: that was made when it was compiled, if one was.
     """
 
     key: Key
@@ -42,6 +44,7 @@ class Kept:
     blind: Mapping[str, Any] = field(default_factory=dict)
     watches: tuple[Watch, ...] = ()
     origin: Origin | None = None
+    proof: Proof | None = None
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}{told}" for name, told in self.told.items())
@@ -75,7 +78,7 @@ class Programs:
 
     def rewritten(self, stages: Stages, executable: Executable | None = None) -> Programs:
         """The newest program alone, rewritten; unless said otherwise, what runs is its last stage."""
-        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program))
+        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program), proof=None)
         return replace(self, kept={new.key: new})
 
     def find(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:

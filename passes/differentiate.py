@@ -23,6 +23,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
@@ -226,7 +227,7 @@ def _extract(
     for node in nodes:
         new[node] = graph.node_copy(node, lambda n: new[n])
     graph.output(fx.map_arg(results, lambda n: new[n])).meta["returns"] = tuple(returns)
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return _LazyGraphModule(torch.nn.Module(), graph)
 
 
 def _forward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
@@ -251,7 +252,7 @@ def _forward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
             new[node] = graph.node_copy(node, lambda n: new[n])
         else:
             graph.output((fx.map_arg(node.args[0], lambda n: new[n]), tuple(saved)))
-    return fx.GraphModule(root, graph)
+    return _LazyGraphModule(root, graph)
 
 
 class Backward:
@@ -294,7 +295,7 @@ class Backward:
                 if gradient is not None:
                     _accumulate(graph, grads, actual, graph.call_function(operator.getitem, (result, i)))
         graph.output(tuple(grads.get(n) for n in program.placeholders))
-        return fx.GraphModule(root, graph)
+        return _LazyGraphModule(root, graph)
 
 
 def pytree_nodes(output: fx.Node) -> list[fx.Node]:
@@ -351,5 +352,5 @@ def _variant(joint: Joint, there: tuple[bool, ...]) -> fx.GraphModule:
             else:
                 new[node] = graph.node_copy(node, value)
     graph.eliminate_dead_code()
-    joint.variants[there] = fx.GraphModule(torch.nn.Module(), graph)
+    joint.variants[there] = _LazyGraphModule(torch.nn.Module(), graph)
     return joint.variants[there]

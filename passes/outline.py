@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.passes.interface import differentiated
@@ -145,7 +146,7 @@ def _rebuild(program: Program, nodes: list[fx.Node], parts: list[_Run]) -> fx.Gr
                 new[instance[j]] = item
     (result,) = (n for n in old.nodes if n.op == "output")
     graph.output(fx.map_arg(result.args[0], lambda n: new[n]))
-    return fx.GraphModule(root, graph)
+    return _LazyGraphModule(root, graph)
 
 
 def _interface(instances: list[list[fx.Node]]) -> tuple[list[tuple[fx.Node, ...]], list[int]]:
@@ -172,4 +173,4 @@ def _block(instance: list[fx.Node], formals: list[tuple[fx.Node, ...]], outputs:
     for old in instance:
         new[old] = graph.node_copy(old, lambda n: new[n])
     graph.output(tuple(new[instance[j]] for j in outputs))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return _LazyGraphModule(torch.nn.Module(), graph)

@@ -6,9 +6,9 @@ at all, is an error on all ranks instead of a wrong sum or a wait without end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
 
 _RAISED = -1
+T = TypeVar("T")
 
 
 def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = None) -> None:
@@ -84,6 +85,26 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], parameters: M
                 mesh=str(mesh),
                 valid=_advice(what),
             )
+
+
+def on_one_rank(mesh: FoldedMesh, work: Callable[[], T]) -> T:
+    """What rank 0 makes, or raises, on every rank; the others wait for it. Collective over the world.
+
+    What is made travels pickled.
+    """
+    if mesh.is_virtual:
+        return work()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1] = error  # the others would wait without end
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    made: T = told[0]
+    return made
 
 
 def _advice(what: str) -> str:

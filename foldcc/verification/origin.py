@@ -6,10 +6,14 @@ on; nothing of capture or of our own nodes is used. Casts are the identity on bo
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +60,24 @@ class Origin:
     grad: bool
     dtype: torch.dtype
     tracer: str
+
+    def told(self) -> list[str]:
+        """What the module computes depends on: its code, its configuration, what its modules hold besides tensors, and the call."""
+        classes = {type(m) for m in self.model.modules()}
+        found = sorted(f"{c.__module__}.{c.__qualname__} {sha256(_source(c)).hexdigest()}" for c in classes)
+        for path, module in self.model.named_modules():
+            plain = {n: x for n, x in vars(module).items() if isinstance(x, (bool, int, float, str))}
+            found.append(f"{path} {type(module).__qualname__} {sorted(plain.items())}")
+        return [
+            *found,
+            f"{getattr(self.model, 'config', '')} {self.arguments} {self.training} {self.grad} {self.dtype} {self.tracer}",
+        ]
+
+
+def _source(cls: type) -> bytes:
+    """The file that a class is in; of one that was typed at a prompt, nothing that another process could have."""
+    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return Path(path).read_bytes() if path is not None else f"{cls} {os.getpid()} {id(cls)}".encode()
 
 
 def against_the_module(

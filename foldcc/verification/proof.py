@@ -66,6 +66,7 @@ class Proof:
         missing: what could not be compared, and why.
         assumed: what else the verdict rests on, such as the argument for reduced sizes.
         difference: where the program fails; None when it is proved.
+        impossible: why nothing could be proved; empty when something was, or a difference was found.
     """
 
     program: str
@@ -79,10 +80,11 @@ class Proof:
     undecided: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     difference: Difference | None = None
+    impossible: str = ""
 
     @property
     def ok(self) -> bool:
-        return self.difference is None
+        return self.difference is None and not self.impossible
 
     @property
     def parameter(self) -> str | None:
@@ -116,6 +118,8 @@ class Proof:
         return self
 
     def __str__(self) -> str:
+        if self.impossible:
+            return f"{self.program} on {self.mesh} was not proved equal to the captured program: {self.impossible}"
         verdict = "equal" if self.ok else "NOT equal"
         lines = [f"{self.program} on {self.mesh} is {verdict} to the captured program, at stage {self.stage}."]
         if self.difference is not None and self.difference.capture:

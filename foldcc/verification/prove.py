@@ -25,7 +25,7 @@ from foldcc.verification.origin import ELEMENTS, against_a_copy, against_the_mod
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.ranks import OnRanks
 from foldcc.verification.reference import Reference, Undefined
-from foldcc.verification.same import first_unlike
+from foldcc.verification.same import first_not_captured, first_unlike
 from foldcc.verification.wiring import wired_alike
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def verify(
     fields = [Field(seed=seed + i) for i in range(rounds)]
     origin, captured = model._programs.newest.origin, stages["capture"].program
     if too_large(stages) if reduced is None else reduced:
-        proof = _prove_reduced(stages, buffers, name, fields)
+        proof = prove_reduced(stages, reduce.reduced(stages), buffers, name, fields)
         return against_a_copy(proof, origin, captured, fields) if proof.ok else proof
     proof = prove(stages, buffers, stage=name, fields=fields)
     return against_the_module(proof, origin, captured, buffers, fields) if proof.ok else proof
@@ -89,11 +89,11 @@ def too_large(stages: Stages) -> bool:
     return elements > ELEMENTS or stages[-1].after * program.mesh.world_size > _CALLS
 
 
-def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
+def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
+    """`verify` of a program over smaller sizes, and that it is the same program; `small` may be on a mesh of fewer ranks."""
     order = [s.name for s in stages]
     if order.index(name) < order.index("shard"):
         name = "shard"  # until then there is nothing but the captured graph
-    small = reduce.reduced(stages)
     operators, ranks = small[-1].after, small[-1].program.mesh.world_size
     if operators * ranks > _MOST:
         raise FoldError(
@@ -104,7 +104,9 @@ def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fie
     proof = prove(small, buffers, stage=name, fields=fields)
     calls = len(stages["annotate"].program.calls)
     blocks = len(stages["annotate"].program.blocks)
-    unlike = first_unlike(stages, small, name)
+    changed, unlike = first_not_captured(stages), first_unlike(stages, small, name)
+    if proof.ok and changed is not None:
+        return replace(proof, difference=Difference(what="A step of the captured program", rank=0, node=changed))
     if proof.ok and unlike is not None:
         what = "The full program has a node that the passes do not make of the sharded program: it"
         return replace(proof, difference=Difference(what=what, rank=0, node=unlike))
@@ -112,13 +114,15 @@ def _prove_reduced(stages: Stages, buffers: Mapping[str, Tensor], name: str, fie
         what = f"The gradient that the main graph sums over {calls} calls"
         return replace(proof, difference=Difference(what=what, rank=0, node=f"main backward of stage {name}"))
     sizes = " ".join(f"{f.name}={n}" for f, n in small["shard"].program.sizes.items() if f in stages["shard"].program.sizes)
+    mesh, fewer = stages[name].program.mesh, small[name].program.mesh
     argument = (
+        *((f"proved on the mesh {fewer}, whose axes cross as those of {mesh} do",) if fewer != mesh else ()),
         f"proved over smaller sizes: {sizes}",
         f"each of {blocks} blocks of the full program has the same nodes, operands, axes and layouts; sizes and offsets differ",
         f"the {calls} calls of blocks in the main graphs are wired alike, forward and backward, whatever the blocks compute",
         "each operator does the same at every size of a factor, as its factor rule says",
     )
-    return replace(proof, assumed=argument)
+    return replace(proof, mesh=str(mesh), assumed=argument)
 
 
 def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:

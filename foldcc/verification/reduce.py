@@ -22,12 +22,14 @@ from torch._subclasses import FakeTensorMode
 from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.layout import Layout
+from foldcc.mesh import FoldedMesh
 from foldcc.passes.bucket import Bucket
 from foldcc.passes.differentiate import Differentiate, Nodes
 from foldcc.passes.manager import Pass, Stage, Stages, run_passes
 from foldcc.passes.shard import reshard
 from foldcc.program import Program, where
 from foldcc.rules.aten import argument, name_of, operands
+from foldcc.verification.fewer_ranks import on_mesh
 
 aten = torch.ops.aten
 Sizes = dict[Symbol, int]
@@ -39,13 +41,17 @@ _SIZED = {"aten.reshape": 1, "aten.view": 1, "aten.expand": 1, "aten.new_empty":
 _SIZED |= {"aten.new_full": 1, "aten.zeros": 0, "aten.ones": 0, "aten.full": 0, "aten.empty": 0}
 
 
-def reduced(stages: Stages) -> Stages:
+def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
     """The stages of a program, from `shard` on, over smaller factors and with fewer calls of repeated blocks.
+
+    Args:
+        mesh: another one, with the same axes.
 
     Raises:
         FoldError: an operator's sizes cannot be told from its operands' factors.
     """
     sharded: Program = stages["shard"].program
+    sharded = sharded if mesh is None else on_mesh(sharded, mesh)
     captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded)
     start = _resized(_shortened(sharded), sizes)
     later = run_passes(start, [_sized_as(p, stages) for p in stages.lowered.passes(after="shard")])
@@ -197,11 +203,14 @@ def _by_factor(layout: Layout, local: bool) -> dict[Symbol, int]:
 
 
 def _pinned(program: Program) -> set[Symbol]:
-    """Factors whose positions are data: experts, what is chosen from, and what constants are made for."""
+    """Factors that keep their sizes. Of most, positions are data: experts, what is chosen from, what constants are made for."""
     found = {f for n in program.placeholders if program.slot(n.name).kind == "constant" for dim in n.meta["dims"] for f in dim}
     for _, node in program.nodes():
         if node.target is ops.experts_node:
             found |= set(argument(node, "w_up").meta["dims"][0])
+        elif node.target is ops.attention:  # heads whose queries are too narrow to shrink with their values
+            widths = [x.meta["dims"][3] for x in node.all_input_nodes[:3]]
+            found |= {f for dim in widths for f in dim if any(all(program.sizes[g] <= 2 for g in d) for d in widths)}
         elif node.op == "call_function" and name_of(node.target) in _CHOSEN:
             source = operands(node)[0]
             if source is not None and source.meta["dims"]:

@@ -1,4 +1,4 @@
-"""That the blocks of a reduced program are those of the full one.
+"""That the blocks of a reduced program are those of the full one, and those of the full one what was captured.
 
 Block by block, every node of one is held against its node in the other: operator, operands, axes, layouts and every other
 argument that is no whole number. Whole numbers are sizes and offsets, which are what differs.
@@ -7,6 +7,7 @@ argument that is no whole number. Whole numbers are sizes and offsets, which are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import fx
 
 from foldcc.layout import Layout
 from foldcc.passes.manager import Stages
+from foldcc.program import Program
 
 
 def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
@@ -27,6 +29,41 @@ def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
                     if not _alike(node, twin):
                         return f"{name} {stage}: {node.format_node() if node is not None else 'nothing'}"
     return None
+
+
+def first_not_captured(stages: Stages) -> str | None:
+    """The first node that the annotated program computes otherwise than the captured one, blocks put in line; None if none."""
+    captured, annotated = (_in_line(stages[name].program) for name in ("capture", "annotate"))
+    for ours, theirs in zip_longest(captured, annotated, fillvalue="nothing"):
+        if ours != theirs:
+            return f"{ours} became {theirs}"
+    return None
+
+
+def _in_line(program: Program) -> list[str]:
+    """What a program computes, step by step, without the names of its values."""
+    steps: list[str] = []
+    values: dict[fx.Node, Any] = {node: node.name for node in program.placeholders}
+
+    def run(graph: fx.GraphModule, given: list[Any]) -> Any:
+        entering = iter(given)
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(entering)
+            elif node.op == "call_module":
+                block: Any = graph.get_submodule(str(node.target))
+                values[node] = run(block, [values[a] for a in node.args])
+            elif node.op == "call_function" and isinstance(values.get(node.args[0]), list):
+                values[node] = values[node.args[0]][node.args[1]]  # a result of a call
+            elif node.op == "output":
+                return [values[x] for x in node.args[0]]
+            else:
+                read = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = f"#{len(steps)}"
+                steps.append(f"{node.target}{read}")
+
+    steps.append(f"returns {run(program.graph, [values[x] for x in program.placeholders])}")
+    return steps
 
 
 def _paired(block: fx.GraphModule, other: fx.GraphModule) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:

@@ -52,7 +52,7 @@ class _Steps:
         for node in graph.nodes:
             read = [x for x in node.all_input_nodes if x in made]
             if node.op == "call_module" and read:
-                block: Any = graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+                block: Any = graph.owning_module.get_submodule(str(node.target))
                 pairs = list(zip(block.graph.find_nodes(op="placeholder"), node.args, strict=True))
                 entering = {p: made[a] for p, a in pairs if a in made}
                 self.follow(block.graph, entering, {p: data[a] for p, a in pairs if a in data})
@@ -102,7 +102,7 @@ def _made(node: fx.Node, made: Mapping[fx.Node, Tensor], data: Mapping[fx.Node, 
             return None
     values = {x: made.get(x, others.get(x)) for x in node.all_input_nodes}
     args, kwargs = fx.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k not in _PLACES}), values.__getitem__)
-    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    result = node.target(*args, **kwargs)
     return result if isinstance(result, Tensor) and result.dim() == 2 else None
 
 

@@ -1,0 +1,86 @@
+"""Proofs that held, on disk, under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import foldcc
+from foldcc.codegen.source import directory
+from foldcc.passes.manager import Stages
+from foldcc.program import Program
+from foldcc.verification.proof import Proof
+
+
+def recall(key: str) -> Proof | None:
+    """A proof that held for the same programs, by the same code."""
+    try:
+        known = json.loads(_path(key).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # never written, or by a process that was stopped
+        return None
+    held = {name: tuple(x) if isinstance(x, list) else x for name, x in known.items()}
+    return Proof(**held)
+
+
+def remember(key: str, proof: Proof) -> None:
+    """Keeps a proof that holds. A directory that cannot be written keeps none, and programs are proved again."""
+    assert proof.ok
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump({name: x for name, x in asdict(proof).items() if x is not None}, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _path(key: str) -> Path:
+    return directory() / "proofs" / f"{key}.json"
+
+
+def fingerprint(stages: Stages, buffers: Mapping[str, Tensor], *how: Any) -> str:
+    """A hash of every stage, the values of buffers, and the code that proves."""
+    found = sha256(_code())
+    for line in (*map(str, how), *(line for stage in stages for line in _lines(stage.program))):
+        found.update(line.encode() + b"\n")
+    for name, x in (*sorted(buffers.items()), *stages["capture"].program.constants.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)} {x.device.type}".encode())
+        if x.device.type != "meta":
+            found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return found.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    """A hash of this package, as it is installed, and of PyTorch's version."""
+    found = sha256(f"torch {torch.__version__}".encode())
+    for root in sorted({path for package in (foldcc, foldcc.passes, foldcc.codegen) for path in package.__path__}):
+        for file in sorted(Path(root).rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.digest()
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield f"{program.name} {program.mesh} {program.slots} {program.batch_dims} {program.literals}"
+    yield f"{sorted((f.name, n) for f, n in program.sizes.items())} {sorted(program.properties)}"
+    for direction in (program.graph, program.backward):
+        for name, graph in (("main", direction), *(direction.named_children() if direction is not None else ())):
+            yield name
+            yield from (_told(node) for node in graph.graph.nodes) if isinstance(graph, fx.GraphModule) else ()
+
+
+def _told(node: fx.Node) -> str:
+    value, layout = node.meta.get("val"), node.meta.get("layout")
+    of = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs} {of} {layout}"
