@@ -1,4 +1,4 @@
-"""What parallelize returns is proved: in one round, on few ranks, once for each program, and not in silence where it cannot be."""
+"""What parallelize returns is proved: in one round, on few ranks, once for each program; where it cannot be, that is said."""
 
 from __future__ import annotations
 

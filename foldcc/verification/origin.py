@@ -62,7 +62,7 @@ class Origin:
     tracer: str
 
     def told(self) -> list[str]:
-        """What the module computes depends on: its code, its configuration, what its modules hold besides tensors, and the call."""
+        """What the module computes depends on: its code, configuration, what its modules hold besides tensors, and the call."""
         classes = {type(m) for m in self.model.modules()}
         found = sorted(f"{c.__module__}.{c.__qualname__} {sha256(_source(c)).hexdigest()}" for c in classes)
         for path, module in self.model.named_modules():
