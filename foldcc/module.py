@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from functools import partial
 from types import ModuleType
 from typing import Any
 
