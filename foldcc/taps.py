@@ -66,6 +66,16 @@ def with_results(program: Program, recorder: Recorder) -> Program:
     return replace(program, slots=tuple(slots), observed=_placed(recorder.events, [places[v] for v in values]))
 
 
+def without_results(program: Program) -> Program:
+    """A captured program that returns nothing for hooks. Its taps have no gradient."""
+    if not program.observed:
+        return program
+    program = program.copied()
+    program.output.args = (tuple(program.output.args[0][: program.out_spec.num_leaves - len(program.literals)]),)
+    slots = tuple(replace(s, grad=s.grad and s.kind != "tap") for s in program.slots)
+    return replace(program, slots=slots, observed=())
+
+
 def _tap(graph: fx.Graph, slots: list[Slot], name: str, where: str, value: fx.Node) -> fx.Node:
     """A placeholder like the value, before the inputs of the call."""
     like = value.meta["val"]

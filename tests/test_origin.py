@@ -297,6 +297,14 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+def test_hooks_are_not_called_with_elements_of_a_field_and_what_they_watch_is_no_part_of_the_module() -> None:
+    model, seen = Own(), []
+    for inner in model.children():
+        inner.register_forward_hook(lambda *given: seen.append(given))
+        inner.register_full_backward_hook(lambda *given: seen.append(given))
+    assert the_module_itself(own(model)) and not seen
+
+
 def test_the_module_is_called_as_it_was_when_it_was_captured() -> None:
     """With a number that is an input of the program, asked for hidden states, with frozen weights, without gradients."""
     model = folded("Llama")

@@ -25,12 +25,14 @@ from torch.utils import _pytree as pytree
 from foldcc.capture.export import as_exported, capture
 from foldcc.capture.functions import inlined
 from foldcc.capture.masks import changed
+from foldcc.capture.observe import remove_hooks
 from foldcc.capture.shrunk import shapes, shrunk
 from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
 from foldcc.program import Program
 from foldcc.runtime.modes import traceable
+from foldcc.taps import without_results
 from foldcc.verification.field import Field
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.mode import FieldMode, NoMeaning
@@ -149,9 +151,11 @@ def _round(origin: Origin, captured: Program, field: Field, buffers: Mapping[str
     """What was compared, and where the two differ."""
     if origin.dtype == torch.float16:
         raise Missing(_HALF)
+    captured = without_results(captured)
     field = replace(field, decisions={}, known={})
     generator = torch.Generator().manual_seed(field.seed)
     inputs = random_inputs(captured, field, buffers, generator, full_rows=True)
+    inputs |= {s.name: torch.zeros_like(inputs[s.name]) for s in captured.slots if s.kind == "tap"}
     try:
         with _Plain(origin.dtype):
             reference = Reference(captured, field, inputs, generator)
@@ -186,8 +190,12 @@ class Module:
         self.spec: pytree.TreeSpec | None = None
         self.gradients: list[dict[str, Tensor]] = []
 
-    def run(self, objectives: Sequence[tuple[bool, ...]]) -> None:
-        """Forward, and if that has the outputs that the captured program has, backward for each choice of outputs."""
+    def run(self, objectives: Sequence[tuple[bool, ...]], look: Callable[[str, nn.Module], Any] | None = None) -> None:
+        """Forward, and if that has the outputs that the captured program has, backward for each choice of outputs.
+
+        Args:
+            look: sets hooks on each module inside, for this run.
+        """
 
         def both(model: nn.Module) -> None:
             try:
@@ -210,6 +218,8 @@ class Module:
             lambda path, x: values.get(pytree.keystr(path[1:]), x), (args, dict(kwargs)), is_leaf=lambda x: x is None
         )
         with self._running():  # a checkpoint reads parameters in the backward pass as well
+            for path, inner in model.named_modules() if look is not None else ():
+                look(path, inner)
             functional_call(_Around(model), {f"model.{n}": x for n, x in held.items()}, (both,), tie_weights=False)
 
     def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
@@ -230,6 +240,7 @@ class Module:
         model = self.origin.model
         with ExitStack() as stack:
             stack.enter_context(unchanged(model))
+            remove_hooks(model)
             for module, training in zip(model.modules(), self.origin.training, strict=True):
                 module.training = training
             stack.enter_context(as_written(model))
@@ -287,20 +298,16 @@ class Module:
         known = {_content(x) for x in self.reference.values.values() if isinstance(x, Tensor)}
         unlike: list[str] = []
 
-        def look(path: str, module: nn.Module) -> Any:
+        def look(path: str, module: nn.Module) -> None:
             def hook(module: nn.Module, args: Any, returned: Any) -> None:
                 first = next((x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)), None)
                 if not unlike and first is not None and _content(first) not in known:
                     unlike.append(f"{path} ({type(module).__name__})")
 
-            return module.register_forward_hook(hook)
+            if path:
+                module.register_forward_hook(hook)
 
-        handles = [look(path, m) for path, m in self.origin.model.named_modules() if path]
-        try:
-            self.run([])
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.run([], look)
         return next(iter(unlike), "")
 
 
