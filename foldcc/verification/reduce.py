@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,21 +52,23 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
         FoldError: an operator's sizes cannot be told from its operands' factors.
     """
     sharded: Program = stages["shard"].program
+    degrees = _degrees(sharded)
+    alone = {f for f, n in sharded.sizes.items() if n == degrees.get(f, 1)}
     sharded = sharded if mesh is None else on_mesh(sharded, mesh)
-    captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded)
+    captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded, alone)
     start = _resized(_shortened(sharded), sizes)
     later = run_passes(start, [_sized_as(p, stages) for p in stages.lowered.passes(after="shard")])
     names = ("capture", "outline", "annotate")
     return Stages([*(Stage(n, 0.0, 0, 0, captured) for n in names), Stage("shard", 0.0, 0, 0, start), *list(later)[1:]])
 
 
-def _smallest(captured: Program, sharded: Program) -> tuple[Program, Sizes]:
+def _smallest(captured: Program, sharded: Program, alone: Set[Symbol]) -> tuple[Program, Sizes]:
     """The captured program over the smallest sizes that its operators take, and those sizes."""
     try:
-        sizes = smaller(sharded)
+        sizes = smaller(sharded, alone)
         return _resized(captured.copied(), sizes), sizes
     except FoldError:
-        sizes = smaller(sharded, pieces=False)
+        sizes = smaller(sharded, alone, pieces=False)
         return _resized(captured, sizes), sizes
 
 
@@ -137,10 +140,11 @@ def _shortened(program: Program) -> Program:
 # --- smaller factors ---
 
 
-def smaller(program: Program, *, pieces: bool = True) -> Sizes:
+def smaller(program: Program, alone: Set[Symbol], *, pieces: bool = True) -> Sizes:
     """A small size for each factor that the main graph's placeholders have; the others follow from them.
 
     Args:
+        alone: factors of which a rank has one position in the full program.
         pieces: factors that are cut into unequal pieces shrink too, all by one ratio.
     """
     degrees = _degrees(program)
@@ -163,7 +167,7 @@ def smaller(program: Program, *, pieces: bool = True) -> Sizes:
         alike = [g for g in tokens if f in tokens and program.sizes[g] == size]
         degree = math.lcm(degree, *(degrees.get(g, 1) for g in alike))
         # A rank has one position of a factor only where it has one in the full program: PyTorch treats that case apart.
-        choices = [degree * m for m in (1,) if size == degree] or [degree * m for m in range(2, _SMALL + 2)]
+        choices = [degree] if f in alone or size == degree else [degree * m for m in range(2, _SMALL + 2)]
         found[f] = size if f in pinned or size <= _SMALL else min(choices, key=lambda n: (taken[n], n))
         for g in alike:
             found[f] = shared.setdefault(g, found[f])
