@@ -1,6 +1,7 @@
 # Everything runs from a bare clone: the first target makes .venv with the versions in constraints.txt.
 PYTHON ?= python3
-# `make test TORCH=2.11.0` tests on another version, in .venv-2.11.0 and with numpy<2.4, which Triton before 3.7 interprets on.
+# `make test TORCH=2.11.0` tests on another version in .venv-2.11.0, with numpy<2.4 (which Triton before 3.7 interprets on) and
+# the setuptools that it asks for.
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH ?= $(PINNED)
 VENV := .venv$(if $(filter-out $(PINNED),$(TORCH)),-$(TORCH))
@@ -47,7 +48,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 
 .venv-$(TORCH)/constraints.txt: constraints.txt
 	mkdir -p $(@D)
-	grep -vE '^(torch|triton|numpy)==' $< > $@
+	grep -vE '^(torch|triton|numpy|setuptools)==' $< > $@
 	printf 'torch==%s\nnumpy<2.4\n' $(TORCH) >> $@
 
 clean:
