@@ -33,17 +33,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
     if max_norm < 0 or norm_type <= 0:
         raise FoldError(f"max_norm={max_norm} must not be negative and norm_type={norm_type} must be positive.")
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    graded = [p for p in parameters if p.grad is not None]
+    graded = [(p, p.grad) for p in parameters if p.grad is not None]
     if not graded:
         return torch.tensor(0.0)
     alike: dict[Any, list[Tensor]] = {}  # gradients that are divided alike
     meshes: dict[Any, list[Tensor]] = {}  # parameters whose gradients are on one mesh
-    for parameter in graded:
-        local, divided = _local(parameter.grad)
+    for parameter, grad in graded:
+        local, divided = _local(grad)
         alike.setdefault(divided, []).append(local)
-        meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+        meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
     norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
-    total = get_total_norm(norms, norm_type).to(graded[0].grad.dtype)
+    total = get_total_norm(norms, norm_type).to(graded[0][1].dtype)
     for there in meshes.values():
         clip_grads_with_norm_(there, max_norm, total)
     return total
