@@ -1,8 +1,14 @@
 # Everything runs from a bare clone: the first target makes .venv with the versions in constraints.txt.
 PYTHON ?= python3
-BIN := .venv/bin
+# `make test TORCH=2.11.0` tests on another version in .venv-2.11.0, with numpy<2.4 (which Triton before 3.7 interprets on) and
+# the setuptools that it asks for.
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(PINNED)
+VENV := .venv$(if $(filter-out $(PINNED),$(TORCH)),-$(TORCH))
+BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
-INSTALLED := .venv/.installed
+INSTALLED := $(VENV)/.installed
+CONSTRAINTS := $(if $(filter .venv,$(VENV)),constraints.txt,$(VENV)/constraints.txt)
 
 .PHONY: demo test test-all check check-style types bench mutations clean
 
@@ -34,12 +40,17 @@ mutations: $(INSTALLED)       # plants every mistake and tables which checker fi
 	$(BIN)/python -m tests.mutations
 
 # torch comes first and alone, so that nothing else chooses its version.
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[hf,testing,dev]"
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[hf,testing,dev]"
 	touch $@
 
+.venv-$(TORCH)/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	grep -vE '^(torch|triton|numpy|setuptools)==' $< > $@
+	printf 'torch==%s\nnumpy<2.4\n' $(TORCH) >> $@
+
 clean:
-	rm -rf .venv build dist *.egg-info foldcc-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info foldcc-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import torch
 
 from foldcc.errors import FoldError
 
 TRITON = ((3, 6), (3, 7))  # versions that kernels are written for
+NUMPY = (2, 4)  # from here on an array of one element is no number, as which the interpreter before Triton 3.7 takes it
 OLDEST = (8, 0)  # compute capability, from which on matrix products of all these types are there
 HEAD = "import torch\nimport triton\nimport triton.language as tl\n"
 _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
@@ -97,16 +99,23 @@ def unusable() -> str | None:
         import triton
     except ImportError:
         return "Triton is not installed, and kernels are written in it"
-    version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
+    version = _version(triton)
     if version not in TRITON:
         return f"Triton {triton.__version__} is installed, and kernels are written for {_told(TRITON)}"
     if target() is not None and triton.knobs.runtime.interpret:
         return "Triton interprets its kernels in this process, and does not compile them"
+    interpreted = target() is None and (triton.knobs.runtime.interpret or not torch.cuda.is_available())
+    if interpreted and version < (3, 7) and _version(numpy) >= NUMPY:
+        return f"The interpreter of Triton {triton.__version__} fails on NumPy {numpy.__version__}, and kernels would run in it"
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < OLDEST:
         return (
             f"The GPU is an sm_{capability[0]}{capability[1]}, and kernels are written for sm_{OLDEST[0]}{OLDEST[1]} and later"
         )
     return None
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", package.__version__)[:2])
 
 
 def _told(versions: Sequence[tuple[int, int]]) -> str:
@@ -121,7 +130,8 @@ def require_triton() -> None:
     """
     why = unusable()
     if why is not None:
-        raise FoldError(f"{why}.", valid=f"kernels='aten', or Triton {_told(TRITON)} in a process of its own")
+        instead = f"kernels='aten', or Triton {_told(TRITON)} in a process of its own; interpreted, 3.7 or with numpy<2.4"
+        raise FoldError(f"{why}.", valid=instead)
     import triton
 
     if target() is None and not torch.cuda.is_available() and not triton.knobs.runtime.interpret:

@@ -8,6 +8,8 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import foldcc
 from foldcc import simulate
@@ -158,6 +160,38 @@ def test_flops_are_those_of_the_model_and_no_more(folded):
     assert summary.flops_total in (products, products + rotary)
     assert 1.0 <= summary.flops_ratio <= 1.01
     assert f"{summary.flops_ratio:.4f}" in str(summary)
+
+
+class Convolved(nn.Module):
+    """Every way in which PyTorch multiplies that a small model can hold."""
+
+    def __init__(self, groups=1):
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(V, H), nn.Linear(H, H), nn.Linear(H, V)
+        self.conv = nn.Conv1d(H, H, 3, padding=1, groups=groups)
+        self.back = nn.ConvTranspose1d(H, H, 2)
+
+    def forward(self, input_ids, labels):
+        x = self.up(self.embed(input_ids))
+        x = self.back(self.conv(x.transpose(1, 2))).transpose(1, 2)[:, :S]
+        x = torch.softmax(x @ x.transpose(1, 2), -1) @ x
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_flops_are_those_that_pytorch_counts():
+    model = Convolved()
+    summary = fold(model, "dp=2").summary()
+    ids = torch.randint(0, V, (BATCH, S))
+    with FlopCounterMode(display=False) as counted:
+        model(ids, ids).backward()
+    assert summary.flops_total == counted.get_total_flops() == 2 * summary.flops_per_rank
+
+
+def test_flops_of_a_convolution_of_groups_are_those_of_its_taps():
+    grouped, whole = fold(Convolved(groups=H), "dp=2").summary(), fold(Convolved(), "dp=2").summary()
+    surplus = 3 * 2 * BATCH * S * H * 3 * (H - 1)
+    assert whole.flops_total - grouped.flops_total == surplus
+    assert 2 * (whole.flops_per_rank - grouped.flops_per_rank) == surplus
 
 
 def test_parameters_of_a_rank_are_those_that_it_holds(folded):

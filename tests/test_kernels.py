@@ -340,6 +340,22 @@ def test_triton_of_another_version_is_an_error_or_a_note(monkeypatch: pytest.Mon
     assert_a_note(monkeypatch, "Triton 4.1.0 is installed")
 
 
+def test_an_interpreter_that_fails_on_numpy_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    monkeypatch.setattr("numpy.__version__", "2.4.6")
+    with pytest.raises(FoldError, match=r"The interpreter of Triton 3.6.0 fails on NumPy 2.4.6(?s:.*)numpy<2.4"):
+        source.require_triton()
+    with monkeypatch.context() as here:
+        here.setattr("triton.__version__", "3.7.1")
+        assert source.unusable() is None
+        here.setattr("triton.__version__", "3.6.0")
+        here.setattr("numpy.__version__", "2.3.5")
+        assert source.unusable() is None
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with source.only_compiled_for("sm_90"):  # nothing is interpreted
+        assert source.unusable() is None
+
+
 def test_a_gpu_that_is_too_old_is_an_error_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 0))

@@ -2,24 +2,26 @@
 
 A product that contracts k values costs 2 * k for each element of its result. A product of the forward pass has another
 one of the same cost in the backward pass for each operand that has a gradient. Attention is two products over all pairs
-of positions, and what its backward pass recomputes is not counted.
+of positions, and what its backward pass recomputes is not counted. Convolutions are counted as PyTorch does.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import conv_flop_count
 
 from foldcc import ops
 from foldcc.inspect.graphs import module_of, parts
 from foldcc.inspect.sizes import Sizes
 from foldcc.ops.experts import grouped_outer
 from foldcc.program import Program
-from foldcc.rules.aten import argument, name_of, operands
+from foldcc.rules.aten import argument, argument_or, name_of, operands
 
 aten = torch.ops.aten
 # Position of the operand whose last dimension is contracted.
@@ -28,6 +30,7 @@ _PRODUCTS = {
     "aten.baddbmm": 1,
 }  # fmt: skip
 _ATTENTION = "aten._scaled_dot_product"
+_CONVOLUTIONS = {"aten.convolution", *(f"aten.conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 
 def global_flops(program: Program) -> Counter[str]:
@@ -64,6 +67,9 @@ def _global(node: fx.Node) -> int:
     if node.target is ops.attention:
         q, v = argument(node, "q").meta["val"], argument(node, "v").meta["val"]
         return _pairs(q.shape, v.shape, 3 if node.meta["grad"] else 1)
+    if name_of(node.target) in _CONVOLUTIONS:
+        passes = 1 + sum(bool(n.meta["grad"]) for n in operands(node)[:2] if n is not None)
+        return int(_convolution(node, node, lambda n: n.meta["val"].shape) * passes)
     if name_of(node.target) not in _PRODUCTS:
         return 0
     position = _PRODUCTS[name_of(node.target)]
@@ -71,6 +77,14 @@ def _global(node: fx.Node) -> int:
     pair = operands(node)[position : position + 2]
     passes = 1 + sum(bool(n.meta["grad"]) for n in pair if n is not None)
     return int(2 * contracted * node.meta["val"].numel() * passes)
+
+
+def _convolution(node: fx.Node, result: fx.Node, shape: Callable[[fx.Node], Any]) -> float:
+    """One convolution; `result` is what it returns, or the gradient of that."""
+    x, weight = shape(argument(node, "input")), shape(argument(node, "weight"))
+    batch = [1] * (len(weight) - len(x))  # an operand may have no batch dimension
+    transposed = bool(argument_or(node, "transposed")) or "transpose" in name_of(node.target)
+    return conv_flop_count([*batch, *x], weight, [*batch, *shape(result)], transposed)
 
 
 def _pairs(q: Any, v: Any, passes: int) -> int:
@@ -91,6 +105,10 @@ def _local(node: fx.Node, sizes: Sizes) -> float:
         names = [a.name for a in node.target._schema.arguments]
         q, v = (shape(node.args[names.index(x)]) for x in ("query", "value"))
         return _pairs(q, v, 2 if name.endswith("_backward") else 1)
+    if name in _CONVOLUTIONS:
+        return _convolution(node, node, shape)
+    if name == "aten.convolution_backward":
+        return _convolution(node, argument(node, "grad_output"), shape) * sum(argument(node, "output_mask")[:2])
     if name not in _PRODUCTS:
         return 0
     return 2 * math.prod(shape(node)) * shape(node.args[_PRODUCTS[name]])[-1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foldcc.errors import FoldError
 
@@ -32,39 +33,36 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
     if max_norm < 0 or norm_type <= 0:
         raise FoldError(f"max_norm={max_norm} must not be negative and norm_type={norm_type} must be positive.")
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    graded = [(p, p.grad) for p in parameters if p.grad is not None]
+    if not graded:
         return torch.tensor(0.0)
-    terms: dict[Any, list[Tensor]] = {}
-    for grad in grads:
+    alike: dict[Any, list[Tensor]] = {}  # gradients that are divided alike
+    meshes: dict[Any, list[Tensor]] = {}  # parameters whose gradients are on one mesh
+    for parameter, grad in graded:
         local, divided = _local(grad)
-        terms.setdefault(divided, []).append(torch.linalg.vector_norm(local, norm_type).double())
-    total = _joined([_over(torch.stack(norms), divided, norm_type) for divided, norms in terms.items()], norm_type)
-    total = total.to(grads[0].dtype)
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        local, _ = _local(grad)
-        local.mul_(scale.to(local.device))
+        alike.setdefault(divided, []).append(local)
+        meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
+    norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
+    total = get_total_norm(norms, norm_type).to(graded[0][1].dtype)
+    for there in meshes.values():
+        clip_grads_with_norm_(there, max_norm, total)
     return total
 
 
 def _local(grad: Tensor) -> tuple[Tensor, Any]:
     """What this rank holds of a gradient, and the mesh and its dimensions over which the gradient is divided."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(grad, DTensor):
         return grad, None
+    if any(p.is_partial() for p in grad.placements):  # the norm of a sum is not that of its terms
+        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
     divided = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
     return grad.to_local(), (grad.device_mesh, divided) if divided else None
 
 
-def _joined(norms: list[Tensor], norm_type: float) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
-
-
-def _over(norms: Tensor, divided: Any, norm_type: float) -> Tensor:
-    """The norm of many gradients that are divided alike: one reduction for each mesh dimension."""
-    norm = torch.linalg.vector_norm(norms, norm_type)
+def _over(norm: Tensor, divided: Any, norm_type: float) -> Tensor:
+    """The norm of gradients that are divided alike: one reduction for each mesh dimension."""
     if divided is None:
         return norm
     mesh, dims = divided

@@ -1,0 +1,59 @@
+"""Gradients on several meshes are clipped as whole ones are in one process."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import foldcc
+from foldcc.testing import run_distributed
+
+NORMS = [1.0, 2.0, 3.0, math.inf]
+
+
+def whole() -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((4, 3), (8, 2), (6,), (5,), (7,))]
+
+
+def with_gradients(gradients: list[Tensor]) -> list[Tensor]:
+    parameters = [nn.Parameter(torch.zeros_like(x)) for x in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return parameters
+
+
+def clip_on_two_meshes(max_norm: float) -> list[tuple[float, list[Tensor]]]:
+    one = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    two = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    found = []
+    for p in NORMS:
+        sharded, blocks, copied, ordinary, summed = whole()
+        mine = blocks.view(2, 2, 2, 2)[:, one.get_local_rank()].reshape(4, 2).contiguous()  # one half of each of two blocks
+        parameters = with_gradients(
+            [
+                distribute_tensor(sharded, two, [Shard(0), Replicate()]),
+                DTensor.from_local(mine, one, [_StridedShard(0, split_factor=2)]),
+                distribute_tensor(copied, one, [Replicate()]),
+                ordinary,
+                DTensor.from_local(summed * (0.25 + 0.5 * one.get_local_rank()), one, [Partial()]),
+            ]
+        )
+        norm = foldcc.clip_grad_norm_(parameters, max_norm, p).item()
+        grads = [x.grad for x in parameters]
+        found.append((norm, [x.full_tensor() if isinstance(x, DTensor) else x for x in grads]))
+    return found
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e3])
+def test_gradients_on_two_meshes_are_clipped_as_whole_ones(max_norm: float) -> None:
+    for found in run_distributed(clip_on_two_meshes, 2, max_norm):
+        for p, (norm, grads) in zip(NORMS, found, strict=True):
+            parameters = with_gradients(whole())
+            assert norm == pytest.approx(nn.utils.clip_grad_norm_(parameters, max_norm, p).item(), rel=1e-12)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                torch.testing.assert_close(grad, parameter.grad, rtol=1e-12, atol=0)
