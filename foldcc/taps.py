@@ -71,7 +71,8 @@ def without_results(program: Program) -> Program:
     if not program.observed:
         return program
     program = program.copied()
-    program.output.args = (tuple(program.output.args[0][: program.out_spec.num_leaves - len(program.literals)]),)
+    returned: Any = program.output.args[0]
+    program.output.args = (tuple(returned[: program.out_spec.num_leaves - len(program.literals)]),)
     slots = tuple(replace(s, grad=s.grad and s.kind != "tap") for s in program.slots)
     return replace(program, slots=slots, observed=())
 

@@ -218,8 +218,9 @@ class Module:
             lambda path, x: values.get(pytree.keystr(path[1:]), x), (args, dict(kwargs)), is_leaf=lambda x: x is None
         )
         with self._running():  # a checkpoint reads parameters in the backward pass as well
-            for path, inner in model.named_modules() if look is not None else ():
-                look(path, inner)
+            if look is not None:
+                for path, inner in model.named_modules():
+                    look(path, inner)
             functional_call(_Around(model), {f"model.{n}": x for n, x in held.items()}, (both,), tie_weights=False)
 
     def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
