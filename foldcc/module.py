@@ -144,6 +144,9 @@ class FoldedModule(nn.Module):
                 )
             self._places.take(self, made.executable.program)
         self._programs.keep(made, replaced)
+        found = self.summary()
+        if not found.uncounted:
+            self._programs.announce_copies(found.flops_ratio)
         if fixed:
             self._structure = call.structure
 

@@ -16,6 +16,7 @@ from foldcc.verification import Proof
 from foldcc.verification.origin import Origin
 
 KEPT = 16  # programs of a module
+_COPIES = 1.1  # FLOPs of all ranks over those of the model, above which it is said
 _ADVICE = {
     "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
     "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
@@ -120,6 +121,15 @@ class Programs:
                 "eviction",
                 f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
                 "and compiled again when it is needed. model.programs lists them.",
+            )
+
+    def announce_copies(self, ratio: float) -> None:
+        """Says once that ranks compute the same."""
+        if ratio > _COPIES:
+            self._announce(
+                "copies",
+                f"All ranks together compute {ratio:.2f} times the FLOPs of the model: several ranks compute the same. "
+                "model.summary() lists what; sizes that the mesh does not divide, and operators without a rule, are causes.",
             )
 
     def _announce(self, cause: str, text: str) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +16,11 @@ from foldcc.passes.manager import Pass
 from foldcc.program import Program
 from foldcc.rules.aten import operands, rule_of
 from foldcc.rules.notation import Pattern, Rule
+from foldcc.rules.observed import observed_rule
 
 
 class UnknownOperator(UserWarning):
-    """An operator without a rule: its operands are replicated where they would be sharded. Slow, never wrong."""
+    """An operator without a rule, and the axes on which its operands are replicated. Slow, never wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,6 @@ class _Inference:
     def __init__(self) -> None:
         self.factors = Factors()
         self.dims: dict[fx.Node, Dims] = {}
-        self.unknown: set[str] = set()
 
     def fresh(self, node: fx.Node) -> None:
         self.dims[node] = tuple((self.factors.new(int(n)),) for n in node.meta["val"].shape)
@@ -69,12 +68,11 @@ class _Inference:
             if isinstance(r.meta["val"], torch.Tensor):
                 self.fresh(r)
         rule = rule_of(node)
+        if rule is None and operands(node):
+            node.meta["unknown"] = True
+            rule = observed_rule(node)
         node.meta["rule"] = rule
         if rule is None:
-            name = str(node.target)
-            if name not in self.unknown and operands(node):
-                self.unknown.add(name)
-                warnings.warn(f"{name} has no factor rule; its operands are replicated.", UnknownOperator, stacklevel=2)
             return
         letters = {x: self.factors.new(n, rule.wishes.get(x, "")) for x, n in rule.sizes.items()}
         pairs: list[tuple[fx.Node | None, Pattern | None]] = list(zip(operands(node), rule.operands, strict=False))

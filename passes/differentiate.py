@@ -27,6 +27,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
+from foldcc.errors import FoldError
 from foldcc.layout import Layout
 from foldcc.passes.experts import rewrite_experts
 from foldcc.passes.manager import Pass
@@ -111,6 +112,13 @@ def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> 
             for n in block.graph.find_nodes(op="placeholder")
         )
         joint: Any = aot_export_joint_simple(_without_views(block, instead), inputs, trace_joint=both)
+    for node in joint.graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects):
+        name = next(str(a) for a in node.args if isinstance(a, torch._ops.OpOverload))
+        raise FoldError(
+            f"{name} has an effect besides its result, such as an error for some values, which no program keeps.",
+            at=node.meta.get("custom", {}).get("source"),
+            valid="an operator without one, such as torch.linalg.inv_ex for torch.linalg.inv",
+        )
     _drop_clones(joint, len(output.args[0]))
     for node in joint.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # what another block computed may have other strides than what was traced

@@ -11,6 +11,7 @@ that repeat share their choices, and so do the values that the main graph passes
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,8 @@ from typing import Any
 
 from torch import fx
 
-from foldcc.layout import INVARIANT, REPLICATED, Layout, State
+from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State
+from foldcc.passes.annotate import UnknownOperator
 from foldcc.passes.choose import Choice, choose
 from foldcc.passes.interface import find_gradients, interface
 from foldcc.passes.manager import Pass
@@ -53,7 +55,21 @@ class ShardPass(Pass):
         for axis in program.mesh.axes("attention"):
             if program.mesh.size(axis) > 1:
                 chosen[axis] = choose(program, axis, chosen, taken, self.kept)
+        _warn_of_unknown(program, chosen)
         return _apply(program, chosen)
+
+
+def _warn_of_unknown(program: Program, chosen: Mapping[str, Choice]) -> None:
+    """Names each operator without a rule once, with the axes on whose ranks it runs whole."""
+    whole: dict[str, dict[str, None]] = defaultdict(dict)
+    for _, node in program.nodes():
+        if node.meta.get("unknown"):
+            axes = [a for a, c in chosen.items() if not any(isinstance(s, Shard) for s in c.strategies[node].results)]
+            whole[str(node.target)].update(dict.fromkeys(axes))
+    for name, found in whole.items():
+        if found:
+            text = f"{name} has no factor rule; its operands are replicated on {', '.join(found)}."
+            warnings.warn(text, UnknownOperator, stacklevel=2)
 
 
 def _apply(program: Program, chosen: dict[str, Choice]) -> Program:

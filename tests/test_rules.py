@@ -93,7 +93,6 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     )  # fmt: skip
     yield "aten.pad", lambda n: (aten.pad.default, real(n(), n()), [1, 2])
     yield "aten.constant_pad_nd", _shifted
-    yield "aten.type_as", lambda n: (aten.type_as.default, real(n(), n()), real(n()))
     yield "aten.select_scatter", lambda n: (
         aten.select_scatter.default, real(a := n(), 3, b := n()), real(a, b), -2, n() % 3,
     )  # fmt: skip

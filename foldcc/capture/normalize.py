@@ -108,15 +108,24 @@ def _dropout(node: fx.Node) -> fx.Node:
 def _copy(node: fx.Node) -> fx.Node:
     """What is left of `self.copy_(src)`: the source, in the shape and dtype of the destination."""
     to = node.args[0].meta["val"]
-    source: fx.Node = node.args[1]
-    if source.meta["val"].dtype != to.dtype:
-        found = emit(node, aten._to_copy.default, source)
-        found.kwargs = {"dtype": to.dtype}
-        found.meta["val"] = found.meta["val"].to(to.dtype)
-        source = found
+    source = _cast(node, node.args[1], to.dtype)
     if source.meta["val"].shape != to.shape:
         source = emit(node, aten.expand.default, source, list(to.shape))
     return source
+
+
+def _type_as(node: fx.Node) -> fx.Node:
+    """A cast: of the other operand only the dtype is read, whatever its numbers are on each rank."""
+    return _cast(node, node.args[0], node.meta["val"].dtype)
+
+
+def _cast(before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if source.meta["val"].dtype == dtype:
+        return source
+    found = emit(before, aten._to_copy.default, source)
+    found.kwargs = {"dtype": dtype}
+    found.meta["val"] = found.meta["val"].to(dtype)
+    return found
 
 
 def _contiguous(node: fx.Node) -> fx.Node:
@@ -131,6 +140,7 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.native_dropout.default: _dropout,
     aten.contiguous.default: _contiguous,
     aten.copy.default: _copy,
+    aten.type_as.default: _type_as,
 }
 
 

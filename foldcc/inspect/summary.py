@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from foldcc.inspect.flops import global_flops, local_flops
 from foldcc.passes.manager import Stages
 from foldcc.program import Program
@@ -41,6 +43,7 @@ class Summary:
             ranks of the axes that divide it.
         parameters_total: parameter elements of the model.
         replicated: modules that ranks compute more than once.
+        uncounted: operators of other libraries, whose products are known in the backward pass alone.
     """
 
     mesh: str
@@ -50,6 +53,7 @@ class Summary:
     parameters_per_rank: int
     parameters_total: int
     replicated: tuple[Replicated, ...]
+    uncounted: tuple[str, ...]
 
     @property
     def flops_ratio(self) -> float:
@@ -63,6 +67,8 @@ class Summary:
         lines = [f"{self.mesh}: {self.ranks} ranks"]
         for what, (rank, model, ratio) in (("FLOPs of a step", flops), ("parameter elements", parameters)):
             lines.append(f"  {what:<18}  {rank} on a rank, {model} in the model; {ratio}")
+        if self.uncounted:
+            lines.append(f"  not counted: {', '.join(self.uncounted)}")
         if self.replicated:
             lines.append("  computed by several ranks:")
             width = max(len(r.module) for r in self.replicated)
@@ -89,7 +95,13 @@ def summary(stages: Stages) -> Summary:
         parameters_per_rank=_parameters(program, local=True),
         parameters_total=_parameters(program, local=False),
         replicated=tuple(replicated),
+        uncounted=_uncounted(stages["shard"].program),
     )
+
+
+def _uncounted(program: Program) -> tuple[str, ...]:
+    called = [n.target for _, n in program.nodes() if isinstance(n.target, torch._ops.OpOverload)]
+    return tuple(dict.fromkeys(str(x) for x in called if x.namespace not in ("aten", "prims", "foldcc")))
 
 
 def _parameters(program: Program, *, local: bool) -> int:

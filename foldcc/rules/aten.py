@@ -46,7 +46,6 @@ WHOLE = {
 _CASTS = ("aten._to_copy", "aten.neg", "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.where", "aten.masked_fill")
 _FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full")
 _LIKE = ("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.copy", "aten.dropout")
-_SAME = ("aten._to_copy", "aten.type_as", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy")
 _LIKE += ("aten.pow", "aten.bitwise_not", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy")
 
 
@@ -165,12 +164,11 @@ def _pointwise(name: str, node: Node, inputs: list[Shape | None], outputs: list[
         patterns.append(tuple(x if n == m else () for n, (x, m) in zip(shape, tail, strict=True)))
     tensors = [i for i, s in enumerate(inputs) if s is not None]
     linear: list[list[int]] = []
-    if name in ("aten._to_copy", "aten.type_as") and not node.meta["val"].dtype.is_floating_point:
+    if name == "aten._to_copy" and not node.meta["val"].dtype.is_floating_point:
         linear = []  # rounding a term is not rounding the sum
     elif name in (
         "aten.neg",
         "aten._to_copy",
-        "aten.type_as",
         "aten.clone",
         "aten.alias",
         "aten.detach",
@@ -466,11 +464,6 @@ def _pad(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) ->
     return _build([letters], [tuple(result)], [source, out], whole=whole, linear=linear)
 
 
-def _type_as(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
-    # The second operand gives only the dtype.
-    return _pointwise("aten.type_as", node, [inputs[0], None], outputs)
-
-
 def _select_scatter(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
     base, part = inputs[0], inputs[1]
     assert base is not None and part is not None
@@ -594,7 +587,6 @@ def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield "aten.cat", _cat
     yield "aten.stack", _stack
     yield "aten.one_hot", _one_hot
-    yield "aten.type_as", _type_as
     yield "aten.select_scatter", _select_scatter
     convolutions = "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
     yield from ((f"aten.{n}", _convolution) for n in convolutions.split())
