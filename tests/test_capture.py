@@ -384,3 +384,12 @@ class Stopped(nn.Module):
 @both_tracers
 def test_gradients_stop_where_the_model_stops_them(tracer: str) -> None:
     check_equivalence(Stopped(), "dp=2,tp=2", (activations(),), capture=tracer)
+
+
+def test_router_losses_of_a_model_on_meta_count_experts_as_those_of_one_with_weights() -> None:
+    with torch.device("meta"):
+        model = tiny_model("qwen3_moe", aux_loss=True)
+    folded = foldcc.parallelize(model, "dp=2,tp=2|ep=4", example_inputs=token_batch(4))
+    held = foldcc.parallelize(tiny_model("qwen3_moe", aux_loss=True), "dp=2,tp=2|ep=4", example_inputs=token_batch(4))
+    count = [sum(n.target is torch.ops.aten.histc.default for _, n in m.program.nodes()) for m in (folded, held)]
+    assert count[0] == count[1] > 0

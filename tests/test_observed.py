@@ -161,3 +161,20 @@ def test_what_several_ranks_compute_is_said_once_with_the_number(width: int, war
     told = [str(w.message) for w in said if "times the FLOPs of the model" in str(w.message)]
     assert len(told) == warned
     assert not warned or "compute 4.00 times" in told[0]
+
+
+IMAGES = {"image_size": 8, "patch_size": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+TEXT = {"vocab_size": 32, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "Gemma3ForCausalLM"])
+def test_models_with_operators_of_their_own_are_computed_once(name: str) -> None:
+    import transformers
+
+    images = name.startswith("ViT")
+    config = transformers.ViTConfig if images else transformers.Gemma3TextConfig
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = getattr(transformers, name)(config(**sizes, **(IMAGES if images else TEXT)))
+    ids = torch.zeros(8, 8, dtype=torch.long)
+    batch = {"pixel_values": torch.randn(8, 3, 8, 8), "labels": ids[:, 0]} if images else {"input_ids": ids, "labels": ids}
+    assert foldcc.parallelize(model, "dp=4", example_inputs=batch).summary().flops_ratio <= 1.01

@@ -87,7 +87,7 @@ def test_a_proof_is_made_once_for_a_program(monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_program_is_proved_anew(other: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     small()
     monkeypatch.setattr(compiled, "prove", None)
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.warns(UserWarning, match="NoneType"):
         small(**other)
 
 
@@ -138,6 +138,22 @@ def test_a_program_that_cannot_be_proved_says_why_and_runs() -> None:
         model = foldcc.parallelize(Odd(), "dp=2", example_inputs=(torch.randn(4, 8),))
     assert not model.proof.ok and "logcumsumexp" in model.proof.impossible
     assert model(torch.randn(4, 8)).isfinite()
+
+
+def test_a_proof_that_fails_is_no_mistake_of_the_program_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "prove", None)
+    with pytest.warns(UserWarning, match="was not proved equal to the captured program: TypeError"):
+        assert not small().proof.ok
+
+
+class Classifier(Small):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.down(self.up(x)), labels)
+
+
+def test_labels_of_one_dimension_are_drawn() -> None:
+    given = (torch.randn(4, 8), torch.zeros(4, dtype=torch.long))
+    assert foldcc.parallelize(Classifier(), "dp=2,tp=2", example_inputs=given).proof.ok
 
 
 def proved_on_rank_0(directory: str, broken: bool) -> str:

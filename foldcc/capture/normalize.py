@@ -128,6 +128,17 @@ def _cast(before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
     return found
 
 
+def _histc(node: fx.Node) -> fx.Node:
+    """Counts of integers, which only some devices take as they are, through the numbers that they are."""
+    x: fx.Node = node.args[0]
+    to = node.meta["val"].dtype
+    if to.is_floating_point:
+        return node
+    options = (argument(node, name) for name in ("bins", "min", "max"))
+    counted = emit(node, aten.histc.default, _cast(node, x, torch.float64), *options)
+    return _cast(node, counted, to)
+
+
 def _contiguous(node: fx.Node) -> fx.Node:
     found: fx.Node = node.args[0]
     return found
@@ -140,6 +151,7 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.native_dropout.default: _dropout,
     aten.contiguous.default: _contiguous,
     aten.copy.default: _copy,
+    aten.histc.default: _histc,
     aten.type_as.default: _type_as,
 }
 

@@ -178,7 +178,7 @@ def _linear(call: _Call) -> set[int]:
         for i in list(found):
             term = 1.5 - 2.5 * tensors[i].abs()
             terms = [small.run([*tensors[:i], x, *tensors[i + 1 :]]) for x in (term, tensors[i] - term)]
-            sums = () if None in terms else tuple(map(operator.add, *terms))  # type: ignore[arg-type]
+            sums = () if None in terms else tuple(map(operator.add, *terms))
             if not sums or not all(_continuous(y.dtype) for y in whole) or not _agree(call, sums, whole):
                 found.discard(i)
     return found
@@ -270,7 +270,8 @@ def _alone(call: _Call, tensors: list[Tensor], whole: tuple[Tensor, ...], cut: D
     if expected is None or any(p is None for p in parts):
         return False
     dims = [d for x, d in zip(tensors, cut, strict=True) if _continuous(x.dtype)]
-    for gradient, d, *mine in zip(expected, dims, *parts, strict=True):  # type: ignore[arg-type]
+    for i, (gradient, d) in enumerate(zip(expected, dims, strict=True)):
+        mine = [p[i] for p in parts if p is not None]
         together = torch.stack(mine).sum(0) if d is None else torch.cat(mine, d)
         if not _close(together, gradient if d is None else gradient.index_select(d, order)):
             return False

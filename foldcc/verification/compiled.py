@@ -20,7 +20,7 @@ from foldcc.verification.fewer_ranks import fewer_ranks
 from foldcc.verification.field import MERSENNE, Field
 from foldcc.verification.origin import Origin, against_a_copy, against_the_module
 from foldcc.verification.proof import Proof
-from foldcc.verification.prove import prove, prove_reduced
+from foldcc.verification.prove import prove, prove_reduced, too_large
 from foldcc.verification.remembered import fingerprint, recall, remember
 from foldcc.verification.same import first_unlike
 
@@ -46,7 +46,9 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin
     program: Program = stages[-1].program
     try:
         proof = _proof(stages, buffers, origin, stages[-1].name)
-    except FoldError as error:
+    except (
+        Exception
+    ) as error:  # a proof that fails, for whatever reason, is none: that is said, and is no mistake of the program
         proof = Proof(
             program=program.name,
             mesh=str(program.mesh),
@@ -55,7 +57,7 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin
             rounds=0,
             bound=1.0,
             proved=(),
-            impossible=str(error),
+            impossible=str(error) if isinstance(error, FoldError) else f"{type(error).__name__}: {error}",
         )
         warnings.warn(str(proof), stacklevel=2)
         return proof
@@ -69,8 +71,9 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin
 
 def _proof(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin | None, name: str) -> Proof:
     captured, fields = stages["capture"].program, [Field(seed=0)]
-    if _large(stages):
-        proof = prove_reduced(stages, _smaller(stages, name), buffers, name, fields)
+    small = _smaller(stages, name) if _large(stages) else None
+    if small is not None:
+        proof = prove_reduced(stages, small, buffers, name, fields)
         return against_a_copy(proof, origin, captured, fields) if proof.ok else proof
     proof = prove(stages, buffers, stage=name, fields=fields)
     return against_the_module(proof, origin, captured, buffers, fields) if proof.ok else proof
@@ -84,8 +87,11 @@ def _large(stages: Stages) -> bool:
     return held[True] * held[False] > _WORK or stages[-1].after * program.mesh.world_size > _CALLS
 
 
-def _smaller(stages: Stages, name: str) -> Stages:
-    """The program over smaller sizes, and on fewer ranks where it is the same program there."""
+def _smaller(stages: Stages, name: str) -> Stages | None:
+    """The program over smaller sizes, and on fewer ranks where it is the same program there.
+
+    None if it cannot be made smaller, and can be run as it is.
+    """
     mesh = stages[-1].program.mesh
     fewer = fewer_ranks(mesh)
     if fewer != mesh:
@@ -95,4 +101,9 @@ def _smaller(stages: Stages, name: str) -> Stages:
             small = None
         if small is not None and first_unlike(stages, small, name) is None:
             return small
-    return reduce.reduced(stages)
+    try:
+        return reduce.reduced(stages)
+    except FoldError:
+        if too_large(stages):
+            raise
+        return None

@@ -134,7 +134,7 @@ def _positions(node: fx.Node, data: Mapping[fx.Node, Tensor], generator: torch.G
     if ignored is not None and like.dim():
         left_out = torch.randint(0, _IGNORED, tuple(like.shape), generator=generator) == 0
         left_out[0] = True
-        left_out[-1, ..., -1] = False
+        left_out[(-1,) * left_out.dim()] = False
         values = torch.where(left_out, ignored, values)
     return values.to(like.dtype)
 
