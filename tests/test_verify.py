@@ -301,7 +301,7 @@ def test_a_captured_program_that_does_not_run_is_an_error() -> None:
             self.weight = nn.Parameter(torch.randn(1, 8))
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.weight.index_select(0, ids.flatten()).sum()
+            return self.weight.index_select(0, (ids * ids + 1).flatten()).sum()
 
     mesh = FoldedMesh.parse("dp=2")
     model = foldcc.parallelize(Looked(), mesh, example_inputs=(torch.zeros(4, 2, dtype=torch.int64),))
