@@ -38,6 +38,7 @@ def divisible(call: tuple[Any, ...]) -> list[set[int]]:
     ((aten.index.Tensor, real(4, 6), [None, ids(6, 3)]), [{0}, set(), {0}]),
     ((aten.triangular_solve.default, real(4, 3, 2), real(4, 3, 3)), [{0}, {0}]),
     ((aten.repeat.default, real(4, 6), [1, 2]), [{0}]),
+    ((aten.isin.Tensor_Tensor, ids(4, 6), ids(3, 3)), [{0}, set()]),
     ((aten._embedding_bag.default, real(4, 6), ids(4, 6), ids(1, 1)), []),
 ], ids=lambda c: str(c[0]) if isinstance(c, tuple) else "")  # fmt: skip
 def test_dimensions_of_which_each_entry_is_computed_alone_may_be_divided(call: Any, expected: list[set[int]]) -> None:
