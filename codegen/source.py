@@ -61,11 +61,8 @@ def write(name: str, text: str) -> Path:
     """
     path = directory() / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
+            put(path, text)
     except OSError as error:
         raise FoldError(
             f"Emitted kernels cannot be written: {error}.",
@@ -73,6 +70,14 @@ def write(name: str, text: str) -> Path:
             valid="a directory that can be written, in the environment variable FOLDCC_CACHE",
         ) from None
     return path
+
+
+def put(path: Path, text: str) -> None:
+    """Makes a file, of which nobody sees a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def load(path: Path) -> ModuleType:

@@ -131,12 +131,7 @@ def told(watches: Sequence[Watch], *, all: bool = False) -> str:
     if not watches:
         return " on no module"
     shown = len(watches) if all else 4
-    extra = {
-        (True, True): " (arguments by name, gradients)",
-        (True, False): " (arguments by name)",
-        (False, True): " (gradients)",
-    }
-    names = ", ".join(f"{w.path}{extra.get((w.kwargs, w.gradients), '')}" for w in watches[:shown])
+    names = ", ".join(map(str, watches[:shown]))
     return f" on {names}{f' and {len(watches) - shown} more' if len(watches) > shown else ''}"
 
 

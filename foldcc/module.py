@@ -139,9 +139,8 @@ class FoldedModule(nn.Module):
             if self._verified:
                 self._compiler.progress("verify")
                 buffers = dict(self.named_buffers(remove_duplicate=False))
-                made = replace(
-                    made, proof=on_one_rank(self.mesh, lambda: prove_compiled(made.stages.lowered, buffers, made.origin))
-                )
+                proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
+                made = replace(made, proof=proof)
             self._places.take(self, made.executable.program)
         self._programs.keep(made, replaced)
         found = self.summary()

@@ -175,6 +175,16 @@ def test_two_ways_of_computing_one_thing_agree_with_their_gradients(name: str) -
     assert bool(first_gradient.any())
 
 
+def test_mish_and_its_derivative_are_what_pytorch_takes_them_apart_into() -> None:
+    """Its softplus has a threshold, above which the derivative of a real one is 1, and PyTorch's is a sigmoid still."""
+    x, grad = random(4, 6), random(4, 6, seed=2)
+    with FieldMode(FIELD):
+        assert torch.equal(F.mish(x), x * torch.tanh(F.softplus(x)))
+        taken_apart = torch._decomp.decompositions.mish_backward(grad, x)
+        assert torch.equal(torch.ops.aten.mish_backward(grad, x), taken_apart)
+        assert bool(taken_apart.any())
+
+
 @pytest.mark.parametrize("operator", [torch.linalg.inv, torch.fft.fft, torch.linalg.det])
 def test_an_operator_without_a_meaning_is_named(operator: object) -> None:
     x = random(3, 3)

@@ -125,8 +125,9 @@ def check_training(family: str, text: str, **options: Any) -> None:
         assert found["norms"][:steps] == pytest.approx(wanted["norms"][:steps], rel=tolerance)
 
 
-def test_experts_divided_over_two_axes_train_as_in_one_process():
-    check_training("mixtral", "tp=4|ep=2,etp=2", num_hidden_layers=1)
+@pytest.mark.parametrize("mesh", ["tp=4|ep=2,etp=2", pytest.param("dp=2,tp=4|ep=2,etp=2", marks=pytest.mark.slow)])
+def test_experts_divided_over_two_axes_train_as_in_one_process(mesh):
+    check_training("mixtral", mesh, num_hidden_layers=1)
 
 
 def test_tied_embeddings_stay_one_parameter_and_train_as_in_one_process():

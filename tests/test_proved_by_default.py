@@ -104,6 +104,12 @@ def test_a_proof_that_was_written_in_part_is_made_again(tmp_path: Path) -> None:
     assert small().proof.ok
 
 
+def test_a_cache_that_cannot_be_read_or_written_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FOLDCC_CACHE", str(tmp_path / "file"))
+    assert small().proof.ok
+
+
 MESHES = [
     ("dp=64,tp=2|ep=8", "dp=4,tp=2|ep=4"),
     ("dp=8,tp=4|ep=32", "dp=2,tp=2|ep=4"),

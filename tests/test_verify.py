@@ -20,7 +20,7 @@ from foldcc.passes import PIPELINE, Pass, Stages, run_passes
 from foldcc.program import Program
 from foldcc.simulate import simulate
 from foldcc.testing import Case, programs
-from foldcc.verification import first_broken
+from foldcc.verification.compiled import first_broken
 from foldcc.verification.field import Field
 from foldcc.verification.lockstep import Ranked, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode
@@ -155,7 +155,8 @@ def _forward_only(node: fx.Node) -> None:
 
 @pytest.mark.parametrize("stage", BUGS)
 def test_the_broken_pass_is_named(mixtral: FoldedModule, stage: str) -> None:
-    proof = first_broken(broken_at(mixtral, stage, BUGS[stage]), rounds=1)
+    broken = broken_at(mixtral, stage, BUGS[stage])
+    proof = first_broken(foldcc.verify(broken, rounds=1), broken.stages, dict(broken.named_buffers()))
     assert not proof.ok and proof.stage == stage
 
 

@@ -46,9 +46,7 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin
     program: Program = stages[-1].program
     try:
         proof = _proof(stages, buffers, origin, stages[-1].name)
-    except (
-        Exception
-    ) as error:  # a proof that fails, for whatever reason, is none: that is said, and is no mistake of the program
+    except Exception as error:  # whatever fails in a proof, the program is not proved: that is said, and stops nobody
         proof = Proof(
             program=program.name,
             mesh=str(program.mesh),
@@ -61,12 +59,16 @@ def prove_compiled(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin
         )
         warnings.warn(str(proof), stacklevel=2)
         return proof
-    if proof.difference is not None and not proof.difference.capture:
-        earlier = (_proof(stages, buffers, None, s.name) for s in stages[:-1])
-        proof = next((p for p in earlier if not p.ok), proof)
-    proof.raise_if_failed()
-    remember(key, proof)
+    remember(key, first_broken(proof, stages, buffers).raise_if_failed())
     return proof
+
+
+def first_broken(proof: Proof, stages: Stages, buffers: Mapping[str, Tensor]) -> Proof:
+    """A proof of the last stage if it holds, else that of the first stage at which it does not: its pass is broken."""
+    if proof.difference is None or proof.difference.capture:
+        return proof
+    earlier = (_proof(stages, buffers, None, s.name) for s in stages[:-1])
+    return next((p for p in earlier if not p.ok), proof)
 
 
 def _proof(stages: Stages, buffers: Mapping[str, Tensor], origin: Origin | None, name: str) -> Proof:

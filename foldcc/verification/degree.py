@@ -1,10 +1,11 @@
 """How likely is it that two different programs agree? At most degree / prime, in each round.
 
 Over a field, a program is a rational function of its random inputs and of the values of its hashes, which are random and
-independent as well; so are the rows of a softmax, but for their sum, and whatever is divided by its own sum. Where two such
-functions differ, they agree at a random point with a probability of at most their degree over the prime (Schwartz 1980,
-Zippel 1979). The degree is that of the products, times one more than the number of other divisions, whose divisors have to
-be multiplied out. Two programs that differ do so first in the argument of a hash, or in a result: both may agree by chance.
+independent as well; so are a sigmoid and a tanh, of which each value is one fraction of one hash, the rows of a softmax,
+but for their sum, and whatever is divided by its own sum. Where two such functions differ, they agree at a random point
+with a probability of at most their degree over the prime (Schwartz 1980, Zippel 1979). The degree is that of the products,
+times one more than the number of other divisions, whose divisors have to be multiplied out. Two programs that differ do so
+first in the argument of a hash, or in a result: both may agree by chance.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from foldcc.program import Program
 from foldcc.rules.aten import argument
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import MOVES
-from foldcc.verification.steps import steps
+from foldcc.verification.steps import plain_name, steps
 
 aten = torch.ops.aten
 _FEW = 64  # a buffer with so many distinct values at most, and several times as many elements, is data such as a mask
@@ -90,9 +90,10 @@ def _thresholds(program: Program, data: Mapping[fx.Node, Tensor]) -> list[float]
     found: set[float] = set()
     for block in [program.graph, *program.blocks.values()]:
         for node in block.graph.nodes:
-            found |= set(_compared(node)) if _name(node) in _BOUNDED else set()
+            found |= set(_compared(node)) if plain_name(node) in _BOUNDED else set()
     for node, values in data.items():
-        if values.is_floating_point() and values.numel() <= _FEW and any(_name(u) in _BOUNDED for u, _ in _uses(node, _moved)):
+        bounding = any(plain_name(user) in _BOUNDED for user, _ in _uses(node, _moved))
+        if bounding and values.is_floating_point() and values.numel() <= _FEW:
             found |= {abs(x) for x in values.flatten().tolist()}
     return sorted(x for x in found if 0 < x < _HUGE)
 
@@ -103,7 +104,7 @@ def _compared(node: fx.Node) -> list[float]:
 
 def _numbers(node: fx.Node, through: Callable[[fx.Node], bool], names: frozenset[str]) -> set[float]:
     """The numbers that a value is compared with by operators of some names."""
-    users = [u for u, _ in _uses(node, through) if _name(u) in names]
+    users = [u for u, _ in _uses(node, through) if plain_name(u) in names]
     return {float(x) for u in users for x in pytree.tree_leaves((u.args, u.kwargs)) if type(x) in (int, float)}
 
 
@@ -117,7 +118,7 @@ def _data(node: fx.Node, buffer: Tensor | None) -> Tensor | None:
     values = buffer.detach().cpu()[tuple(slice(n) for n in like.shape)]
     distinct = len(values.unique())
     few = 2 <= distinct <= min(_FEW, max(2, values.numel() // 4))
-    return values if few or any(_name(user) in _COMPARING for user, _ in _uses(node, _moved)) else None
+    return values if few or any(plain_name(user) in _COMPARING for user, _ in _uses(node, _moved)) else None
 
 
 def _positions(node: fx.Node, data: Mapping[fx.Node, Tensor], generator: torch.Generator, extreme: bool) -> Tensor:
@@ -143,7 +144,7 @@ def _compared_with_itself(node: fx.Node) -> bool:
     """Whether a value's elements are compared with each other, as segments of packed samples are."""
     there = {node, *(user for user, x in _uses(node, _integral))}
     return any(
-        _name(user) in ("eq", "ne", "lt", "le", "gt", "ge")
+        plain_name(user) in ("eq", "ne", "lt", "le", "gt", "ge")
         and len(user.all_input_nodes) == 2
         and there >= {*user.all_input_nodes}
         for user in there
@@ -164,9 +165,9 @@ def _range(node: fx.Node, data: Mapping[fx.Node, Tensor]) -> tuple[int | None, i
         elif user.target is ops.token_loss and argument(user, "target") is x:
             bounds.append(argument(user, "logits").meta["val"].shape[1])
             ignored = argument(user, "ignore_index")
-        elif _name(user) in _EQUAL | _BOUNDED:
+        elif plain_name(user) in _EQUAL | _BOUNDED:
             numbers = [int(y) for y in pytree.tree_leaves((user.args, user.kwargs)) if type(y) in (int, float) and y == y // 1]
-            compared |= {c + step for c in numbers for step in ((0,) if _name(user) in _EQUAL else (-1, 0, 1))}
+            compared |= {c + step for c in numbers for step in ((0,) if plain_name(user) in _EQUAL else (-1, 0, 1))}
     bound = min(bounds) if bounds else None
     found, there = (set(), None) if node.meta["val"].dtype == torch.bool else steps(node, bound, data)
     return bound, ignored, sorted(c for c in compared | found if there is None or c in there), there
@@ -190,19 +191,15 @@ def _uses(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[tuple[f
                     left.append(y)
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target._schema.name.split("::")[1]) if hasattr(node.target, "_schema") else ""
-
-
 def _integral(node: fx.Node) -> bool:
     return isinstance(v := node.meta.get("val"), Tensor) and not v.is_floating_point()
 
 
 def _each(node: fx.Node) -> bool:
     """Whether a node makes an integer of each integer, so that the range of one tells that of the other."""
-    together = _name(node) in ("add", "sub", "mul") and len(node.all_input_nodes) > 1
-    return _integral(node) and not together and _name(node) not in _FROM_MANY
+    together = plain_name(node) in ("add", "sub", "mul") and len(node.all_input_nodes) > 1
+    return _integral(node) and not together and plain_name(node) not in _FROM_MANY
 
 
 def _moved(node: fx.Node) -> bool:
-    return _name(node) in MOVES or _name(node) in ("_to_copy", "to", "view", "_unsafe_view")
+    return plain_name(node) in MOVES or plain_name(node) in ("_to_copy", "to", "view", "_unsafe_view")

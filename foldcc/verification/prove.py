@@ -74,14 +74,6 @@ def verify(
     return against_the_module(proof, origin, captured, buffers, fields) if proof.ok else proof
 
 
-def first_broken(model: FoldedModule, **options: Any) -> Proof:
-    """The proof of the last stage if it holds, else that of the first stage at which it does not: its pass is broken."""
-    last = verify(model, **options)
-    if last.difference is None or last.difference.capture:
-        return last
-    return next(p for s in model.stages.lowered if not (p := verify(model, stage=s.name, **options)).ok)
-
-
 def too_large(stages: Stages) -> bool:
     """Whether running a program on all virtual ranks would take minutes, or more memory than a small machine has."""
     program: Program = stages["capture"].program

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import foldcc
-from foldcc.codegen.source import directory
+from foldcc.codegen.source import directory, put
 from foldcc.passes.manager import Stages
 from foldcc.program import Program
 from foldcc.verification.proof import Proof
@@ -26,7 +25,7 @@ def recall(key: str) -> Proof | None:
     """A proof that held for the same programs, by the same code."""
     try:
         known = json.loads(_path(key).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # never written, or by a process that was stopped
+    except (OSError, json.JSONDecodeError):  # never written, or not to be read: it is proved again
         return None
     held = {name: tuple(x) if isinstance(x, list) else x for name, x in known.items()}
     return Proof(**held)
@@ -35,14 +34,8 @@ def recall(key: str) -> Proof | None:
 def remember(key: str, proof: Proof) -> None:
     """Keeps a proof that holds. A directory that cannot be written keeps none, and programs are proved again."""
     assert proof.ok
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({name: x for name, x in asdict(proof).items() if x is not None}, file)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        put(_path(key), json.dumps({name: x for name, x in asdict(proof).items() if x is not None}))
 
 
 def _path(key: str) -> Path:

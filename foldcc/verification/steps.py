@@ -67,11 +67,11 @@ class _Steps:
 
     def _names_rows(self, node: fx.Node, made: Mapping[fx.Node, Tensor]) -> None:
         """Notes which values name a row that is there."""
-        if _name(node) not in ("embedding", "index", "index_select"):
+        if plain_name(node) not in ("embedding", "index", "index_select"):
             return
         table: Any = node.args[0]
-        dims = {"embedding": [0], "index": range(table.meta["val"].dim()), "index_select": [node.args[1]]}[_name(node)]
-        indices = {"embedding": [node.args[1]], "index": node.args[1], "index_select": [node.args[-1]]}[_name(node)]
+        dims = {"embedding": [0], "index": range(table.meta["val"].dim()), "index_select": [node.args[1]]}[plain_name(node)]
+        indices = {"embedding": [node.args[1]], "index": node.args[1], "index_select": [node.args[-1]]}[plain_name(node)]
         for dim, index in zip(dims, indices, strict=False):
             if index in made and made[index].dtype != torch.bool:
                 there = (made[index] >= 0) & (made[index] < table.meta["val"].shape[dim])
@@ -79,12 +79,12 @@ class _Steps:
 
 
 def _moves(node: fx.Node) -> bool:
-    return len(node.all_input_nodes) == 1 and (_name(node) in MOVES or _name(node) in ("view", "_unsafe_view", "reshape"))
+    return len(node.all_input_nodes) == 1 and plain_name(node) in {*MOVES, "view", "_unsafe_view", "reshape"}
 
 
 def _made(node: fx.Node, made: Mapping[fx.Node, Tensor], data: Mapping[fx.Node, Tensor]) -> Tensor | None:
     """An operator's result for each value that is tried; None where it is not made of that value and of data alone."""
-    name = _name(node)
+    name = plain_name(node)
     mine = [made[x] for x in node.all_input_nodes if x in made]
     others = {x: data[x].flatten() for x in node.all_input_nodes if x not in made and x in data}
     if len(mine) + len(others) < len(node.all_input_nodes):
@@ -123,5 +123,5 @@ def _changes(result: Tensor, tried: Tensor) -> set[int]:
     return set(tried[at].flatten().tolist())
 
 
-def _name(node: fx.Node) -> str:
+def plain_name(node: fx.Node) -> str:
     return str(node.target._schema.name.split("::")[1]) if hasattr(node.target, "_schema") else ""
