@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldcc.errors import divisors
 from foldcc.rules.aten import operands
@@ -38,6 +41,25 @@ _ELSEWHERE = {"_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_fun
 _IMPURE = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}
 # What operators raise for values or sizes that they do not take.
 _REFUSED = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
+class _SizesThatFit(TorchDispatchMode):
+    """Kernels may read and write past the end of operands whose sizes do not fit together, as fused weight_norm does.
+
+    So the decomposition of an operator is run where there is one: the operators in it check sizes. Where there is none, the
+    shapes of the results are computed first, which checks them too.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in decomposition_table:
+            return decomposition_table[func](*args, **kwargs)
+        with FakeTensorMode(allow_fallback_kernels=False) as fake:
+            fakes = pytree.tree_map_only(Tensor, lambda x: fake.from_tensor(x, static_shapes=True), (args, kwargs))
+            func(*fakes[0], **fakes[1])
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ class _Call:
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The results without gradients; None where the operator refuses such operands."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _SizesThatFit():
                 return self(tensors)
         except _REFUSED:
             return None
@@ -76,11 +98,12 @@ class _Call:
         leaves = [x.detach().requires_grad_(_continuous(x.dtype)) for x in tensors]
         asked = [x for x in leaves if x.requires_grad]
         try:
-            pairs = [(y, t) for y, t in zip(self(leaves), tangents, strict=True) if y.requires_grad]
-            if not pairs:
-                return [torch.zeros_like(x) for x in asked]
-            outputs, grads = zip(*pairs, strict=True)
-            return list(torch.autograd.grad(outputs, asked, grads, materialize_grads=True))
+            with _SizesThatFit():
+                pairs = [(y, t) for y, t in zip(self(leaves), tangents, strict=True) if y.requires_grad]
+                if not pairs:
+                    return [torch.zeros_like(x) for x in asked]
+                outputs, grads = zip(*pairs, strict=True)
+                return list(torch.autograd.grad(outputs, asked, grads, materialize_grads=True))
         except _REFUSED:
             return None
 
@@ -259,15 +282,17 @@ def _alone(call: _Call, tensors: list[Tensor], whole: tuple[Tensor, ...], cut: D
     """Whether what the call makes of some entries are the entries of the whole, for parts of each size and in any order."""
     size = next(x.shape[d] for x, d in zip(tensors, cut, strict=True) if d is not None)
     order = torch.randperm(size)
+    tangents = [torch.randn_like(y) if _continuous(y.dtype) else y for y in whole]
+    expected = call.gradients(tensors, tangents)
+    if expected is None:
+        return False
     for places in (torch.tensor([0]), torch.tensor([size - 1]), *(order[:n] for n in divisors(size))):
         part = call.run(_at(tensors, cut, places))
         if part is None or not _agree(call, part, _at(whole, left, places)):
             return False
-    tangents = [torch.randn_like(y) if _continuous(y.dtype) else y for y in whole]
     chunks = order.chunk(divisors(size)[1])
-    expected = call.gradients(tensors, tangents)
     parts = [call.gradients(_at(tensors, cut, c), _at(tangents, left, c)) for c in chunks]
-    if expected is None or any(p is None for p in parts):
+    if any(p is None for p in parts):
         return False
     dims = [d for x, d in zip(tensors, cut, strict=True) if _continuous(x.dtype)]
     for i, (gradient, d) in enumerate(zip(expected, dims, strict=True)):
