@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -223,3 +225,38 @@ def test_ranks_that_disagree_are_named_on_all_of_them():
     assert "evaluation" in first["one evaluates"]
     assert "Rank 1 has another up.weight than rank 0" in first["weights"]
     assert "Rank 1 has other samples in ['x'] than rank 0" in first["samples"]
+
+
+def scales_and_losses() -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    x = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(1))
+    plain = Gated()
+    folded = foldcc.parallelize(copy.deepcopy(plain), foldcc.FoldedMesh.parse("tp=2", "cpu"), example_inputs=(x,))
+
+    def trained(model: nn.Module, overflow: Callable[[], Any]) -> list[tuple[float, float]]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+        for step in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = model(x).float().square().mean()
+            scaler.scale(loss).backward()
+            if step == 1:
+                overflow()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            found.append((scaler.get_scale(), loss.item()))
+        return found
+
+    return (
+        trained(plain, lambda: plain.up.grad[3, 3].fill_(torch.inf)),
+        trained(folded, lambda: dist.get_rank() == 1 and folded.up.grad.to_local()[3, 3].fill_(torch.inf)),
+    )
+
+
+def test_a_step_that_overflows_on_one_rank_is_left_out_on_all_and_halves_the_scale():
+    for one, folded in run_distributed(scales_and_losses, 2):
+        assert [scale for scale, _ in one] == [1024.0, 512.0, 512.0] == [scale for scale, _ in folded]
+        assert [loss for _, loss in folded] == pytest.approx([loss for _, loss in one], rel=1e-3)
+        assert folded[1][1] == folded[2][1] != folded[0][1]
