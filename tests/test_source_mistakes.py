@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime import clip, groups
 from foldcc.testing import check_equivalence
-from tests.models import token_batch
+from tests.models import tiny_model, token_batch
 
 
 class _Head(nn.Module):
@@ -47,6 +47,15 @@ def _equal(model: nn.Module) -> None:
 )
 def test_every_option_of_a_loss_counts(options: dict[str, Any]) -> None:
     _equal(_Head(**options))
+
+
+@pytest.mark.parametrize("option", ["ignore_index", "shift_labels"])
+def test_options_of_a_library_models_loss_count(option: str) -> None:
+    batch = token_batch(4)
+    labels = batch["labels"] = batch["labels"].clamp(min=0)
+    labels[0, 3:] = 5
+    value = {"ignore_index": 5, "shift_labels": labels.roll(-2, 1)}[option]
+    check_equivalence(tiny_model("llama", num_hidden_layers=1), "dp=2,tp=2", kwargs={**batch, option: value})
 
 
 @pytest.mark.parametrize(

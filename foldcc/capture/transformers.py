@@ -19,7 +19,8 @@ _NAME = "foldcc"
 # Arguments of an attention function that change nothing of what it computes and returns.
 _HARMLESS = {
     "position_ids", "cache_position", "past_key_values", "use_cache", "output_hidden_states",
-    "output_router_logits", "return_dict", "position_embeddings", "num_items_in_batch", "labels", "logits_to_keep",
+    "output_router_logits", "return_dict", "position_embeddings", "labels", "logits_to_keep",
+    "num_items_in_batch", "shift_labels", "ignore_index",  # the loss reads them
 }  # fmt: skip
 
 
