@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import prod
 
 import sympy
 from sympy import Symbol as Symbol
@@ -97,6 +98,13 @@ class Layout:
         found = _times(self._local(state.dim)[: state.start])
         assert isinstance(found, int)
         return found
+
+    def used_up(self, state: State) -> bool:
+        """Whether what a rank has left of the factors that a state divides may have size 1."""
+        if not isinstance(state, Shard):
+            return False
+        ranks = prod(self.ranks[a] for a, s in self.states.items() if isinstance(s, Shard) and s.dim == state.dim)
+        return prod(self.sizes.get(f, ranks + 1) for f in self.dims[state.dim][state.start : state.stop]) <= ranks
 
     @property
     def transposed(self) -> Layout:

@@ -100,6 +100,7 @@ def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> 
     for node in block.graph.nodes:
         # What tracing keeps of a node's meta, for the operators that it becomes and for their transposes.
         node.meta["custom"] = {k: node.meta[k] for k in ("nn_module_stack", "source") if k in node.meta} | {"origin": node.name}
+        node.meta["custom"]["used_up"] = _used_up(node)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode, fx_traceback.preserve_node_meta():
         inputs = tuple(
@@ -127,6 +128,12 @@ def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> 
     for node in joint.graph.nodes:
         node.meta |= node.meta.pop("custom", {})
     return joint
+
+
+def _used_up(node: fx.Node) -> frozenset[str]:
+    """The axes that a collective divides, or joins again, along a factor that may have size 1 on a rank."""
+    layouts = [n.meta["layout"] for n in (node, *node.all_input_nodes[:1]) if isinstance(n.meta.get("layout"), Layout)]
+    return frozenset(axis for layout in layouts for axis, s in layout.states.items() if layout.used_up(s))
 
 
 def _without_views(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> Callable[..., Any]:

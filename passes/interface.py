@@ -8,6 +8,11 @@ import torch
 from torch import fx
 
 from foldcc.program import Program
+from foldcc.rules.aten import name_of
+
+# Operators that read floating-point numbers and whose results have no gradient: what they make is new, counted or cut off.
+_STOPS = {f"aten.{n}" for n in "detach histc new_zeros new_ones new_full new_empty".split()}
+_STOPS |= {f"aten.{n}_like" for n in "zeros ones full empty".split()}
 
 
 def find_gradients(program: Program) -> None:
@@ -30,6 +35,8 @@ def find_gradients(program: Program) -> None:
 
 def flows(node: fx.Node, through: Collection[fx.Node]) -> bool:
     """Whether a gradient flows back through an operator, if one flows through some of its operands."""
+    if name_of(node.target) in _STOPS:
+        return False
     several = isinstance(node.meta["val"], (tuple, list))
     return any(n in through for n in node.all_input_nodes) and (several or _differentiable(node))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -62,7 +62,7 @@ class Typing:
 
     def of(self, layout: Layout) -> Value:
         """The types of a layout, on its own view and, where they agree, on the other."""
-        types = {a: of_state(s, isinstance(s, Shard) and _is_one(layout, s)) for a, s in layout.states.items()}
+        types = {a: of_state(s, layout.used_up(s)) for a, s in layout.states.items()}
         return Value(self._crossed({b: t for a, t in types.items() for b in self.atoms.of[a]}))
 
     def fits(self, value: Value, axis: str, state: State) -> bool:
@@ -113,7 +113,7 @@ class Typing:
         for atom in self.atoms.across:
             types = {i: v.types[atom] for i, v in given.items()}
             try:
-                left = through(rule, types, counts, results)
+                left = _each(rule, types, counts, results)
             except Illegal as why:
                 raise illegal(node, f"{why} over {self.atoms.axes(atom)}", part, self.told(node, values)) from None
             for result, type_, shape in zip(found, left, shapes, strict=True):
@@ -171,6 +171,15 @@ class Typing:
         return [f"{x.name} {self.text(x, values[x], axes)}" for x in known]
 
 
+def _each(rule: Rule, types: Mapping[int, Type], counts: frozenset[int], results: int) -> tuple[Type, ...]:
+    """The types of the results, each by the operands that it depends on."""
+    if not rule.reads:
+        return through(rule, types, counts, results)
+    pairs = zip(rule.results, rule.reads, strict=True)
+    alone = [(replace(rule, results=(pattern,)), {i: t for i, t in types.items() if i in reads}) for pattern, reads in pairs]
+    return tuple(through(own, read, counts, 1)[0] for own, read in alone)
+
+
 def _is_number(node: fx.Node | None) -> bool:
     """Whether a value is no index and no mask."""
     value = None if node is None else node.meta.get("val")
@@ -200,11 +209,6 @@ def _after(known: Operator, after: str, dim: int, node: fx.Node, arguments: Mapp
     if after != VARYING:
         return TERM if after == PARTIAL else SAME
     shape = shape_of(node.meta.get("val")) or ()
-    return Type(VARYING, frozenset({dim}), len(shape) > dim and shape[dim] == arguments.get("outer", 1))
-
-
-def _is_one(layout: Layout, state: Shard) -> bool:
-    """Whether a divided factor may have size 1 on a rank."""
-    factors = layout.dims[state.dim][state.start : state.stop]
-    ranks = prod(layout.ranks[a] for a, s in layout.states.items() if isinstance(s, Shard) and s.dim == state.dim)
-    return prod(layout.sizes.get(f, ranks + 1) for f in factors) <= ranks
+    one = len(shape) > dim and shape[dim] == arguments.get("outer", 1)
+    used_up = node.meta.get("used_up", frozenset()) & set(arguments["axes"].split(","))
+    return Type(VARYING, frozenset({dim}), one or bool(used_up))

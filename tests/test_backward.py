@@ -192,3 +192,27 @@ def test_checkpointed_modules_have_the_gradients_of_the_modules(reentrant: bool)
     for m in (plain, model):
         m(x).square().sum().backward()
     same_gradients(model, plain)
+
+
+class Refined(Stack):
+    """The same layers several times, first without gradients."""
+
+    def __init__(self, free: int) -> None:
+        super().__init__()
+        self.free = free
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i in range(3):
+            with torch.set_grad_enabled(i >= self.free and torch.is_grad_enabled()):
+                y = super().forward(y + x)
+        return y
+
+
+@pytest.mark.parametrize("free", [1, 2])
+def test_layers_that_run_without_gradients_first_have_those_of_their_last_runs(free: int) -> None:
+    plain, x = Refined(free).double(), stack_input().requires_grad_()
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=(x.detach(),))
+    for m in (plain, model):
+        m(x).square().sum().backward()
+    same_gradients(model, plain)

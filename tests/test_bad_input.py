@@ -276,6 +276,12 @@ def _llama4() -> nn.Module:
     return transformers.Llama4ForCausalLM(config)
 
 
+def _doge() -> nn.Module:
+    import transformers
+
+    return transformers.DogeForCausalLM(transformers.DogeConfig(**_SMALL))
+
+
 _SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
           "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
 MASK_4D = torch.ones(4, 1, 16, 16, dtype=torch.bool)
@@ -284,6 +290,7 @@ POSITIONS = torch.arange(16).expand(4, 16).contiguous()
 OPTIONS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "soft capping": (_gemma, {}, r"Gemma2Attention uses softcap=50\.0"),
     "chunks": (_llama4, {}, "attention mask with chunks"),
+    "a mask that is read": (_doge, {}, r"computes with its attention mask itself \(mask\.dtype\)"),
     "dropout": (lambda: tiny_model("llama", attention_dropout=0.1).train(), {}, r"LlamaAttention uses dropout=0\.1"),
     "a whole mask": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D}, r"a mask of shape \[4, 1, 16, 16\]"),
     "a mask of 3 dims": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D[:, 0]}, r"has shape \[4, 16, 16\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from foldcc.mesh import FoldedMesh
 from foldcc.testing import check_equivalence
@@ -43,6 +44,45 @@ def test_a_mesh_without_parallelism_is_the_model_itself(family: str) -> None:
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2|ep=2,etp=2"])
 def test_tied_embeddings_get_one_gradient(mesh: str) -> None:
     check_equivalence(tiny_model("mixtral", tie_word_embeddings=True), mesh, kwargs=batch_for(mesh))
+
+
+class Fused(nn.Module):
+    """Attention whose queries, keys and values are rows of one weight, with fewer keys than queries."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = (heads, 2, 2)
+        self.qkv, self.out = nn.Linear(16, 4 * sum(self.heads)), nn.Linear(4 * heads, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split([4 * n for n in self.heads], -1)
+        q, k, v = (y.unflatten(-1, (n, 4)).transpose(1, 2) for y, n in zip(parts, self.heads, strict=True))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_a_fused_projection_to_heads_and_fewer_key_value_heads(heads: int) -> None:
+    check_equivalence(nn.Sequential(Fused(heads), Fused(heads)), "dp=2,tp=2", args=(torch.randn(4, 6, 16),))
+
+
+class Convolved(nn.Module):
+    """Convolutions of a sequence to more channels and back, the second one row-parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Conv1d(8, 16, 3, padding=1), nn.ConvTranspose1d(16, 8, 3, padding=1)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.relu(self.up(self.first(x).transpose(1, 2)))
+        return self.last(self.down(wide).transpose(1, 2))
+
+
+def test_convolutions_after_each_other_are_column_and_row_parallel() -> None:
+    check_equivalence(Convolved(), "dp=2,tp=2", args=(torch.randn(4, 6, 8),))
 
 
 def test_a_rank_without_a_valid_token_weighs_nothing() -> None:

@@ -28,6 +28,11 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_DECODER, "sliding_window": 3, "head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
     "bidirectional": ("BertForMaskedLM", {"num_hidden_layers": 1}),
+    # It does not ask the library for attention, and adds its mask itself.
+    "own": (
+        "GPTNeoXJapaneseForCausalLM",
+        {"num_hidden_layers": 1, "use_cache": False, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
     # Its first layer is global, its second one local.
     "bidirectional_window": ("ModernBertForMaskedLM", {"num_hidden_layers": 2, "local_attention": 6}),
 }
@@ -68,7 +73,7 @@ def _model(name: str, implementation: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [(n, i) for n in _MODELS for i in ("eager", "sdpa") if (n, i) != ("sinks", "sdpa")],
+    [(n, i) for n in _MODELS for i in ("eager", "sdpa") if (n, i) not in (("sinks", "sdpa"), ("own", "sdpa"))],
 )
 def test_a_query_attends_to_what_it_attends_to_in_the_model(name: str, implementation: str) -> None:
     """At every position, padding too, with all gradients.

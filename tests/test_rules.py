@@ -23,6 +23,7 @@ from foldcc import ops
 from foldcc.layout import INVARIANT, PARTIAL, Layout, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import activation
+from foldcc.passes.interface import flows
 from foldcc.passes.localize import Localize
 from foldcc.passes.strategies import Strategist, Strategy, results_of
 from foldcc.program import Program, Slot
@@ -393,6 +394,18 @@ def test_every_sharding_that_a_rule_allows_computes_the_same(
 ) -> None:
     torch.manual_seed(seed)
     check_every_strategy(name, lambda: data.draw(SIZES), ranks, fine)
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_gradients_flow_through_what_autograd_lets_them(name: str) -> None:
+    trial = Trial(BUILDERS[name](partial(random.Random(0).choice, [2, 4, 6])), 2, fine=False)
+    args = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), trial.args)
+    given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    node = trial.annotated()
+    through = {n for n, x in zip(node.graph.find_nodes(op="placeholder"), given, strict=True) if x.requires_grad}
+    found = trial.target(*args, **trial.kwargs)
+    expected = any(x.requires_grad for x in pytree.tree_leaves(found) if isinstance(x, Tensor))
+    assert flows(node, through) == expected
 
 
 def test_every_rule_is_tested() -> None:

@@ -34,6 +34,22 @@ class Mask(NamedTuple):
     pattern: Pattern
     valid: Tensor | None
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # Python and the tracers ask for such names
+        raise _read(f".{name}")
+
+    def __getitem__(self, places: Any) -> Any:
+        raise _read("[...]")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _read(f" in {getattr(function, '__name__', function)}")
+
+
+def _read(how: str) -> FoldError:
+    return FoldError(f"The model computes with its attention mask itself (mask{how}).", carries=CARRIED)
+
 
 def mask(*, mask_function: Any, attention_mask: Tensor | None = None, q_offset: Any = 0, kv_offset: Any = 0, **_: Any) -> Mask:
     """The mask interface of Transformers: it would evaluate `mask_function`, we only keep what it says.

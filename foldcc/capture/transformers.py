@@ -124,6 +124,13 @@ def _is_transformers(model: nn.Module) -> bool:
     return library is not None and any(isinstance(m, library.PreTrainedModel) for m in model.modules())
 
 
+def _asks_for_attention(model: nn.Module) -> bool:
+    """Whether all attention goes through the library's interface. Files that do not use it compute with masks themselves."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    return all(type(m)._can_set_attn_implementation() for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
 def _configurations(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
@@ -136,6 +143,8 @@ def _configurations(model: nn.Module) -> list[Any]:
 @contextmanager
 def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     """Attention, masks and experts are foldcc's nodes inside this context, and nothing is changed after it.
+
+    Attention that is not asked for through the library's interface is captured as it is written, and its masks with it.
 
     Args:
         given: the arguments by name that the model will be called with.
@@ -154,8 +163,9 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    ours = _asks_for_attention(model)
     changes = {
-        "_attn_implementation_internal": _NAME,
+        "_attn_implementation_internal": _NAME if ours else "eager",
         "_experts_implementation_internal": _NAME,
         "use_cache": False,
     }
@@ -163,7 +173,8 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
         stack.enter_context(changed(ALL_ATTENTION_FUNCTIONS._global_mapping, {_NAME: _attention}))
         stack.enter_context(changed(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_NAME: mask}))
         stack.enter_context(changed(ALL_EXPERTS_FUNCTIONS._global_mapping, {_NAME: _experts}))
-        stack.enter_context(as_patterns())
+        if ours:
+            stack.enter_context(as_patterns())
         for config in _configurations(model):
             stack.enter_context(changed(config.__dict__, changes))
         _install_recorders(model)

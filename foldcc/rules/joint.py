@@ -261,17 +261,16 @@ def _softmax(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]
 
 
 def _convolution_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
-    """The gradients of the operand, the weight and the bias; the last two are sums over samples."""
+    """The gradients of the operand, of the weight and of the bias, each from the gradient and what it is multiplied by."""
     x, weight = inputs[1], inputs[2]
     assert x is not None and weight is not None
     known = convolved(node, x, weight)
     if known is None:
         return replace(_unknown(inputs, outputs), linear=(frozenset({0}),))
     (first, second, bias, result), whole = known
-    if len(outputs) > 2 and outputs[2] is not None:
-        whole = whole | {"i"}  # each part of the operand's channels would make the whole gradient of the bias
     results = tuple(p if s is not None else None for p, s in zip((first, second, bias), outputs, strict=True))
-    return Rule((result, first, second), results, {}, frozenset(whole), (frozenset({0}),))
+    linear, reads = tuple(frozenset({i}) for i in range(3)), (frozenset({0, 2}), frozenset({0, 1}), frozenset({0}))
+    return Rule((result, first, second), results, {}, frozenset(whole), linear, reads=reads)
 
 
 def _select_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:

@@ -28,6 +28,7 @@ class Rule:
         whole: letters that must not be sharded.
         linear: sets of operands that may be partial together.
         add: operands that join the sum once.
+        reads: for each result the operands that it depends on; without it, all.
     """
 
     operands: tuple[Pattern | None, ...]
@@ -36,6 +37,7 @@ class Rule:
     whole: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     add: frozenset[int] = frozenset()
+    reads: tuple[frozenset[int], ...] = ()
     wishes: Mapping[str, str] = field(default_factory=dict)
 
     def letters(self) -> list[str]:
