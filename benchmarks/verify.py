@@ -2,8 +2,9 @@
 
     python benchmarks/verify.py [--out benchmarks/results/verify.json]
 
-Each line is a process of its own; models are built on `meta`. `compile` is `parallelize(verify=False)`, `proved` is the same
-with the proof that `parallelize` makes by default, and `verify` is the proof on all ranks in two rounds.
+Each line is a process of its own, which folds and proves one layer first; models are built on `meta`. `compile` is
+`parallelize(verify=False)`, `proved` is the same with the proof that `parallelize` makes by default, and `verify` is the
+proof on all ranks in two rounds.
 """
 
 from __future__ import annotations
@@ -55,15 +56,16 @@ def measure(name: str, mesh: str, layers: int) -> dict[str, Any]:
 
     transformers.logging.set_verbosity_error()
     with torch.device("meta"):
-        model = configured(name, layers)
+        one_layer, model = configured(name, 1), configured(name, layers)
     folded_mesh = foldcc.FoldedMesh.parse(mesh)
     ids = torch.zeros(folded_mesh.size("dp"), 4096, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
-    start = time.perf_counter()
-    foldcc.parallelize(model, folded_mesh, example_inputs=inputs, verify=False)
-    compiled = time.perf_counter()
     with tempfile.TemporaryDirectory() as fresh:
         os.environ["FOLDCC_CACHE"] = fresh
+        foldcc.parallelize(one_layer, folded_mesh, example_inputs=inputs, verify=True)
+        start = time.perf_counter()
+        foldcc.parallelize(model, folded_mesh, example_inputs=inputs, verify=False)
+        compiled = time.perf_counter()
         folded = foldcc.parallelize(model, folded_mesh, example_inputs=inputs, verify=True)
         proved = time.perf_counter()
         proof = foldcc.verify(folded)
