@@ -24,7 +24,7 @@ from foldcc.verification.prove import prove, prove_reduced, too_large
 from foldcc.verification.remembered import fingerprint, recall, remember
 from foldcc.verification.same import first_unlike
 
-_CALLS = 20_000  # of operators, over all ranks: about what making a program smaller takes
+_CALLS = 60_000  # of operators, over all ranks: about what making a program smaller takes
 _WORK = 50_000_000  # products of parameters with tokens
 
 
