@@ -260,6 +260,25 @@ def test_the_eager_loop_of_a_library_says_what_to_do() -> None:
         fold(model, "dp=2", example_inputs=(activations(),))
 
 
+class Unregistered(nn.Module):
+    """A layer in a plain list, which is no child of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.others = nn.Linear(16, 16), [nn.Linear(16, 16)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.others[0](self.first(x))
+        return y
+
+
+@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+def test_a_layer_that_would_not_be_trained(tracer: str) -> None:
+    model = Unregistered()
+    with refused(model, r"that requires a gradient and is no parameter of it", valid="nn.ModuleList"):
+        fold(model, "dp=2", example_inputs=(activations(),), capture=tracer)
+
+
 # --- attention options of Transformers --------------------------------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ _DATA_DEPENDENT = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
+# Of a module that is registered nowhere, Dynamo's exporter does not know the parameters.
+_DYNAMOS = (*_DATA_DEPENDENT, KeyError)
 
 
 def capture(
@@ -134,12 +136,14 @@ def as_exported(
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str) -> torch.export.ExportedProgram:
+    raised: tuple[type[Exception], ...] = _DYNAMOS if tracer == "dynamo" else _DATA_DEPENDENT
     try:
         return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
-    except _DATA_DEPENDENT as error:
+    except raised as error:
         if tracer == "dynamo":
             # Dynamo says that something was raised, not what. The other tracer runs the same code and raises it itself.
-            _exported(model, args, kwargs, "export")
+            with functions.adapted(model, "export"):
+                _exported(model, args, kwargs, "export")
             raise FoldError(
                 f"Dynamo cannot trace the forward of {type(model).__name__}: {_first_line(error)}",
                 at=_user_frame(error),

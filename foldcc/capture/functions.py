@@ -1,5 +1,6 @@
-"""Functions with a backward pass of their own, of which a tracer keeps the forward pass alone.
+"""What autograd does in a forward pass and a tracer does not keep: backward passes of functions, gradients of foreign tensors.
 
+A tracer keeps the forward pass alone of a function that has a backward pass of its own.
 Reentrant gradient checkpointing is one: its backward pass is that of the function that it runs, which is what is captured.
 What is kept for the backward pass, a program decides. Any other is refused.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
@@ -42,7 +44,7 @@ def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
     The caller removes the hook that sees to it.
     """
     if tracer == "export":
-        model.register_forward_hook(lambda module, args, returned: _refuse_through(returned))
+        model.register_forward_hook(lambda module, args, returned: _refuse_through(module, returned))
     call = _DYNAMOS.__call__
     with inlined():
         _DYNAMOS.__call__ = _refuse if torch.is_grad_enabled() else call
@@ -52,8 +54,8 @@ def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
             _DYNAMOS.__call__ = call
 
 
-def _refuse_through(returned: Any) -> None:
-    """Goes through the backward pass that autograd has recorded."""
+def _refuse_through(model: nn.Module, returned: Any) -> None:
+    """Goes through the backward pass that autograd has recorded. Parameters and inputs are fake tensors in it."""
     left = [x.grad_fn for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
     seen = set()
     while left:
@@ -61,6 +63,13 @@ def _refuse_through(returned: Any) -> None:
         if node is not None and node not in seen:
             seen.add(node)
             left += [n for n, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and not isinstance(leaf, FakeTensor):
+                raise FoldError(
+                    f"The forward of {type(model).__name__} uses a tensor of shape {list(leaf.shape)} that requires a gradient "
+                    "and is no parameter of it, so it would not be trained.",
+                    valid="an nn.Parameter as an attribute of a module; modules in an nn.ModuleList or nn.ModuleDict",
+                )
             if isinstance(node, BackwardCFunction):
                 cls: Any = getattr(node, "_forward_cls", type(node))
                 if not cls.__module__.startswith("torch."):
