@@ -99,6 +99,8 @@ def rule_for(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]
 def mixes_by_argument(node: Node) -> bool:
     """Whether an argument away from its usual value makes the operator mix what its line in a table keeps apart."""
     name = name_of(node.target)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
     if name == "aten.embedding":
         return bool(argument(node, "scale_grad_by_freq"))  # its gradient counts the tokens of the whole batch
     if name == "aten.histc":
