@@ -42,7 +42,8 @@ class Compiler:
     """How the calls of a model are compiled.
 
     Attributes:
-        model: the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
+        model: an outline of the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
+        there: the device that the original was on, and is captured for.
         own: passes of a user's own, after the pipeline.
         batch_dims, tracer, kernels, progress: see `parallelize`.
     """
@@ -54,6 +55,7 @@ class Compiler:
     pipeline: tuple[Pass, ...]
     batch_dims: Mapping[str, int | None]
     progress: Callable[[str], None]
+    there: torch.device
     own: tuple[Pass, ...] = ()
 
     def device(self, tree: nn.Module) -> torch.device:
@@ -133,7 +135,7 @@ class Compiler:
         return found
 
     def _check_autocast(self, tree: nn.Module) -> None:
-        there, device = next(self.model.parameters()).device.type, self.device(tree)
+        there, device = self.there.type, self.device(tree)
         if there != device.type and Modes.now(device).autocast is not None:
             raise FoldError(
                 f"Autocast on {device.type} casts nothing of a model on {there}, so its casts cannot be captured.",
@@ -143,9 +145,9 @@ class Compiler:
     def _captured(self, call: Call, tree: nn.Module, batch_dims: Mapping[str, int | None]) -> tuple[Program, set[str]]:
         """The model's program for a call, and the numbers among its inputs that the model did not look at."""
         model = self.model
-        kwargs = call.whole(self.mesh, batch_dims, next(model.parameters()).device)
+        kwargs = call.whole(self.mesh, batch_dims, self.there)
         watch: AbstractContextManager[set[str]] = watched_numbers(model) if self.tracer == "export" else nullcontext(set())
-        with traceable(), in_modes(model, tree), in_dtypes(model, tree), watch as blind, warnings.catch_warnings():
+        with traceable(), in_modes(model, tree), in_dtypes(model, tree, self.there), watch as blind, warnings.catch_warnings():
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             device, recorder = self.device(tree), Recorder(watched(tree))

@@ -26,7 +26,7 @@ from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_box
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
-from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, refuse_hooks
+from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 
@@ -61,7 +61,9 @@ class FoldedModule(nn.Module):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
         said = dict(batch_dims or {})
-        self._compiler = Compiler(model, mesh, tracer, kernels, pipeline, said, progress)
+        self._compiler = Compiler(
+            outline(model), mesh, tracer, kernels, pipeline, said, progress, next(model.parameters()).device
+        )
         self._programs = Programs()
         self._places = Places(mesh)
         self._structure: tuple[str, str] | None = None  # of example_inputs

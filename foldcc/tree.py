@@ -6,6 +6,7 @@ what forward would read anew, such as a switch, is refused by name instead of be
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -23,6 +25,8 @@ from foldcc.mesh import FoldedMesh
 
 _ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
+# What may lead to the modules of a model, and is copied with them.
+_COPIED = (nn.Module, dict, list, tuple, set, types.MethodType, functools.partial)
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -120,6 +124,28 @@ def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
         for held in _ON_STATES:
             for key, hook in vars(module)[held].items():
                 vars(target)[held][key] = _rebound(hook, modules)
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """The model with parameters on meta, to compile from when its weights are gone. Buffers and plain attributes are shared.
+
+    The model itself where its weights are on meta already, and where a function that it holds refers to its modules, which
+    no copy of the module would call.
+    """
+    parameters = list(model.parameters())
+    if all(p.is_meta for p in parameters) or any(_refers(x) for m in model.modules() for x in vars(m).values()):
+        return model
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters}
+    for module in model.modules():
+        hooks = [h for _, _, h in hooks_of(module)]
+        memo |= {id(x): x for x in (*hooks, *vars(module).values()) if not isinstance(x, _COPIED)}
+    return copy.deepcopy(model, memo)
+
+
+def _refers(x: Any) -> bool:
+    cells = x.__closure__ or () if isinstance(x, types.FunctionType) else ()
+    return any(isinstance(c.cell_contents, (nn.Module, Tensor)) for c in cells)
 
 
 def _alike(module: nn.Module) -> nn.Module:

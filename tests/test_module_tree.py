@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -302,3 +305,44 @@ class Gated(nn.Module):
 def test_a_plain_state_dict_is_loaded_right_on_processes() -> None:
     ranks = run_distributed(loaded_on_processes, 2, "tp=2")
     assert ranks == [["Parameter up was replaced by a plain tensor."]] * 2
+
+
+# --- the original ------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_model_that_is_dropped_are_not_kept_alive_and_its_next_shape_is_compiled() -> None:
+    model, x = nn.Sequential(Mixer(), nn.Linear(16, 16)), activations()
+    plain = copy.deepcopy(model)
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=None)
+    assert_the_same(folded, plain, x)
+    dropped = [weakref.ref(y) for y in (model, *model.parameters())]
+    del model
+    gc.collect()
+    assert all(y() is None for y in dropped)
+    assert_the_same(folded, plain, x[:, :4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert folded(x).dtype == plain(x).dtype == torch.bfloat16
+
+
+class Closing(nn.Module):
+    """A function, a method and a part of one that refer to the module's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+        self.function, self.method, self.part = lambda x: self.a(x), self.b.forward, functools.partial(self.c.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(x) + torch.relu(self.method(x)) * self.part(x)
+        return y
+
+
+@pytest.mark.parametrize("closure", [True, False])
+def test_functions_that_a_module_holds_call_its_own_layers(closure: bool) -> None:
+    model, x = Closing().double(), activations().double()
+    if not closure:
+        model.function = functools.partial(nn.functional.linear, weight=torch.eye(16, dtype=torch.float64))
+    plain = copy.deepcopy(model) if not closure else model
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=None)
+    for length in (8, 4):
+        assert_the_same(folded, plain, x[:, :length])

@@ -19,7 +19,7 @@ from foldcc.module import FoldedModule
 from foldcc.verification.field import Field
 from foldcc.verification.origin import against_a_copy
 from foldcc.verification.proof import Proof
-from tests.models import token_batch
+from tests.models import tiny_model, token_batch
 
 _SIZES = {
     "vocab_size": 32,
@@ -307,9 +307,8 @@ def test_hooks_are_not_called_with_elements_of_a_field_and_what_they_watch_is_no
 
 def test_the_module_is_called_as_it_was_when_it_was_captured() -> None:
     """With a number that is an input of the program, asked for hidden states, with frozen weights, without gradients."""
-    model = folded("Llama")
     batch = token_batch(2, 8, vocabulary=32)
-    original = model._compiler.model
+    original = tiny_model("llama", num_hidden_layers=1, vocab_size=32)
     original.get_input_embeddings().weight.requires_grad_(False)
     again = foldcc.parallelize(original, "tp=2")
     for number in (5, 7):

@@ -48,10 +48,11 @@ def in_modes(model: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_dtypes(model: nn.Module, other: nn.Module) -> Iterator[None]:
+def in_dtypes(model: nn.Module, other: nn.Module, device: torch.device) -> Iterator[None]:
     """The model with its parameters and buffers in the dtypes that they have in `other`, inside this context.
 
-    One of another dtype is an empty tensor meanwhile: what is captured depends on its dtype and not on its values.
+    One of another dtype, or a parameter that is not on `device`, is an empty tensor meanwhile: what is captured depends on
+    dtypes and devices, and not on values.
     """
     before = [(held, dict(held)) for m in model.modules() for held in (m._parameters, m._buffers)]
     empty: dict[int, Tensor] = {}
@@ -59,11 +60,12 @@ def in_dtypes(model: nn.Module, other: nn.Module) -> Iterator[None]:
         theirs = other.get_submodule(path)
         for name, x in (*module._parameters.items(), *module._buffers.items()):
             wanted = None if x is None else getattr(theirs, name)
-            if x is None or wanted is None or x.dtype == wanted.dtype:
+            moved = isinstance(x, nn.Parameter) and x.device.type != device.type
+            if x is None or wanted is None or (x.dtype == wanted.dtype and not moved):
                 continue
             held = module._parameters if name in module._parameters else module._buffers
             if id(x) not in empty:
-                like = torch.empty_like(x, dtype=wanted.dtype, requires_grad=False)
+                like = torch.empty_like(x, dtype=wanted.dtype, device=device if moved else x.device, requires_grad=False)
                 empty[id(x)] = nn.Parameter(like, x.requires_grad) if isinstance(x, nn.Parameter) else like
             held[name] = empty[id(x)]
     try:
