@@ -36,7 +36,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)           # those that need no GPU; benchmarks/kernels.py needs one
 	for benchmark in compile_time step_time verify aot; do $(BIN)/python benchmarks/$$benchmark.py || exit; done
 
-mutations: $(INSTALLED)       # plants every mistake and tables which checker finds it; an hour
+mutations: $(INSTALLED)       # plants every mistake and tables which checker finds it; a quarter of an hour
 	$(BIN)/python -m tests.mutations
 
 # torch comes first and alone, so that nothing else chooses its version.

@@ -26,6 +26,9 @@ class FoldError(ValueError):
         self.facts = {label: fact for label, fact in facts.items() if fact is not None}
         super().__init__(_render(message, self.facts))
 
+    def __str__(self) -> str:
+        return _render(self.message, self.facts)  # whatever an interpreter of graphs has added to the arguments
+
 
 class NotFolded(FoldError, AttributeError):
     """An attribute of the original model that the folded one does not have; `hasattr` is False."""

@@ -25,6 +25,12 @@ def test_long_labels_and_facts_stay_aligned():
     assert str(FoldError("No.", at="a\nb", expected="c")) == "No.\n  at       a\n           b\n  expected c"
 
 
+def test_what_an_interpreter_adds_to_an_error_is_not_shown():
+    error = FoldError("No.", at="a")
+    error.args = (f"{error.args[0]}\n\nWhile executing %linear",)
+    assert str(error) == "No.\n  at      a"
+
+
 def test_what_divides_yields_the_share_of_a_rank():
     assert divides("heads", 32, "tp", 8) == 4
 

@@ -15,7 +15,7 @@ from foldcc import FoldedMesh
 from foldcc.errors import FoldError
 from foldcc.layout import Shard
 from foldcc.passes.annotate import UnknownOperator
-from foldcc.rules.observed import observed_linear, observed_rule
+from foldcc.rules.observed import observed_linear, observed_reads, observed_rule
 from foldcc.testing import check_equivalence
 
 aten = torch.ops.aten
@@ -128,6 +128,25 @@ def test_a_custom_operator_keeps_samples_apart(mesh: str) -> None:
         )
         (node,) = (n for _, n in folded.stages["shard"].program.nodes() if n.target is torch.ops.observed.mixed.default)
         assert isinstance(node.meta["layout"].states["dp"], Shard)
+
+
+class Pooled(nn.Module):
+    """Averages of neighbours, whose derivative is told the shape by the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool1d(self.down(torch.relu(self.up(x))), 2)
+
+
+def test_a_derivative_that_reads_no_number_of_an_operand_is_linear_whatever_that_is() -> None:
+    x = torch.randn(4, 3, 8)
+    assert observed_reads(
+        traced((aten.avg_pool2d_backward.default, x[..., :4], x, [1, 2], [1, 2], [0, 0], False, True, None))
+    ) == {0}
+    check_equivalence(Pooled(), "dp=2,tp=2", (x,))
 
 
 def test_the_warning_says_on_which_axes_an_operator_is_replicated() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 import foldcc
 from foldcc import ops
@@ -276,6 +277,22 @@ def verified(fn: Callable[[Tensor], Tensor]) -> foldcc.verification.Proof:
 def test_an_operator_without_a_meaning_is_named_with_its_module() -> None:
     with pytest.raises(FoldError, match="aten.logcumsumexp.*has no meaning over a field"):
         verified(lambda x: x.logcumsumexp(-1))
+
+
+MADE_OF_OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "huber": lambda x: functional.huber_loss(x, x.detach().flip(1), reduction="none", delta=0.5),
+    "cross entropy of logits": lambda x: functional.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
+    "group norm": lambda x: functional.group_norm(x, 4),
+    "reflection": lambda x: functional.pad(x[None], (2, 1), mode="reflect")[0],
+    "dot": lambda x: torch.vdot(x.flatten(), x.flatten().flip(0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::foldcc.passes.annotate.UnknownOperator")
+@pytest.mark.filterwarnings("ignore:All ranks together compute")
+@pytest.mark.parametrize("name", MADE_OF_OTHERS)
+def test_an_operator_means_what_the_operators_that_it_is_made_of_mean(name: str) -> None:
+    assert verified(MADE_OF_OTHERS[name]).ok
 
 
 def test_a_program_that_divides_by_zero_is_no_proof() -> None:

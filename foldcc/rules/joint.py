@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from foldcc.rules.aten import argument, argument_or, convolved, mixes_by_argument, name_of, operands, rule_for
 from foldcc.rules.notation import Letters, Notation, Pattern, Rule, dimensions, notation
-from foldcc.rules.observed import observed_linear
+from foldcc.rules.observed import observed_linear, observed_reads
 
 Shape = tuple[int, ...]
 # A letter with this mark is followed only by a factor that has size 1 on a rank, so that its place in a view is not certain.
@@ -106,7 +106,8 @@ def joint_rule(node: Node) -> Rule | None:
         return None if rule is None else replace(rule, linear=linear)
     if name in _OPAQUE or name.endswith(("_backward", "_backward_data")):
         # The derivative of any operator is linear in the gradient that it is given, its first operand.
-        return replace(rule or _unknown(inputs, outputs), linear=(frozenset({0}),))
+        found = replace(rule or _unknown(inputs, outputs), linear=(frozenset({0}),))
+        return found if rule is not None else replace(found, reads=(observed_reads(node),) * len(outputs))
     if rule is None and (seen := observed_linear(node)):
         return replace(_unknown(inputs, outputs), linear=seen)
     return rule

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,9 +55,8 @@ class _SizesThatFit(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in decomposition_table:
             return decomposition_table[func](*args, **kwargs)
-        with FakeTensorMode(allow_fallback_kernels=False) as fake:
-            fakes = pytree.tree_map_only(Tensor, lambda x: fake.from_tensor(x, static_shapes=True), (args, kwargs))
-            func(*fakes[0], **fakes[1])
+        shapes = pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), (args, kwargs))
+        func(*shapes[0], **shapes[1])
         return func(*args, **kwargs)
 
 
@@ -128,6 +126,16 @@ def observed_linear(node: Node) -> tuple[frozenset[int], ...]:
     found: set[int] = set() if call is None else _once(call, _linear)
     there = [i for i, x in enumerate(operands(node)) if x is not None]
     return tuple(frozenset({there[i]}) for i in sorted(found))
+
+
+def observed_reads(node: Node) -> frozenset[int]:
+    """The operands whose numbers change results in runs of a call; all of them where it cannot be tried.
+
+    A derivative of a linear operator may be given an operand for its shape alone.
+    """
+    call = _call(node)
+    there = [i for i, x in enumerate(operands(node)) if x is not None]
+    return frozenset(there if call is None else (there[i] for i in _once(call, _read)))
 
 
 def _once(call: _Call, find: Callable[[_Call], Any]) -> Any:
@@ -205,6 +213,21 @@ def _linear(call: _Call) -> set[int]:
             if not sums or not all(_continuous(y.dtype) for y in whole) or not _agree(call, sums, whole):
                 found.discard(i)
     return found
+
+
+def _read(call: _Call) -> set[int]:
+    """Positions of operands: the call is not the same at other values."""
+    small = _small(call)
+    everything = set(range(len(call.inputs)))
+    draws = [] if small is None else list(itertools.islice(_drawn(small), _DRAWS))
+    if small is None or len(draws) < _DRAWS:
+        return everything
+
+    def changes(i: int) -> bool:
+        pairs = ((small.run([*x[:i], other[i], *x[i + 1 :]]), y) for (x, y), (other, _) in zip(draws, draws[1:], strict=False))
+        return any(found is None or not _agree(call, found, whole) for found, whole in pairs)
+
+    return {i for i in everything if changes(i)}
 
 
 def _small(call: _Call) -> _Call | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,7 +92,11 @@ class FieldMode(TorchDispatchMode):
         if torch.Tag.pointwise in func.tags and name not in MOVES:
             return self._pointwise(func, name, args, lifted)
         if name not in MOVES:
-            raise NoMeaning(func)
+            with self:  # its meaning is that of the operators that it is made of
+                result = decomposition_table.get(func, func.decompose)(*args, **kwargs)
+            if result is NotImplemented:
+                raise NoMeaning(func)
+            return result
         result = func(*map(_lifted, args), **lifted)
         if "empty" in name and result.is_floating_point():
             result.fill_(torch.nan)
