@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import CALLED, OPTIONS, hooks_of, is_the_models, named, refuse_unobserving
@@ -132,14 +133,13 @@ def outline(model: nn.Module) -> nn.Module:
     The model itself where its weights are on meta already, and where a function that it holds refers to its modules, which
     no copy of the module would call.
     """
-    parameters = list(model.parameters())
+    parameters, own = list(model.parameters()), {id(m) for m in model.modules()}
     if all(p.is_meta for p in parameters) or any(_refers(x) for m in model.modules() for x in vars(m).values()):
         return model
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    held = [x for m in model.modules() for x in pytree.tree_leaves(list(vars(m).values()))]
+    hooks = [hook for m in model.modules() for _, _, hook in hooks_of(m) if id(getattr(hook, "__self__", None)) not in own]
+    memo: dict[int, Any] = {id(x): x for x in (*hooks, *(x for x in held if not isinstance(x, _COPIED)))}
     memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters}
-    for module in model.modules():
-        hooks = [h for _, _, h in hooks_of(module)]
-        memo |= {id(x): x for x in (*hooks, *vars(module).values()) if not isinstance(x, _COPIED)}
     return copy.deepcopy(model, memo)
 
 

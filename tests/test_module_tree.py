@@ -7,6 +7,7 @@ import functools
 import gc
 import io
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -322,6 +323,25 @@ def test_the_weights_of_a_model_that_is_dropped_are_not_kept_alive_and_its_next_
     assert_the_same(folded, plain, x[:, :4])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert folded(x).dtype == plain(x).dtype == torch.bfloat16
+
+
+def test_what_a_model_holds_besides_modules_is_neither_copied_nor_kept_from_the_original() -> None:
+    model, x, recorder = nn.Sequential(Mixer()), activations(), Recorder()
+    model[0].held = {"lock": recorder.lock, "tensor": (model[0].first.weight * 1).detach()}
+    model[0].register_forward_hook(recorder.record)
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,))
+    folded(x)
+    assert recorder.seen == 1
+
+
+class Recorder:
+    """Nothing that can be copied."""
+
+    def __init__(self) -> None:
+        self.lock, self.seen = threading.Lock(), 0
+
+    def record(self, *args: object) -> None:
+        self.seen += 1
 
 
 class Closing(nn.Module):
