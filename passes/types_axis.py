@@ -156,20 +156,16 @@ def _check_linear(rule: Rule, types: Mapping[int, Type], counts: frozenset[int])
 def _varying(
     rule: Rule, types: Mapping[int, Type], counts: frozenset[int], results: Sequence[Pattern | None]
 ) -> tuple[Type, ...]:
-    """V: where the divided dimension of the operands is in the results; P, where an operator that is linear sums it.
-
-    An operand that may be divided in a dimension that the rule does not follow says nothing by itself.
-    """
-    divided, sure = {}, False
+    """V: where the divided dimension of the operands is in the results; P, where an operator that is linear sums it."""
+    divided = {}
     for i, t in types.items():
         pattern = _pattern(rule, i)
         if t.letter == VARYING and pattern is not None:
             letters = {x for d in t.dims if d < len(pattern) for x in pattern[d]} - rule.whole
             divided[i] = {x for x in letters if t.loose or not x.endswith(UNIT)}
-            sure |= all(d < len(pattern) and not rule.whole.issuperset(pattern[d]) for d in t.dims)
     divided = {i: letters for i, letters in divided.items() if letters}
-    shared = set.intersection(*divided.values()) if divided and sure else set()
-    if sure and not shared and len(divided.keys() - counts) > 1 and not any(t.loose for t in types.values()):
+    shared = set.intersection(*divided.values()) if divided else set()
+    if not shared and len(divided.keys() - counts) > 1 and not any(t.loose for t in types.values()):
         raise Illegal("joins parts that are divided in different dimensions")
     loose = any(t.loose for t in types.values() if t.letter == VARYING)
     found = []

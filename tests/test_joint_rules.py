@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     "roll of all": ((aten.roll.default, real(4, 2), [1]), ""),
     "cumsum from the end": ((aten.cumsum.default, real(4, 2), -2), ""),
     "shifted pad": ((aten.constant_pad_nd.default, real(2, 4, 6), [0, 0, 1, -1]), ""),
-    "slice_backward": ((aten.slice_backward.default, real(4, 2), [4, 4], 1, 0, 4, 2), "d0"),
+    "slice_backward": ((aten.slice_backward.default, real(4, 2), [4, 4], 1, 0, 4, 2), "d0 d1"),
     "select_backward": ((aten.select_backward.default, real(4, 2), [4, 3, 2], -2, 1), "d0 d1"),
     "select_scatter": ((aten.select_scatter.default, real(4, 3, 2), real(4, 2), -2, 1), ""),
     "slice_scatter": ((aten.slice_scatter.default, real(4, 6), real(4, 3), -1, 0, 6, 2), ""),

@@ -242,13 +242,11 @@ def _index_put(node: Node, inputs: list[Shape | None], outputs: list[Shape | Non
     return Rule((letters, *others, rows), (letters,), {}, frozenset(), linear)
 
 
-def _slice_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
-    """A slice's gradient in its place, zero elsewhere."""
-    part, out = inputs[0], outputs[0]
-    assert part is not None and out is not None
-    letters, dim = _letters(part), argument(node, "dim") % len(part)
-    whole = frozenset() if part[dim] == out[dim] else frozenset(letters[dim])
-    return Rule((letters,), (letters,), {}, whole, (frozenset({0}),))
+def _slice(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
+    """A slice, or its gradient in its place and zero elsewhere. What is divided was sliced in each of its blocks."""
+    part = inputs[0]
+    assert part is not None
+    return Rule((_letters(part),), (_letters(part),), {}, linear=(frozenset({0}),))
 
 
 def _softmax(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
@@ -302,7 +300,7 @@ def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield "aten.index_add", _index_add
     yield from ((f"aten.{n}", _index_put) for n in ("index_put", "_unsafe_index_put"))
     yield from ((f"aten.{n}", _turned) for n in ("flip", "roll", "cumsum"))
-    yield "aten.slice_backward", _slice_backward
+    yield from ((name, _slice) for name in ("aten.slice", "aten.slice_backward"))
     yield "aten.select_backward", _select_backward
     softmaxes = "_safe_softmax _softmax_backward_data _log_softmax_backward_data"
     yield from ((f"aten.{n}", _softmax) for n in softmaxes.split())
