@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import types
 import weakref
@@ -26,8 +27,6 @@ from foldcc.mesh import FoldedMesh
 
 _ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
-# What may lead to the modules of a model, and is copied with them.
-_COPIED = (nn.Module, dict, list, tuple, set, types.MethodType, functools.partial)
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -128,24 +127,39 @@ def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """The model with parameters on meta, to compile from when its weights are gone. Buffers and plain attributes are shared.
+    """The model with parameters on meta, to compile from when its weights are gone. What leads to no module is shared.
 
-    The model itself where its weights are on meta already, and where a function that it holds refers to its modules, which
-    no copy of the module would call.
+    The model itself where its weights are on meta already, and where something that it holds refers to its modules and
+    cannot be copied with them, such as a function that closes over one.
     """
     parameters, own = list(model.parameters()), {id(m) for m in model.modules()}
-    if all(p.is_meta for p in parameters) or any(_refers(x) for m in model.modules() for x in vars(m).values()):
+    if all(p.is_meta for p in parameters):
         return model
-    held = [x for m in model.modules() for x in pytree.tree_leaves(list(vars(m).values()))]
+    held = [x for m in model.modules() for x in pytree.tree_leaves([y for n, y in vars(m).items() if n not in CALLED])]
+    leading = [x for x in held if not isinstance(x, (nn.Module, Tensor)) and _leads(x, own)]
+    for x in leading:
+        inner = x.func if isinstance(x, functools.partial) else x.__func__ if isinstance(x, types.MethodType) else x
+        if inner is x or _leads(inner, own) and not isinstance(inner, types.MethodType):
+            return model
     hooks = [hook for m in model.modules() for _, _, hook in hooks_of(m) if id(getattr(hook, "__self__", None)) not in own]
-    memo: dict[int, Any] = {id(x): x for x in (*hooks, *(x for x in held if not isinstance(x, _COPIED)))}
+    kept = {id(x) for x in leading}
+    memo: dict[int, Any] = {id(x): x for x in (*held, *hooks) if id(x) not in kept and not isinstance(x, nn.Module)}
     memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters}
     return copy.deepcopy(model, memo)
 
 
-def _refers(x: Any) -> bool:
-    cells = x.__closure__ or () if isinstance(x, types.FunctionType) else ()
-    return any(isinstance(c.cell_contents, (nn.Module, Tensor)) for c in cells)
+def _leads(start: Any, own: set[int]) -> bool:
+    """Whether an object refers to one of these, through whatever it holds; what functions see as globals is not held."""
+    seen, left = {}, [start]
+    while left:
+        x = left.pop()
+        if id(x) in own:
+            return True
+        if id(x) not in seen and not isinstance(x, (type, types.ModuleType, types.FrameType)):
+            seen[id(x)] = x
+            function = isinstance(x, types.FunctionType)
+            left += [x.__closure__, x.__defaults__, x.__kwdefaults__] if function else gc.get_referents(x)
+    return False
 
 
 def _alike(module: nn.Module) -> nn.Module:

@@ -9,10 +9,10 @@ from torch import fx
 
 from foldcc.program import Program
 from foldcc.rules.aten import name_of
+from foldcc.rules.joint import CREATORS
 
 # Operators that read floating-point numbers and whose results have no gradient: what they make is new, counted or cut off.
-_STOPS = {f"aten.{n}" for n in "detach histc new_zeros new_ones new_full new_empty".split()}
-_STOPS |= {f"aten.{n}_like" for n in "zeros ones full empty".split()}
+_STOPS = CREATORS - {"aten.fill"} | {"aten.detach", "aten.histc"}
 
 
 def find_gradients(program: Program) -> None:

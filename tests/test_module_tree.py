@@ -357,12 +357,26 @@ class Closing(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("closure", [True, False])
-def test_functions_that_a_module_holds_call_its_own_layers(closure: bool) -> None:
+class Helper:
+    """An object that is no module and calls one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+@pytest.mark.parametrize("function", ["closure", "in a list", "helper", "partial of a helper", "none of its own"])
+def test_functions_that_a_module_holds_call_its_own_layers(function: str) -> None:
     model, x = Closing().double(), activations().double()
-    if not closure:
-        model.function = functools.partial(nn.functional.linear, weight=torch.eye(16, dtype=torch.float64))
-    plain = copy.deepcopy(model) if not closure else model
+    plain, helper = model, Helper(model.a)
+    if function == "in a list":
+        model.function, model.functions = helper, [model.function]
+    elif function != "closure":
+        one = functools.partial(nn.functional.linear, weight=torch.eye(16, dtype=torch.float64))
+        model.function = {"helper": helper, "partial of a helper": functools.partial(helper), "none of its own": one}[function]
     folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=None)
     for length in (8, 4):
         assert_the_same(folded, plain, x[:, :length])

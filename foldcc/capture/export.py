@@ -38,7 +38,7 @@ _DATA_DEPENDENT = (
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
 # Of a module that is registered nowhere, Dynamo's exporter does not know the parameters.
-_DYNAMOS = (*_DATA_DEPENDENT, KeyError)
+_RAISED_BY_DYNAMO = (*_DATA_DEPENDENT, KeyError)
 
 
 def capture(
@@ -136,7 +136,7 @@ def as_exported(
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str) -> torch.export.ExportedProgram:
-    raised: tuple[type[Exception], ...] = _DYNAMOS if tracer == "dynamo" else _DATA_DEPENDENT
+    raised: tuple[type[Exception], ...] = _RAISED_BY_DYNAMO if tracer == "dynamo" else _DATA_DEPENDENT
     try:
         return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
     except raised as error:
