@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foldcc.capture import masks
+from foldcc.capture.masks import Pattern, as_patterns
+from foldcc.errors import FoldError
 from foldcc.ops import attention
 from foldcc.testing import check_equivalence
 
@@ -108,3 +111,47 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros_and_no_gradient(dtype: to
     for x in (q, k, v):
         assert x.grad.isfinite().all()
         assert not x.grad[1].any()
+
+
+# Transformers 5.23 has one function for this, 5.24 two that it applies one after the other, and earlier versions the second.
+_COMPOSED = {
+    "5.22": lambda made, x, at: made["and_masks"](x, made["packed_sequence_mask_function"](at)),
+    "5.23": lambda made, x, at: made["packed_sequence_compatibility_function"](x, at, at),
+    "5.24": lambda made, x, at: made["and_masks"](
+        made["remap_positions_for_packed_sequence"](x, at), made["packed_sequence_mask_function"](at)
+    ),
+}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What stands in for the factories of every version."""
+    from transformers import masking_utils
+
+    for name in masks._NOT_IN_ALL:
+        monkeypatch.setattr(masking_utils, name, None, raising=False)
+    with as_patterns():
+        yield dict(vars(masking_utils))
+
+
+@pytest.mark.parametrize("version", _COMPOSED)
+def test_packed_rows_are_marked_whichever_way_a_version_of_transformers_composes_them(version: str, made: Any) -> None:
+    positions = torch.arange(3)[None]
+    for pattern in (Pattern(True), Pattern(True, 3)):
+        assert _COMPOSED[version](made, pattern, positions) == Pattern(*pattern[:2], positions)
+
+
+def test_an_intersection_that_is_not_of_packed_rows_is_an_error(made: Any) -> None:
+    for given in ((Pattern(True), Pattern(False)), (Pattern(True), lambda *_: True), (Pattern(True),)):
+        with pytest.raises(FoldError, match="an intersection"):
+            made["and_masks"](*given)
+    with pytest.raises(FoldError, match="packed sequences"):
+        made["remap_positions_for_packed_sequence"](lambda *_: True, torch.arange(3)[None])
+
+
+def test_a_version_of_transformers_that_composes_masks_in_another_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with pytest.raises(FoldError, match="transformers.masking_utils has no find_packed_sequence_indices"), as_patterns():
+        pass

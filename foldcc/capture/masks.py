@@ -66,8 +66,23 @@ def mask(*, mask_function: Any, attention_mask: Tensor | None = None, q_offset: 
     return Mask(mask_function, attention_mask)
 
 
-def _packed(pattern: Pattern, position_ids: Tensor, packed: Tensor) -> Pattern:
-    return Pattern(pattern.causal, pattern.window, position_ids)
+class _Packed(NamedTuple):
+    """What stands in for the pairs of positions that belong to one sequence of a packed row."""
+
+    positions: Tensor
+
+
+def _packed(pattern: Any, position_ids: Tensor, *_: Any) -> Any:
+    """A pattern whose positions start again with each sequence of a row."""
+    return pattern._replace(positions=position_ids) if isinstance(pattern, Pattern) else _refuse("packed sequences")()
+
+
+def _and(*patterns: Any) -> Pattern:
+    """A pattern within packed sequences, which is the one intersection that is carried."""
+    match patterns:
+        case (Pattern() as pattern, _Packed(positions)) | (_Packed(positions), Pattern() as pattern):
+            return _packed(pattern, positions)
+    return _refuse("an intersection (and_masks)")()
 
 
 def _refuse(what: str) -> Callable[..., Any]:
@@ -80,19 +95,23 @@ def _refuse(what: str) -> Callable[..., Any]:
     return refuse
 
 
-# What stands in for the factories of transformers.masking_utils. A bidirectional window there includes its end.
+# What stands in for the factories of transformers.masking_utils. A bidirectional window there includes its end. What it makes
+# of packed rows has changed with its versions: the last two names are not in all of them.
 _FACTORIES: dict[str, Any] = {
     "causal_mask_function": Pattern(True),
     "bidirectional_mask_function": Pattern(False),
     "sliding_window_causal_mask_function": lambda window: Pattern(True, window),
     "sliding_window_bidirectional_mask_function": lambda window: Pattern(False, window + 1),
     "find_packed_sequence_indices": lambda position_ids: position_ids,
-    "packed_sequence_compatibility_function": _packed,
+    "packed_sequence_mask_function": _Packed,
     "chunked_causal_mask_function": _refuse("chunks (chunked_causal_mask_function)"),
     "blockwise_overlay": _refuse("blocks (blockwise_overlay)"),
     "or_masks": _refuse("a union (or_masks)"),
-    "and_masks": _refuse("an intersection (and_masks)"),
+    "and_masks": _and,
+    "packed_sequence_compatibility_function": _packed,
+    "remap_positions_for_packed_sequence": _packed,
 }
+_NOT_IN_ALL = ("packed_sequence_compatibility_function", "remap_positions_for_packed_sequence")
 
 
 @contextmanager
@@ -113,9 +132,10 @@ def as_patterns() -> Iterator[None]:
     """Masks that are created inside this context say what they are made of."""
     from transformers import masking_utils
 
-    # A version that lacks one of these composes its masks in a way that this file does not know.
-    missing = [name for name in _FACTORIES if not hasattr(masking_utils, name)]
+    # A version that lacks another of these composes its masks in a way that this file does not know.
+    there = {name: x for name, x in _FACTORIES.items() if hasattr(masking_utils, name)}
+    missing = [name for name in _FACTORIES if name not in there and name not in _NOT_IN_ALL]
     if missing:
         raise FoldError(f"transformers.masking_utils has no {', '.join(missing)}.", valid="a version of Transformers that has")
-    with changed(vars(masking_utils), _FACTORIES):
+    with changed(vars(masking_utils), there):
         yield
