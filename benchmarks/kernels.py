@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,7 @@ from foldcc.inspect.tables import table
 SHAPES = {**tune.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K
 TOKENS = (8192, 32_768)
 STEPS = {"Qwen3-30B-A3B": 4, "Mixtral-8x7B": 2}  # layers
+CONTENDERS = ("Transformers, compiled", "Liger", "ScatterMoE", "SonicMoE", "MegaBlocks")  # beside foldcc and torch._grouped_mm
 PARTS = ("peak", "kernels", "moe", "step")
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure; peak is always measured")
     parser.add_argument("--models", nargs="+", choices=SHAPES, help="of the moe part; all by default")
+    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=(), help="contenders of the moe part to leave out")
     parser.add_argument("--turns", type=int, default=20, help="timed turns of each contender, after 3 that are not timed")
     parser.add_argument("--out", help="where to write the result")
     options = parser.parse_args()
@@ -66,7 +68,8 @@ def main() -> None:
         result["kernels"] = {name: kernels(name, result["peak"], options.turns) for name in STEPS}
     if "moe" in options.parts:
         names = options.models or SHAPES
-        result["moe"] = [row for name in names for tokens in TOKENS for row in moe(name, tokens, result, options.turns)]
+        places = [(name, tokens, result, options.turns, options.without) for name in names for tokens in TOKENS]
+        result["moe"] = [row for place in places for row in moe(*place)]
     if "step" in options.parts:
         result["step"] = [row for name, layers in STEPS.items() for row in step(name, layers, result, options.turns)]
     for note in dict.fromkeys(result["notes"]):
@@ -150,13 +153,13 @@ def kernels(name: str, best: dict[str, float], turns: int) -> list[dict[str, Any
     ids = torch.randint(1000, (1, TOKENS[0]), device=DEVICE)
     batch = {"input_ids": ids, "labels": ids}
     model = Loss(standard_model(name, 1, DEVICE))
-    plain = foldcc.parallelize(model, mesh(), example_inputs=batch, kernels="triton")
+    plain = foldcc.parallelize(model, mesh(), example_inputs=batch, kernels="triton", verify=False)
     seconds: dict[str, float] = {}
     timed = ModuleType("timed")
     for kernel in plain.kernels.values():
         launcher = getattr(foldcc.load_kernels(kernel.path), kernel.name)
         setattr(timed, kernel.name, timing(launcher, kernel.name, seconds, turns))
-    foldcc.parallelize(model, mesh(), example_inputs=batch, kernels=timed)(**batch).backward()
+    foldcc.parallelize(model, mesh(), example_inputs=batch, kernels=timed, verify=False)(**batch).backward()
     rows = []
     for kernel in plain.kernels.values():
         if kernel.name in seconds:
@@ -208,11 +211,11 @@ def torch_experts(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Ten
     return (back.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
-def moe(name: str, tokens: int, result: dict[str, Any], turns: int) -> list[dict[str, Any]]:
+def moe(name: str, tokens: int, result: dict[str, Any], turns: int, without: Collection[str] = ()) -> list[dict[str, Any]]:
     hidden, width, experts, chosen = SHAPES[name]
     x = torch.randn(1, tokens, hidden, device=DEVICE, dtype=DTYPE)
     grad = torch.randn_like(x)
-    layers = moe_layers(hidden, width, experts, chosen, x, result["notes"])
+    layers = moe_layers(hidden, width, experts, chosen, x, result["notes"], without)
     check_same(layers, x)
     rows = []
     for passes, factor in (("forward", 6), ("forward and backward", 18)):
@@ -251,7 +254,9 @@ def once(layer: nn.Module, x: Tensor, grad: Tensor | None) -> Callable[[], None]
     return call
 
 
-def moe_layers(hidden: int, width: int, experts: int, chosen: int, x: Tensor, notes: list[str]) -> dict[str, nn.Module]:
+def moe_layers(
+    hidden: int, width: int, experts: int, chosen: int, x: Tensor, notes: list[str], without: Collection[str]
+) -> dict[str, nn.Module]:
     """The contenders. They share one set of weights, except for foldcc, which copies it, and libraries with their own."""
 
     gate, up, down = random_weights(hidden, width, experts, DEVICE, DTYPE)
@@ -293,7 +298,7 @@ def moe_layers(hidden: int, width: int, experts: int, chosen: int, x: Tensor, no
         return Shifted(dmoe.dMoE(given).to(DEVICE, DTYPE), hidden)
 
     def ours() -> nn.Module:
-        return foldcc.parallelize(layer(folded_experts), mesh(), example_inputs={"x": x}, kernels="triton")
+        return foldcc.parallelize(layer(folded_experts), mesh(), example_inputs={"x": x}, kernels="triton", verify=False)
 
     builders = {
         "foldcc": ours,
@@ -306,6 +311,9 @@ def moe_layers(hidden: int, width: int, experts: int, chosen: int, x: Tensor, no
     }
     found = {}
     for name, build in builders.items():
+        if name in without:
+            notes.append(f"{name} is left out, as was asked")
+            continue
         try:
             found[name] = build()
         except ImportError as error:
@@ -323,7 +331,7 @@ def step(name: str, layers: int, result: dict[str, Any], turns: int) -> list[dic
     ids = torch.randint(1000, (2, TOKENS[0] // 2), device=DEVICE)
     batch = {"input_ids": ids, "labels": ids}
     model = standard_model(name, layers, DEVICE).train()
-    folded = foldcc.parallelize(model, mesh(), example_inputs=batch, kernels="triton")
+    folded = foldcc.parallelize(model, mesh(), example_inputs=batch, kernels="triton", verify=False)
     optimizers = {id(m): torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) for m in (model, folded)}
 
     def training(call: Callable[..., Any], held: nn.Module) -> Callable[[], None]:

@@ -320,7 +320,9 @@ def compile_model(
     _check_target(target)
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     with source.only_compiled_for(target):
-        folded = foldcc.parallelize(model, mesh, example_inputs={"input_ids": ids, "labels": ids}, kernels="triton")
+        folded = foldcc.parallelize(
+            model, mesh, example_inputs={"input_ids": ids, "labels": ids}, kernels="triton", verify=False
+        )
         found = [launch for launch in launches(folded.program) if fnmatch(launch.kernel, only)]
         if not found:
             raise FoldError(f"The program has no kernel {only!r}.", valid=listed(folded.kernels))

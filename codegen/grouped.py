@@ -158,7 +158,7 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     beside = [n for n in after.loads if len(value_sizes(n)) == 2 and value_sizes(n)[0] == rows]
     # Tiles that the epilogue needs at once, beside those that it computes; one that puts every second column joins two.
     held = len(columns.names) + bool(beside) * (1 + any(_steps(n) for n in nodes))
-    many, few = (_shape(t, 1 if held == 1 else 2 * held) for t in tiles(dtype))
+    many, few = (_shape(t, 2 * held if beside else held) for t in tiles(dtype))
     launch = [
         f"n_rows = {after.text(rows)}",
         "if n_rows > 0:",
