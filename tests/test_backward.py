@@ -15,6 +15,7 @@ import foldcc
 from foldcc.testing import in_float64
 from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
+from tests.versions import TRACERS
 
 MESH = "dp=2,tp=2|ep=4"
 BATCH = token_batch(4)
@@ -173,7 +174,7 @@ class Through(nn.Module):
         return self.second(self.function(self.first(x)))
 
 
-@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+@pytest.mark.parametrize("tracer", TRACERS)
 def test_a_backward_pass_of_a_models_own_is_refused_and_its_forward_pass_runs(tracer: str) -> None:
     plain, x = Through(Reversed.apply).double(), stack_input()
     with pytest.raises(foldcc.FoldError, match="own backward pass cannot be captured"):

@@ -18,10 +18,12 @@ from foldcc.capture import capture, modules
 from foldcc.mesh import FoldedMesh
 from foldcc.program import Program
 from foldcc.testing import check_equivalence
+from tests import versions
 from tests.models import FAMILIES, tiny_model, token_batch
+from tests.versions import dynamo_traces_modules_that_functions_are_given
 
 TRACERS = ("export", "dynamo")
-both_tracers = pytest.mark.parametrize("tracer", TRACERS)
+both_tracers = pytest.mark.parametrize("tracer", versions.TRACERS)
 
 
 def captured(model: nn.Module, tracer: str, **kwargs: Any) -> Program:
@@ -43,6 +45,7 @@ def activations(features: int = 16) -> Tensor:
 # --- Transformers -----------------------------------------------------------------------------------------------------
 
 
+@dynamo_traces_modules_that_functions_are_given
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_tracers_capture_the_same_operators(family: str) -> None:
     layers = 2 if family in ("deepseek_v3", "gpt_oss") else 1  # these two have layers of two kinds
@@ -214,7 +217,12 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize(
     ("transposed", "biased", "tracer"),
-    [(False, False, "export"), (True, True, "export"), (False, True, "dynamo"), (True, False, "dynamo")],
+    [
+        (False, False, "export"),
+        (True, True, "export"),
+        pytest.param(False, True, "dynamo", marks=dynamo_traces_modules_that_functions_are_given),
+        pytest.param(True, False, "dynamo", marks=dynamo_traces_modules_that_functions_are_given),
+    ],
 )
 @pytest.mark.parametrize(("gated", "interleaved"), [(False, False), (True, False), (True, True)])
 def test_experts_are_called_directly(gated: bool, interleaved: bool, transposed: bool, biased: bool, tracer: str) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import foldcc
 from foldcc.testing import run_distributed
+from tests.versions import joins_blocks
 
 NORMS = [1.0, 2.0, 3.0, math.inf]
 
@@ -49,6 +50,7 @@ def clip_on_two_meshes(max_norm: float) -> list[tuple[float, list[Tensor]]]:
     return found
 
 
+@joins_blocks
 @pytest.mark.parametrize("max_norm", [0.1, 1e3])
 def test_gradients_on_two_meshes_are_clipped_as_whole_ones(max_norm: float) -> None:
     for found in run_distributed(clip_on_two_meshes, 2, max_norm):

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as checkpoint
 from models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from versions import joins_blocks
 
 import foldcc
 from foldcc.testing import in_float64, run_distributed
@@ -125,6 +126,7 @@ def check_training(family: str, text: str, **options: Any) -> None:
         assert found["norms"][:steps] == pytest.approx(wanted["norms"][:steps], rel=tolerance)
 
 
+@joins_blocks
 @pytest.mark.parametrize("mesh", ["tp=4|ep=2,etp=2", pytest.param("dp=2,tp=4|ep=2,etp=2", marks=pytest.mark.slow)])
 def test_experts_divided_over_two_axes_train_as_in_one_process(mesh):
     check_training("mixtral", mesh, num_hidden_layers=1)

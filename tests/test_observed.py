@@ -17,6 +17,7 @@ from foldcc.layout import Shard
 from foldcc.passes.annotate import UnknownOperator
 from foldcc.rules.observed import observed_linear, observed_reads, observed_rule
 from foldcc.testing import check_equivalence
+from tests.versions import since
 
 aten = torch.ops.aten
 
@@ -163,6 +164,7 @@ class Inverse(nn.Module):
         return torch.linalg.inv(x @ self.w)
 
 
+@since((2, 13), "has no operator for this effect")
 def test_an_operator_with_an_effect_is_named() -> None:
     with pytest.raises(FoldError, match="aten._linalg_check_errors.default has an effect") as told:
         foldcc.parallelize(Inverse(), FoldedMesh.parse("dp=2"), example_inputs=(torch.randn(4, 6, 6),))

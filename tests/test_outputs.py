@@ -10,6 +10,7 @@ import torch.distributed as dist
 from models import tiny_model, token_batch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from versions import joins_blocks
 
 import foldcc
 from foldcc.layout import Shard
@@ -85,6 +86,7 @@ def test_what_is_returned_beside_the_loss_is_not_gathered(dtype: torch.dtype) ->
     assert folded(**batch).logits.shape == (4, 16, 128)  # all ranks are here, and so are all parts
 
 
+@joins_blocks
 @pytest.mark.parametrize("text", ["dp=2,tp=2|ep=4"])
 def test_outputs_on_processes_are_this_ranks_samples_and_differentiable(text: str) -> None:
     mesh = foldcc.FoldedMesh.parse(text)

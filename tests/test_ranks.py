@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from models import tiny_model, token_batch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor.placement_types import _StridedShard
+from versions import joins_blocks
 
 import foldcc
+from foldcc.runtime import placement
 from foldcc.samples import sample_dims
 from foldcc.testing import run_distributed
 
@@ -61,6 +64,7 @@ def moments_in_another_layout(folder: str) -> dict[str, bool]:
     return found
 
 
+@joins_blocks
 def test_moments_of_weights_cut_in_blocks_are_stored_and_loaded_in_every_layout():
     with tempfile.TemporaryDirectory() as folder:
         for rank in run_distributed(moments_in_another_layout, 2, folder):
@@ -116,6 +120,31 @@ def whole_values_loaded() -> dict[str, bool | str]:
     return found
 
 
+def told_without_joining() -> dict[str, str]:
+    placement.BLOCKS_ARE_JOINED = False  # as with PyTorch 2.11
+    try:
+        x = torch.ones(2, 4, 16)
+        folded = foldcc.parallelize(Gated(), foldcc.FoldedMesh.parse("tp=2", "cpu"), example_inputs=(x,))
+        optimizer = torch.optim.AdamW(folded.parameters())
+        folded(x).sum().backward()
+        optimizer.step()
+        loads = {f"load, {assign=}": partial(folded.load_state_dict, Gated().state_dict(), assign=assign) for assign in (0, 1)}
+        return {
+            what: said(call) for what, call in {**loads, "weights": folded.state_dict, "moments": optimizer.state_dict}.items()
+        }
+    finally:
+        placement.BLOCKS_ARE_JOINED = True
+
+
+def test_a_version_that_joins_no_blocks_trains_and_neither_stores_nor_loads_them():
+    for found in run_distributed(told_without_joining, 2):
+        assert len(found) == 4
+        for told in found.values():
+            assert "A weight is cut in several blocks" in told
+            assert "PyTorch 2.12 or later" in told
+
+
+@joins_blocks
 def test_whole_values_of_weights_cut_in_blocks_are_loaded_from_rank_0_and_from_all():
     for found in run_distributed(whole_values_loaded, 2):
         assert "up was written over as if a rank held one box" in found.pop("said")  # what PyTorch would do by itself

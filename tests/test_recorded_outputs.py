@@ -12,6 +12,7 @@ import foldcc
 from foldcc.mesh import FoldedMesh
 from foldcc.testing import check_equivalence
 from tests.models import tiny_model, token_batch
+from tests.versions import TRACERS
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "output_hidden_states": {"output_hidden_states": True},
@@ -35,7 +36,7 @@ def test_an_argument_that_changes_what_is_returned_is_carried(argument: str) -> 
     check_equivalence(tiny_model("mixtral", use_cache=False), "dp=2", kwargs=given)
 
 
-@pytest.mark.parametrize("capture", ["export", "dynamo"])
+@pytest.mark.parametrize("capture", TRACERS)
 @pytest.mark.parametrize("called", [True, False])
 def test_outputs_are_recorded_once_whether_or_not_the_model_was_called_before(called: bool, capture: str) -> None:
     model = tiny_model("mixtral", use_cache=False)

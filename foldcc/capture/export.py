@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.exc
+import torch._dynamo.variables.base
 import torch.fx.experimental.symbolic_shapes
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
@@ -37,8 +38,9 @@ _DATA_DEPENDENT = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
     torch._subclasses.fake_tensor.DynamicOutputShapeException,
 )
-# Of a module that is registered nowhere, Dynamo's exporter does not know the parameters.
-_RAISED_BY_DYNAMO = (*_DATA_DEPENDENT, KeyError)
+# Of a module that is registered nowhere, Dynamo's exporter does not know the parameters; and Dynamo of PyTorch 2.11 takes a
+# module that a function is given for what it cannot be, a constant.
+_RAISED_BY_DYNAMO = (*_DATA_DEPENDENT, KeyError, torch._dynamo.variables.base.AsPythonConstantNotImplementedError)
 
 
 def capture(

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
 from foldcc.runtime.full_states import take_whole_values
+from foldcc.runtime.placement import redistributed
 
 _meshes: WeakSet[DeviceMesh] = WeakSet()  # of folded models; what others lay out in blocks is theirs
 _watching: list[Any] = []
@@ -76,7 +77,7 @@ def _take_moments(optimizer: torch.optim.Optimizer) -> None:
         if isinstance(parameter, DTensor) and _in_blocks(parameter):
             for name, value in kept.items():
                 if isinstance(value, DTensor) and value.shape == parameter.shape:
-                    kept[name] = value.redistribute(placements=parameter.placements)
+                    kept[name] = redistributed(value, parameter.placements)
 
 
 def _in_blocks(x: Any) -> bool:
@@ -86,7 +87,7 @@ def _in_blocks(x: Any) -> bool:
 def _boxed(x: Any) -> Any:
     if not _in_blocks(x):
         return x
-    return x.redistribute(placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in x.placements])
+    return redistributed(x, [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in x.placements])
 
 
 def as_laid_out(module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
@@ -102,6 +103,6 @@ def as_laid_out(module: nn.Module, state: dict[str, Any], prefix: str, *, assign
         if not isinstance(value, DTensor):
             whole = [Replicate()] * p.device_mesh.ndim
             value = DTensor.from_local(value.to(p.device), p.device_mesh, whole, run_check=False)
-        if assign:
-            value = value.redistribute(p.device_mesh, p.placements)
+        if assign or _in_blocks(p):
+            value = redistributed(value, p.placements, p.device_mesh)
         state[prefix + name] = value

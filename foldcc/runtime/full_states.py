@@ -14,6 +14,8 @@ import torch.distributed._state_dict_utils as utils
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from foldcc.runtime.placement import redistributed
+
 _NAME = "_distribute_tensors"
 
 
@@ -36,4 +38,4 @@ def take_whole_values(in_blocks: Callable[[Any], bool]) -> None:
 def _laid_out(parameter: DTensor, value: Tensor) -> DTensor:
     mesh, whole = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
     value = value.to(parameter.device if parameter.device.type != "meta" else mesh.device_type, parameter.dtype)
-    return DTensor.from_local(value, mesh, whole, run_check=False).redistribute(placements=parameter.placements)
+    return redistributed(DTensor.from_local(value, mesh, whole, run_check=False), parameter.placements)

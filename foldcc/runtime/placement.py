@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DShard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.torch_version import TorchVersion
 
 from foldcc.errors import FoldError
 from foldcc.layout import PARTIAL, VARYING, Layout, Shard
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.collectives import _cut, _join
+
+BLOCKS_ARE_JOINED = TorchVersion(torch.__version__) >= "2.12"
 
 
 def _steps(layout: Layout) -> list[tuple[str, int, int]]:
@@ -83,6 +88,22 @@ def placements(layout: Layout, mesh: FoldedMesh) -> list[Any]:
 
 def _placement(dim: int, blocks: int) -> Any:
     return DShard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks)
+
+
+def redistributed(x: DTensor, there: Sequence[Any], mesh: DeviceMesh | None = None) -> DTensor:
+    """A DTensor with other placements, on its mesh or another.
+
+    Raises:
+        FoldError: one of the layouts is in blocks, which PyTorch 2.11 takes for an order of divisions, and refuses.
+    """
+    if not BLOCKS_ARE_JOINED and any(isinstance(p, _StridedShard) for p in (*x.placements, *there)):
+        raise FoldError(
+            f"A weight is cut in several blocks, which PyTorch {torch.__version__} neither stores, loads nor joins.",
+            placements=x.placements,
+            wanted=tuple(there),
+            valid="PyTorch 2.12 or later; or a mesh that cuts no fused weight",
+        )
+    return x.redistribute(mesh, there)
 
 
 def own_samples(x: Tensor, layout: Layout, mesh: FoldedMesh) -> Tensor:
