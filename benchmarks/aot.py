@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from foldcc.codegen.aot import MODELS, SHARED, SPILLED
-from foldcc.inspect.tables import table
+from foldcc.tables import table
+from foldcc.tools.aot import MODELS, SHARED, SPILLED
 
 HEAD = ["model", "kernels", "functions", "seconds", "most registers", "most spilled", "most shared", "grouped products use"]
 

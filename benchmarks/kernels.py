@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foldcc
-from foldcc.codegen import tune
-from foldcc.codegen.aot import standard_model
-from foldcc.codegen.tune import Moe, Shifted, folded_experts, gated, on_device, random_weights
 from foldcc.errors import FoldError
-from foldcc.inspect.tables import table
+from foldcc.tables import table
+from foldcc.tools import tune
+from foldcc.tools.aot import standard_model
+from foldcc.tools.tune import Moe, Shifted, folded_experts, gated, on_device, random_weights
 
 SHAPES = {**tune.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K
 TOKENS = (8192, 32_768)

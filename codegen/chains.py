@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from foldcc.codegen.index import Ranges, parted, product, sizes, value_sizes
 from foldcc.codegen.values import COLUMNS, REDUCTIONS, C, NoText, R, Values, computed
-from foldcc.rules.aten import argument_or, name_of
+from foldcc.ir.node import argument_or, name_of
 
 _TILE = 4096  # elements of a tile, at most
 _WIDEST = 4096  # a longer row is read in a loop

@@ -26,8 +26,8 @@ from foldcc.codegen import experts, plan, router, rows, source
 from foldcc.codegen.kernels import Kernel, Kernels, counted, described, modules, moved
 from foldcc.codegen.regions import Region, chains, in_sequence, is_free, mark_inline
 from foldcc.errors import FoldError
-from foldcc.passes.manager import Pass
-from foldcc.program import Program
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 
 Finder = Callable[[fx.Graph, set[fx.Node]], list[Region]]
 SKELETONS: tuple[Finder, ...] = (experts.find, router.find, plan.find, rows.find)

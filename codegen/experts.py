@@ -29,7 +29,7 @@ from foldcc.codegen.regions import (
     region,
 )
 from foldcc.codegen.values import REDUCTIONS, NoText
-from foldcc.rules.aten import name_of
+from foldcc.ir.node import name_of
 
 _TEXTS: dict[str, Text] = {"foldcc.grouped_linear": linear_text, "foldcc.grouped_outer": outer_text}
 # A tile does not hold a whole row, and rows of a product are not reordered after it.

@@ -24,7 +24,7 @@ from foldcc.codegen.chains import bound
 from foldcc.codegen.index import Index, Ranges, value_sizes
 from foldcc.codegen.tiles import MANY, Tile, outer, tiles
 from foldcc.codegen.values import C, NoText, R, Values, computed
-from foldcc.rules.aten import argument_or, name_of
+from foldcc.ir.node import argument_or, name_of
 
 _GROUP = 8  # tiles of rows whose columns are computed together, for what they read to stay in cache
 _PIECES = 4  # tiles of columns that a program accumulates, at most

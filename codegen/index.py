@@ -18,7 +18,7 @@ import torch
 from sympy import Expr, Integer, Symbol
 from torch import fx
 
-from foldcc.rules.aten import argument, name_of
+from foldcc.ir.node import argument, name_of
 
 Index = tuple[Expr, ...]
 

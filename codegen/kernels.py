@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from foldcc.codegen.index import product, sizes, value_sizes
 from foldcc.codegen.regions import Region, is_free
 from foldcc.errors import FoldError
+from foldcc.ir.node import name_of
+from foldcc.ir.program import where
 from foldcc.ops import record
-from foldcc.program import where
-from foldcc.rules.aten import name_of
 
 _PRODUCTS = ("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.mv", "aten.dot", "aten.linear")
 _GROUPED = ("foldcc.grouped_linear", "foldcc.grouped_outer")
@@ -86,7 +86,7 @@ class Kernels(Mapping[str, Kernel]):
         return Coverage(inside, dict(sorted(left.items(), key=lambda item: -item[1])))
 
     def __str__(self) -> str:
-        from foldcc.inspect.tables import table
+        from foldcc.tables import table
 
         rows = [[k.name, k.kind, k.direction, str(len(k.nodes)), str(k.moved), ", ".join(k.modules)] for k in self.values()]
         shown = table(["kernel", "kind", "direction", "nodes", "bytes", "modules"], rows)
@@ -111,7 +111,7 @@ class Coverage:
         return self.inside / total if total else 1.0
 
     def __str__(self) -> str:
-        from foldcc.inspect.sizes import human
+        from foldcc.ir.sizes import human
 
         lines = [f"{self.share:.1%} of {human(self.inside + sum(self.left.values()))} that operators move are inside kernels"]
         return "\n".join([*lines, *(f"  left  {human(n):>12}  {name}" for name, n in self.left.items())])

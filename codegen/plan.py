@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from foldcc.codegen.index import value_sizes
 from foldcc.codegen.regions import Region, is_free, region
 from foldcc.codegen.values import NoText
-from foldcc.rules.aten import argument, name_of
+from foldcc.ir.node import argument, name_of
 
 _BLOCK = 128  # ids of a block; each is compared with each
 _SCAN = 512  # blocks that are added up at once

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from foldcc.rules.aten import argument
+from foldcc.ir.node import argument
 
 aten = torch.ops.aten
 

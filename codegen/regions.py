@@ -22,7 +22,7 @@ from foldcc.codegen.chains import chain_text, column_sum, column_sum_text
 from foldcc.codegen.index import MOVES
 from foldcc.codegen.pointwise import ANY, FLOATS, expression
 from foldcc.codegen.values import REDUCTIONS, SPECIAL, NoText
-from foldcc.rules.aten import name_of
+from foldcc.ir.node import name_of
 
 aten = torch.ops.aten
 _MADE = {"aten.zeros", "aten.ones", "aten.full", "aten.arange", "aten.scalar_tensor"}

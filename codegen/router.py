@@ -26,7 +26,7 @@ from foldcc.codegen.index import Ranges, parted, value_sizes
 from foldcc.codegen.pointwise import expression, number
 from foldcc.codegen.regions import Region, is_computed, is_free, region
 from foldcc.codegen.values import REDUCTIONS, NoText, Values, computed
-from foldcc.rules.aten import argument, argument_or, name_of
+from foldcc.ir.node import argument, argument_or, name_of
 
 _WIDEST = 1024  # elements of a row that top-k searches
 _TILE = 2048  # elements of the largest tile, at best

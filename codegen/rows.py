@@ -15,7 +15,7 @@ from torch import fx
 from foldcc.codegen.index import value_sizes
 from foldcc.codegen.regions import Region, region
 from foldcc.codegen.values import NoText, computed
-from foldcc.rules.aten import argument, name_of
+from foldcc.ir.node import argument, name_of
 
 _WIDEST = 1024  # columns of a tile
 _TILE = 1024  # elements of a tile, unless a row has more

@@ -35,7 +35,7 @@ from foldcc.codegen.index import (
     value_sizes,
 )
 from foldcc.codegen.pointwise import FLOATS, SLOW, expression, number
-from foldcc.rules.aten import argument, argument_or, name_of
+from foldcc.ir.node import argument, argument_or, name_of
 
 aten = torch.ops.aten
 R, C = Symbol("r", integer=True, nonnegative=True), Symbol("c", integer=True, nonnegative=True)

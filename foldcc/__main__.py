@@ -18,14 +18,14 @@ def main(arguments: list[str]) -> int:
     own = arguments[:1] in (["-h"], ["--help"]) or (arguments and not arguments[0].startswith("-"))
     command, rest = (parser.parse_known_args(arguments[:1])[0].command, arguments[1:]) if own else ("demo", arguments)
     if command == "kernels":
-        from foldcc.codegen.aot import main as kernels
+        from foldcc.tools.aot import main as kernels
 
         return kernels(rest)
     if command == "tune":
-        from foldcc.codegen.tune import main as tune
+        from foldcc.tools.tune import main as tune
 
         return tune(rest)
-    from foldcc.demo import main as demo
+    from foldcc.tools.demo import main as demo
 
     demo(rest)
     return 0

@@ -20,11 +20,11 @@ from foldcc.capture import capture
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.errors import FoldError, divisors
+from foldcc.ir.node import argument
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
-from foldcc.rules.aten import argument
 
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.

@@ -23,12 +23,12 @@ from foldcc.codegen import Emit
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError
 from foldcc.hooks import watched
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, check_types, run_passes
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
-from foldcc.program import Program
 from foldcc.programs import Kept
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable

@@ -17,9 +17,9 @@ from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
-from foldcc.program import Program
 from foldcc.programs import Kept, Programs
 from foldcc.runtime.agreement import agree_on_call, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers

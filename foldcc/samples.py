@@ -9,8 +9,8 @@ from torch import Tensor
 
 from foldcc import ops
 from foldcc.errors import FoldError, listed
-from foldcc.program import Program
-from foldcc.rules.aten import argument
+from foldcc.ir.node import argument
+from foldcc.ir.program import Program
 
 
 def sample_dims(

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from foldcc.capture.normalize import emit
 from foldcc.capture.observe import Recorder
 from foldcc.hooks import Events, Result, Seen
-from foldcc.passes.interface import differentiated
-from foldcc.program import Program, Slot
+from foldcc.ir.program import Program, Slot
+from foldcc.plan.interface import differentiated
 
 aten = torch.ops.aten
 

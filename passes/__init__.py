@@ -1,16 +1,16 @@
 """The pipeline, top to bottom."""
 
+from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
 from foldcc.passes.annotate import Annotate
 from foldcc.passes.bucket import Bucket
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.dispatch import Dispatch
 from foldcc.passes.localize import Localize
 from foldcc.passes.lower import Lower
-from foldcc.passes.manager import Pass, Stage, Stages, run_passes
 from foldcc.passes.outline import Outline
 from foldcc.passes.shard import ShardPass
 from foldcc.passes.simplify import Simplify
-from foldcc.passes.types import check_types
+from foldcc.types.check import check_types
 
 PIPELINE: tuple[Pass, ...] = (
     Outline(),

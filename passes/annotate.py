@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from foldcc.factors import Dims, Factors
-from foldcc.passes.manager import Pass
-from foldcc.program import Program
-from foldcc.rules.aten import operands, rule_of
-from foldcc.rules.notation import Pattern, Rule
+from foldcc.ir.node import operands
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
+from foldcc.rules.aten import rule_of
+from foldcc.rules.notation import Pattern
 from foldcc.rules.observed import observed_rule
 
 
@@ -119,24 +120,3 @@ def _name_inputs(program: Program, inference: _Inference) -> None:
             if batch is not None and program.batch_dims:
                 samples = samples or dims[batch]
                 factors.unify(samples, dims[batch])
-
-
-def letter_factors(rule: Rule, factors: list[tuple[tuple[object, ...], ...] | None], sizes: dict) -> dict:
-    """The factors that each letter of a rule stands for, read off the dimensions of operands and results.
-
-    Returns a dict from letter to a tuple of factors; a letter whose factors cannot be told apart from its neighbours'
-    is missing.
-    """
-    found: dict[str, tuple[object, ...]] = {}
-    for pattern, dims in zip([*rule.operands, *rule.results], factors, strict=True):
-        for product, dim in zip(pattern or (), dims or (), strict=False):
-            rest = list(dim)
-            for x in product:
-                taken, size = [], 1
-                while rest and size < rule.sizes[x]:
-                    size *= sizes[rest[0]]
-                    taken.append(rest.pop(0))
-                if size != rule.sizes[x]:
-                    break
-                found.setdefault(x, tuple(taken))
-    return found

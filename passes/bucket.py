@@ -20,8 +20,8 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError
-from foldcc.passes.manager import Pass
-from foldcc.program import Program
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 
 aten = torch.ops.aten
 

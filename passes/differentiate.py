@@ -28,12 +28,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
+from foldcc.ops.groups import active
 from foldcc.passes.experts import rewrite_experts
-from foldcc.passes.manager import Pass
 from foldcc.passes.recompute import between, kept
-from foldcc.program import Program
-from foldcc.runtime.groups import active
 
 aten = torch.ops.aten
 Nodes = Collection[fx.Node]

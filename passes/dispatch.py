@@ -25,20 +25,15 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError, divides
+from foldcc.ir.node import argument
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import activate, expert_of_row
-from foldcc.passes.manager import Pass
-from foldcc.passes.shard import reshard
-from foldcc.program import Program, where
-from foldcc.rules.aten import argument
+from foldcc.ops.layout import cross_fold, reshard
 
 aten = torch.ops.aten
-
-
-def cross_fold(x: Any, layout: Layout | None = None) -> Any:
-    """The same local value, read on the other side of the mesh; free, because both sides count the same ranks in order."""
-    return x
 
 
 def _symbol(name: str) -> sympy.Symbol:

@@ -18,14 +18,13 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
+from foldcc.ir.node import argument, argument_or, name_of
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
 from foldcc.ops import record
-from foldcc.passes.dispatch import cross_fold
-from foldcc.passes.manager import Pass
-from foldcc.passes.shard import reshard
-from foldcc.program import Program
-from foldcc.rules.aten import argument, argument_or, name_of
-from foldcc.runtime.groups import active
+from foldcc.ops.groups import active
+from foldcc.ops.layout import cross_fold, reshard
 
 aten = torch.ops.aten
 _SIZED = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size"}

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from foldcc import ops
-from foldcc.passes.manager import Pass
-from foldcc.program import Program, copied
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program, copied
 
 _SILENT = {ops.retype.overload, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 

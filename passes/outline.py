@@ -21,9 +21,9 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from foldcc.passes.interface import differentiated
-from foldcc.passes.manager import Pass
-from foldcc.program import Program
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
+from foldcc.plan.interface import differentiated
 
 
 @dataclass(frozen=True)

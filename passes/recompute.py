@@ -20,7 +20,7 @@ import networkx
 import torch
 from torch import Tensor, fx
 
-from foldcc.rules.aten import name_of
+from foldcc.ir.node import name_of
 
 _VIEWS = frozenset(
     f"aten.{name}"

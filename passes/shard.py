@@ -19,19 +19,15 @@ from typing import Any
 
 from torch import fx
 
+from foldcc.ir.node import operands
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State
+from foldcc.ops.layout import reshard
 from foldcc.passes.annotate import UnknownOperator
-from foldcc.passes.choose import Choice, choose
-from foldcc.passes.interface import find_gradients, interface
-from foldcc.passes.manager import Pass
-from foldcc.passes.strategies import find_letters, results_of
-from foldcc.program import Program
-from foldcc.rules.aten import operands
-
-
-def reshard(x: Any, layout: Layout) -> Any:
-    """The same global value in another layout."""
-    return x
+from foldcc.plan.interface import find_gradients, interface
+from foldcc.plan.search import Choice, choose
+from foldcc.plan.strategies import find_letters, results_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
-from foldcc.passes.manager import Pass
-from foldcc.program import Program
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 
 aten = torch.ops.aten
 _WITH_NUMBER = {aten.mul.Scalar, aten.div.Scalar}

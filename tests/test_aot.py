@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import foldcc
-from foldcc.codegen import aot, source
-from foldcc.codegen.aot import Compiled, Launch, main, report
+from foldcc.codegen import source
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.tools import aot
+from foldcc.tools.aot import Compiled, Launch, main, report
 from tests.models import token_batch
 
 SIZES = {"vocab_size": 128, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 4}
@@ -27,7 +28,7 @@ CONFIG = {"model_type": "mixtral", "num_attention_heads": 4, "num_key_value_head
 ENLARGED = """
 import sys
 from foldcc.codegen import emit, experts, tiles
-from foldcc.codegen.aot import main
+from foldcc.tools.aot import main
 from foldcc.codegen.tiles import Tile
 
 emit.SKELETONS = (experts.find,)

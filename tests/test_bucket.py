@@ -8,8 +8,8 @@ from models import tiny_model, token_batch
 
 import foldcc
 from foldcc import ops
+from foldcc.ir.program import Program
 from foldcc.passes.bucket import Bucket
-from foldcc.program import Program
 
 MESH = "dp=2,tp=2|ep=2"
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 import foldcc
 import foldcc.ops
 from foldcc.capture import capture, modules
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program
 from foldcc.testing import check_equivalence
 from tests import versions
 from tests.models import FAMILIES, tiny_model, token_batch

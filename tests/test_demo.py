@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from foldcc.demo import main
+from foldcc.tools.demo import main
 
 WIDTH = 100
 ROW = re.compile(r"│ +(\d+) │ +([\d.]+) │ +([\d.]+) │ +([-+.e\d]+) │")

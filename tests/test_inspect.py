@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import foldcc
-from foldcc import simulate
 from foldcc.errors import FoldError
-from foldcc.inspect import parse
-from foldcc.inspect.sizes import human
+from foldcc.ir import parse
+from foldcc.ir.sizes import human
 from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
-from foldcc.runtime.groups import active
+from foldcc.ops.groups import active
+from foldcc.runtime import simulate
 from foldcc.runtime.placement import cut
 
 transformers = pytest.importorskip("transformers")

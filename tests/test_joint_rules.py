@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from foldcc import ops
+from foldcc.ir.node import operands
 from foldcc.ops.experts import grouped_outer, unpermute_weights
-from foldcc.rules.aten import operands
 from foldcc.rules.joint import CREATORS, UNIT, joint_rule
 from foldcc.rules.notation import Pattern, Rule
 

@@ -13,13 +13,13 @@ from torch.nn import functional
 import foldcc
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Stages, check_types
-from foldcc.passes.types_atoms import atoms_of
-from foldcc.passes.types_axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, read_across, through
-from foldcc.program import Program
 from foldcc.rules.joint import UNIT
 from foldcc.rules.notation import Rule
+from foldcc.types.atoms import atoms_of
+from foldcc.types.axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, read_across, through
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 JOINT = ("differentiate", "lower", "simplify", "bucket")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import foldcc
+from foldcc.ir.program import Program
 from foldcc.layout import Shard
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program
 from tests.models import tiny_model, token_batch
 
 

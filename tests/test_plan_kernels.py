@@ -17,9 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import foldcc
 from foldcc.codegen import plan, rows, source
 from foldcc.codegen.regions import Region
+from foldcc.ir.node import name_of
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import by_expert, count, expert_of_row, gather_rows, unpermute, unpermute_weights
-from foldcc.rules.aten import name_of
 from tests.models import WITH_AUX_LOSS, tiny_model, token_batch
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import foldcc
-from foldcc.runtime.groups import active, create_groups, process_group
+from foldcc.ops.groups import active, create_groups, process_group
 from foldcc.testing import end_processes, run_distributed
 
 ROOT = Path(__file__).resolve().parent.parent

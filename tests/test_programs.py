@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import foldcc
+from foldcc.ir.program import Program
 from foldcc.passes import Pass
-from foldcc.program import Program
 from foldcc.testing.equivalence import relative_error
 
 MESH = "dp=2"

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import foldcc
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program
 from foldcc.testing import in_float64
 from tests.test_verify import broken_at
 from tests.versions import since

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import foldcc
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program
 from foldcc.testing import in_float64
 from foldcc.testing.mutate import equivalent, mutants
 from foldcc.verification.field import Field

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import foldcc
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import PIPELINE, Pass
-from foldcc.program import Program
 from foldcc.testing import run_distributed
 from foldcc.verification import compiled
 from foldcc.verification.fewer_ranks import fewer_ranks

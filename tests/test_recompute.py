@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 import foldcc
+from foldcc.ir.node import name_of
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.passes.recompute import between, kept
-from foldcc.rules.aten import name_of
 from tests.models import tiny_model, token_batch
 
 VOCABULARY = 128

@@ -12,10 +12,10 @@ from torch import fx
 import foldcc
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.passes import Pass
-from foldcc.program import Program
 from foldcc.verification.prove import too_large
 from foldcc.verification.reduce import reduced
 from foldcc.verification.same import first_unlike

@@ -28,7 +28,7 @@ from tests.test_plan_kernels import (
 
 from foldcc.codegen import router
 from foldcc.codegen.regions import is_free
-from foldcc.rules.aten import name_of
+from foldcc.ir.node import name_of
 
 Router = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # logits, bias -> weights, ids, and what was searched
 

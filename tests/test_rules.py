@@ -20,19 +20,20 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from foldcc import ops
+from foldcc.ir.node import operands
+from foldcc.ir.program import Program, Slot
 from foldcc.layout import INVARIANT, PARTIAL, Layout, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import activation
-from foldcc.passes.interface import flows
+from foldcc.ops.groups import active
 from foldcc.passes.localize import Localize
-from foldcc.passes.strategies import Strategist, Strategy, results_of
-from foldcc.program import Program, Slot
+from foldcc.plan.interface import flows
+from foldcc.plan.strategies import Strategist, Strategy, results_of
 from foldcc.rules import aten as rules
-from foldcc.rules.aten import operands, rule_of
+from foldcc.rules.aten import rule_of
 from foldcc.rules.notation import Pattern, Rule, notation
-from foldcc.runtime.groups import active
 from foldcc.runtime.placement import cut, join
-from foldcc.simulate import simulate
+from foldcc.runtime.simulate import simulate
 
 aten = torch.ops.aten
 Size = Callable[[], int]

@@ -8,7 +8,7 @@ from models import tiny_model, token_batch
 from torch import Tensor
 
 import foldcc
-from foldcc.program import Program
+from foldcc.ir.program import Program
 from foldcc.runtime.executable import Executable
 from foldcc.testing.equivalence import relative_error
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foldcc.mesh import FoldedMesh
-from foldcc.runtime import clip, groups
+from foldcc.ops import groups
+from foldcc.runtime import clip
 from foldcc.testing import check_equivalence
 from tests.models import tiny_model, token_batch
 

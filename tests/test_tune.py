@@ -16,17 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from foldcc.codegen import tiles, tune
+from foldcc.codegen import tiles
 from foldcc.codegen.tiles import CLASSES, PATH, Table, Tile
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.tools import tune
 
 A, B, C = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)
 PLACES = ("Qwen3", "Mixtral", "OLMoE")
 # The command line with one tile that spills and one that does not.
 TWO = """
 import sys
-from foldcc.codegen import tune
+from foldcc.tools import tune
 from foldcc.codegen.tiles import Tile
 
 small, large = Tile(64, 64, 32, 4, 3), Tile(256, 256, 32, 4, 2)

@@ -7,10 +7,10 @@ from torch import fx
 
 import foldcc
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.layout import reshard
 from foldcc.passes import check_types
-from foldcc.passes.shard import reshard
-from foldcc.program import Program
 from tests.models import tiny_model, token_batch
 
 

@@ -15,11 +15,11 @@ from torch.nn import functional
 import foldcc
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.passes import PIPELINE, Pass, Stages, run_passes
-from foldcc.program import Program
-from foldcc.simulate import simulate
+from foldcc.runtime.simulate import simulate
 from foldcc.testing import Case, programs
 from foldcc.verification.compiled import first_broken
 from foldcc.verification.field import Field

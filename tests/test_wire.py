@@ -11,10 +11,10 @@ import torch
 from models import tiny_model, token_batch
 
 import foldcc
-from foldcc import simulate
-from foldcc.inspect.sizes import axes_of, communicates
+from foldcc.ir.sizes import axes_of, communicates
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import all_to_all_v, record
+from foldcc.runtime import simulate
 
 transformers = pytest.importorskip("transformers")
 

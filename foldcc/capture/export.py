@@ -23,8 +23,8 @@ from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
 from foldcc.hooks import told
+from foldcc.ir.program import Program, Slot
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program, Slot
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 TRACERS = ("export", "dynamo")

@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from foldcc.capture.masks import changed
+from foldcc.changed import changed
 from foldcc.errors import FoldError
 
 _DYNAMOS = type(torch.ops.higher_order.autograd_function_apply)  # what Dynamo makes of such a function

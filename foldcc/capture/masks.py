@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from foldcc.changed import changed
 from foldcc.errors import FoldError
 
 CARRIED = "causal masks, sliding windows, and padding masks [batch, sequence]"
@@ -112,19 +113,6 @@ _FACTORIES: dict[str, Any] = {
     "remap_positions_for_packed_sequence": _packed,
 }
 _NOT_IN_ALL = ("packed_sequence_compatibility_function", "remap_positions_for_packed_sequence")
-
-
-@contextmanager
-def changed(namespace: dict[str, Any], changes: dict[str, Any]) -> Iterator[None]:
-    """Sets some names of a namespace inside this context; afterwards they are as they were."""
-    before = {name: namespace[name] for name in changes if name in namespace}
-    namespace.update(changes)
-    try:
-        yield
-    finally:
-        for name in changes:
-            namespace.pop(name, None)
-        namespace.update(before)
 
 
 @contextmanager

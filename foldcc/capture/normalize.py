@@ -15,7 +15,7 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError
-from foldcc.rules.aten import argument
+from foldcc.ir.node import argument
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from foldcc.program import Program, Slot
+from foldcc.ir.program import Program, Slot
 
 aten = torch.ops.aten
 _TENSOR = {

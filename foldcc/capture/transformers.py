@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldcc.capture.masks import CARRIED, Mask, Pattern, as_patterns, changed, mask
+from foldcc.capture.masks import CARRIED, Mask, Pattern, as_patterns, mask
 from foldcc.capture.packing import at_positions
+from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.ops import attention, experts
 

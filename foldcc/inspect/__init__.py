@@ -1,10 +1,9 @@
 """What a person reads: a stage as text, the difference of two, and tables of stages, collectives and costs."""
 
 from foldcc.inspect.collectives import Collective, Collectives, collectives
-from foldcc.inspect.parse import Line, parse
 from foldcc.inspect.summary import Summary, summary
-from foldcc.inspect.tables import stages_table
-from foldcc.inspect.text import stage_diff, stage_text
+from foldcc.ir.parse import Line, parse
+from foldcc.ir.text import stage_diff, stage_text, stages_table
 
 __all__ = [
     "Collective", "Collectives", "Line", "Summary", "collectives", "parse", "stage_diff", "stage_text", "stages_table",

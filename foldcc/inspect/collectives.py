@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foldcc.inspect.graphs import module_of, parts
-from foldcc.inspect.sizes import Sizes, axes_of, communicates, human
-from foldcc.inspect.tables import table
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.sizes import Sizes, axes_of, communicates, human
+from foldcc.ir.walk import module_of, parts
 from foldcc.ops import record
-from foldcc.passes.manager import Stages
+from foldcc.tables import table
 
 
 @dataclass(frozen=True)

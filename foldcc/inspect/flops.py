@@ -17,11 +17,11 @@ from torch import fx
 from torch.utils.flop_counter import conv_flop_count
 
 from foldcc import ops
-from foldcc.inspect.graphs import module_of, parts
-from foldcc.inspect.sizes import Sizes
+from foldcc.ir.node import argument, argument_or, name_of, operands
+from foldcc.ir.program import Program
+from foldcc.ir.sizes import Sizes
+from foldcc.ir.walk import module_of, parts
 from foldcc.ops.experts import grouped_outer
-from foldcc.program import Program
-from foldcc.rules.aten import argument, argument_or, name_of, operands
 
 aten = torch.ops.aten
 # Position of the operand whose last dimension is contracted.

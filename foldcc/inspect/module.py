@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from foldcc.hooks import told, watched
-from foldcc.inspect.sizes import human
+from foldcc.ir.sizes import human
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from foldcc.inspect.flops import global_flops, local_flops
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 
 # What a module may compute beyond its share before it is listed.
 _TOLERANCE = 1.01

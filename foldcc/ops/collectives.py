@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from foldcc.ops.groups import index, process_group, size
 from foldcc.ops.operator import Operator, operator
-from foldcc.runtime.groups import index, process_group, size
 
 
-def _cut(x: Tensor, dim: int, outer: int, ranks: int, index: int) -> Tensor:
+def cut(x: Tensor, dim: int, outer: int, ranks: int, index: int) -> Tensor:
     blocks = x.unflatten(dim, (outer, ranks, x.shape[dim] // (outer * ranks)))
     return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()
 
 
-def _join(parts: list[Tensor], dim: int, outer: int) -> Tensor:
+def join(parts: list[Tensor], dim: int, outer: int) -> Tensor:
     blocks = [p.unflatten(dim, (outer, p.shape[dim] // outer)) for p in parts]
     return torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
 
@@ -67,18 +67,18 @@ shard: Operator = operator(
     "shard(Tensor x, int dim, int outer, str axes, str src) -> Tensor",
     meaning="this rank's part of a value that every rank holds",
     types="src -> V",
-    eager=lambda x, dim, outer, axes, src: _cut(x, dim, outer, size(axes), index(axes)),
+    eager=lambda x, dim, outer, axes, src: cut(x, dim, outer, size(axes), index(axes)),
     shape=lambda x, dim, outer, axes, src: _resized(x, dim, x.shape[dim] // size(axes)),
     transpose=lambda grad, x, dim, outer, axes, src: (
         pad(grad, dim, outer, axes) if src == "R" else all_gather(grad, dim, outer, axes, "I")
     ),
-    simulate=lambda calls: [_cut(c[0], c[1], c[2], len(calls), i) for i, c in enumerate(calls)],
+    simulate=lambda calls: [cut(c[0], c[1], c[2], len(calls), i) for i, c in enumerate(calls)],
 )
 
 
 def _pad(x: Tensor, dim: int, outer: int, ranks: int, index: int) -> Tensor:
     zero = torch.zeros_like(x)
-    return _join([x if i == index else zero for i in range(ranks)], dim, outer)
+    return join([x if i == index else zero for i in range(ranks)], dim, outer)
 
 
 pad: Operator = operator(
@@ -165,7 +165,7 @@ all_gather: Operator = operator(
     transpose=lambda grad, x, dim, outer, axes, dst: (
         reduce_scatter(grad, dim, outer, axes) if dst == "R" else shard(grad, dim, outer, axes, "I")
     ),
-    simulate=lambda calls: [_join([c[0] for c in calls], calls[0][1], calls[0][2])] * len(calls),
+    simulate=lambda calls: [join([c[0] for c in calls], calls[0][1], calls[0][2])] * len(calls),
     sent=lambda x, y, ranks: x * (ranks - 1),
 )
 
@@ -176,7 +176,7 @@ reduce_scatter: Operator = operator(
     eager=_reduce_scatter,
     shape=lambda x, dim, outer, axes: _resized(x, dim, x.shape[dim] // size(axes)),
     transpose=lambda grad, x, dim, outer, axes: all_gather(grad, dim, outer, axes, "R"),
-    simulate=lambda calls: [_cut(_sum(calls), c[1], c[2], len(calls), i) for i, c in enumerate(calls)],
+    simulate=lambda calls: [cut(_sum(calls), c[1], c[2], len(calls), i) for i, c in enumerate(calls)],
     sent=lambda x, y, ranks: x * (ranks - 1) / ranks,
 )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from foldcc.ir.node import argument, argument_or, name_of, operands
 from foldcc.rules.notation import Letters, Pattern, Rule, notation
 
 aten = torch.ops.aten
@@ -47,37 +48,6 @@ _CASTS = ("aten._to_copy", "aten.neg", "aten.mul", "aten.div", "aten.add", "aten
 _FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full")
 _LIKE = ("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.copy", "aten.dropout")
 _LIKE += ("aten.pow", "aten.bitwise_not", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy")
-
-
-def name_of(target: Any) -> str:
-    """`aten.add` for `aten.add.Tensor`."""
-    return str(target).rsplit(".", 1)[0] if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
-def operands(node: Node) -> tuple[Node | None, ...]:
-    """The node's tensor arguments in the order of its schema, lists flattened, None for one that is absent."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return tuple(a for a in node.args if isinstance(a, Node))
-    found: list[Node | None] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if "Tensor" not in str(argument.type):
-            continue
-        if isinstance(given, (list, tuple)):
-            found += [x if isinstance(x, Node) else None for x in given]
-        else:
-            found.append(given if isinstance(given, Node) else None)
-    return tuple(found)
-
-
-def argument(node: Node, name: str) -> Any:
-    """An argument of a node by its name in the schema, with the schema's default."""
-    for position, a in enumerate(node.target._schema.arguments):
-        if a.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, a.default_value)
-    raise KeyError(name)
 
 
 def rule_of(node: Node) -> Rule | None:
@@ -186,14 +156,6 @@ def _pointwise(name: str, node: Node, inputs: list[Shape | None], outputs: list[
     elif name == "aten.where" and len(tensors) == 3:
         linear = [[1, 2]]
     return _build(patterns, [letters], [*inputs, out], linear=linear)
-
-
-def argument_or(node: Node, name: str) -> Any:
-    """Like `argument`, None where the overload has no such argument."""
-    try:
-        return argument(node, name)
-    except KeyError:
-        return None
 
 
 def _fill(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from foldcc.rules.aten import argument, argument_or, convolved, mixes_by_argument, name_of, operands, rule_for
+from foldcc.ir.node import argument, argument_or, name_of, operands
+from foldcc.rules.aten import convolved, mixes_by_argument, rule_for
 from foldcc.rules.notation import Letters, Notation, Pattern, Rule, dimensions, notation
 from foldcc.rules.observed import observed_linear, observed_reads
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldcc.errors import divisors
-from foldcc.rules.aten import operands
+from foldcc.ir.node import operands
 from foldcc.rules.notation import Pattern, Rule
 
 Shape = tuple[int, ...]

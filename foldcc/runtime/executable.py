@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
-from foldcc.program import Program
-from foldcc.runtime.groups import active
+from foldcc.ops.groups import active
 from foldcc.runtime.placement import cut, join, own_samples
-from foldcc.simulate import simulate
+from foldcc.runtime.simulate import simulate
 
 After = Callable[[Mapping[str, Tensor | None]], None]
 

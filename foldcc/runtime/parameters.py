@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.fx import GraphModule
 
 from foldcc.errors import FoldError, listed
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
-from foldcc.program import Program
-from foldcc.runtime.groups import create_groups
+from foldcc.ops.groups import create_groups
 from foldcc.runtime.placement import cut, placements
 from foldcc.tree import unsaved_buffers
 

@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 from foldcc.errors import FoldError
 from foldcc.layout import PARTIAL, VARYING, Layout, Shard
 from foldcc.mesh import FoldedMesh
-from foldcc.ops.collectives import _cut, _join
+from foldcc.ops import collectives
 
 BLOCKS_ARE_JOINED = TorchVersion(torch.__version__) >= "2.12"
 
@@ -34,7 +34,7 @@ def _steps(layout: Layout) -> list[tuple[str, int, int]]:
 def cut(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
     """A rank's part of a global tensor."""
     for axis, dim, outer in _steps(layout):
-        x = _cut(x, dim, outer, mesh.size(axis), mesh.coordinate(rank, axis))
+        x = collectives.cut(x, dim, outer, mesh.size(axis), mesh.coordinate(rank, axis))
     return x
 
 
@@ -65,7 +65,7 @@ def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Te
         for group in mesh.groups((axis,)):
             members = [r for r in group if r in found]
             if members:
-                whole = _join([found[r] for r in members], dim, outer)
+                whole = collectives.join([found[r] for r in members], dim, outer)
                 found = {**{r: x for r, x in found.items() if r not in members}, members[0]: whole}
     first = min(found)
     for rank, value in found.items():

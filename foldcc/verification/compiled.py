@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from foldcc.errors import FoldError
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.verification import reduce
 from foldcc.verification.fewer_ranks import fewer_ranks
 from foldcc.verification.field import MERSENNE, Field

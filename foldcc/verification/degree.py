@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldcc import ops
-from foldcc.program import Program
+from foldcc.ir.program import Program
 from foldcc.verification.functions import HASHED
 from foldcc.verification.meanings import MOVES
 

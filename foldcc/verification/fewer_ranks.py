@@ -11,10 +11,10 @@ from math import prod
 from typing import Any
 
 from foldcc.errors import divisors
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import ATTENTION, MOE, FoldedMesh
-from foldcc.passes.shard import reshard
-from foldcc.program import Program
+from foldcc.ops.layout import reshard
 
 
 def fewer_ranks(mesh: FoldedMesh) -> FoldedMesh:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 
 from foldcc.layout import Layout
+from foldcc.ops.groups import active
 from foldcc.runtime.executable import Executable
-from foldcc.runtime.groups import active
 from foldcc.runtime.placement import parts
 from foldcc.verification.lockstep import Ranked, Watch, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode

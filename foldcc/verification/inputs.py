@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldcc import ops
-from foldcc.program import Program
-from foldcc.rules.aten import argument
+from foldcc.ir.node import argument
+from foldcc.ir.program import Program
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import MOVES
 from foldcc.verification.steps import plain_name, steps

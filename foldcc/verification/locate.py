@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program, where
 from foldcc.layout import Layout
-from foldcc.passes.manager import Stages
-from foldcc.program import Program, where
 from foldcc.verification.compare import reading, wrong_rank
 from foldcc.verification.folded import Folded
 from foldcc.verification.lockstep import Ranked

@@ -1,7 +1,7 @@
 """Running a program on many virtual ranks at once: values of one shape are stacked, and an operator runs on all of them.
 
 A value is a plain tensor where it is the same on every rank, a stack of all ranks' tensors where they have one shape, and
-a list where they have not, as the rows that dispatch sends. `foldcc.simulate` is the plain way of doing this; it runs
+a list where they have not, as the rows that dispatch sends. `foldcc.runtime.simulate` is the plain way of doing this; it runs
 each operator on each rank by itself, and the two agree.
 """
 
@@ -56,7 +56,7 @@ def run_in_lockstep(
     watch: Watch | None = None,
     field: Field | None = None,
 ) -> Any:
-    """Runs a graph on every rank of the mesh; see `foldcc.simulate.simulate`, which this agrees with.
+    """Runs a graph on every rank of the mesh; see `foldcc.runtime.simulate.simulate`, which this agrees with.
 
     Args:
         inputs: for each placeholder, its value, a `Ranked` or whatever this returned.

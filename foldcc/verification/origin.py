@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 
 from foldcc.capture.export import as_exported, capture
 from foldcc.capture.functions import inlined
-from foldcc.capture.masks import changed
 from foldcc.capture.observe import remove_hooks
 from foldcc.capture.shrunk import shapes, shrunk
 from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
+from foldcc.changed import changed
 from foldcc.errors import FoldError
-from foldcc.program import Program
+from foldcc.ir.program import Program
 from foldcc.runtime.modes import traceable
 from foldcc.taps import without_results
 from foldcc.verification.field import Field

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foldcc.errors import FoldError
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.layout import Shard
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
 from foldcc.runtime.executable import Executable
 from foldcc.verification import reduce
 from foldcc.verification.compare import reading, summed, wrong_rank

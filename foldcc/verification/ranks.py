@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from foldcc.ir.program import Program, Slot
 from foldcc.layout import INVARIANT, PARTIAL, VARYING, Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
+from foldcc.ops.groups import active
+from foldcc.ops.layout import cross_fold, reshard
 from foldcc.ops.operator import Operator
-from foldcc.passes.dispatch import cross_fold
-from foldcc.passes.shard import reshard
-from foldcc.program import Program, Slot
-from foldcc.runtime.groups import active
 from foldcc.runtime.placement import cut, join
-from foldcc.simulate import simulate
+from foldcc.runtime.simulate import simulate
 from foldcc.verification.lockstep import Ranked, leaves
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.reference import Reference, call

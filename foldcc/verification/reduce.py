@@ -22,14 +22,14 @@ from torch._subclasses import FakeTensorMode
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.node import argument, name_of, operands
+from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
+from foldcc.ir.program import Program, where
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.layout import reshard
 from foldcc.passes.bucket import Bucket
 from foldcc.passes.differentiate import Differentiate, Nodes
-from foldcc.passes.manager import Pass, Stage, Stages, run_passes
-from foldcc.passes.shard import reshard
-from foldcc.program import Program, where
-from foldcc.rules.aten import argument, name_of, operands
 from foldcc.verification.fewer_ranks import on_mesh
 
 aten = torch.ops.aten

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.program import Program, where
 from foldcc.ops.attention import _attend
 from foldcc.ops.experts import activate
-from foldcc.program import Program, where
 from foldcc.verification.field import Field
 from foldcc.verification.lockstep import leaves
 from foldcc.verification.mode import FieldMode, NoMeaning

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 import foldcc
 from foldcc.codegen.source import directory, put
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.verification.proof import Proof
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
 
 
 def first_unlike(full: Stages, small: Stages, last: str) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from foldcc.passes.manager import Stages
-from foldcc.program import Program
+from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.verification.field import MERSENNE
 
 aten = torch.ops.aten

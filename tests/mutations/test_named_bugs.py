@@ -12,8 +12,8 @@ from torch import fx
 
 import foldcc
 from foldcc import ops
+from foldcc.ir.program import Program
 from foldcc.module import FoldedModule
-from foldcc.program import Program
 from foldcc.testing import mutate
 from foldcc.testing.mutate.edits import before, feed, instead, wrap
 from foldcc.verification.proof import Proof

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from foldcc import ops
-from foldcc.inspect.graphs import BACKWARD, FORWARD, parts
-from foldcc.program import Program
+from foldcc.ir.program import Program
+from foldcc.ir.walk import BACKWARD, FORWARD, parts
 from foldcc.testing.mutate.collectives import axes_of
 from foldcc.testing.mutate.mutant import MAIN, Mutant, whole
 from foldcc.testing.mutate.terms import Algebra

@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from foldcc import ops
-from foldcc.inspect.graphs import BACKWARD, module_of, parts
+from foldcc.ir.program import Program
+from foldcc.ir.walk import BACKWARD, module_of, parts
 from foldcc.layout import INVARIANT, Layout
 from foldcc.module import FoldedModule
-from foldcc.program import Program
 from foldcc.testing.mutate.collectives import axes_of_both_views
 from foldcc.testing.mutate.edits import before
 from foldcc.testing.mutate.mutant import Mutant, Site, whole

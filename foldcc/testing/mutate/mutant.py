@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from foldcc.inspect.graphs import FORWARD, module_of, parts
+from foldcc.ir.program import Program
+from foldcc.ir.walk import FORWARD, module_of, parts
 from foldcc.module import FoldedModule
 from foldcc.passes import Stage, Stages, run_passes
-from foldcc.program import Program
 
 Edit = Callable[[fx.Graph], None]
 MAIN = "main"

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import fx
 
-from foldcc.inspect.graphs import BACKWARD
+from foldcc.ir.program import Program
+from foldcc.ir.walk import BACKWARD
 from foldcc.module import FoldedModule
-from foldcc.program import Program
 from foldcc.testing.mutate.edits import wrap
 from foldcc.testing.mutate.mutant import MAIN, Mutant, Site, at
 

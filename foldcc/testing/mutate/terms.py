@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldcc import ops
+from foldcc.ir.node import name_of
 from foldcc.layout import INVARIANT, REPLICATED, Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.operator import Operator
-from foldcc.rules.aten import name_of
 
 aten = torch.ops.aten
 _MOVES = frozenset(

@@ -1,7 +1,7 @@
 """The types of one node of a differentiated graph, on every atom of the mesh, from those of its operands.
 
 Of a collective the operand must have one type on its axes, and the result has another there and the same elsewhere. Any
-other operator is judged on each atom by its rule (`passes/types_axis.py`).
+other operator is judged on each atom by its rule (`foldcc/types/axis.py`).
 """
 
 from __future__ import annotations
@@ -16,28 +16,15 @@ import torch
 from torch import fx
 
 from foldcc import ops
+from foldcc.ir.node import name_of, operands
 from foldcc.layout import PARTIAL, REPLICATED, VARYING, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import Operator, record
-from foldcc.passes.types_atoms import atoms_of
-from foldcc.passes.types_axis import (
-    EITHER,
-    MIXED,
-    SAME,
-    TERM,
-    UNKNOWN,
-    ZERO,
-    Illegal,
-    Type,
-    fits,
-    of_state,
-    read_across,
-    through,
-)
-from foldcc.passes.types_text import illegal, type_text
-from foldcc.rules.aten import name_of, operands
 from foldcc.rules.joint import CREATORS, is_zero, joint_rule, shape_of
 from foldcc.rules.notation import Rule
+from foldcc.types.atoms import atoms_of
+from foldcc.types.axis import EITHER, MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, fits, of_state, read_across, through
+from foldcc.types.text import illegal, type_text
 
 aten = torch.ops.aten
 _UNKNOWN = Rule((), (), {})

@@ -1,4 +1,4 @@
-"""Plain tables, and the one of the stages of a compilation."""
+"""Plain tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from foldcc.passes.manager import Stage
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -23,9 +21,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[in
     console = Console(width=10_000, markup=False, emoji=False, highlight=False)
     text = "".join(segment.text for segment in console.render(shown))
     return "\n".join(line.rstrip() for line in text.splitlines())
-
-
-def stages_table(stages: Iterable[Stage]) -> str:
-    """Each pass: its name, its time, and the nodes of the whole program before and after it."""
-    rows = [[s.name, f"{1000 * s.seconds:.0f} ms", str(s.before), str(s.after), f"{s.after - s.before:+d}"] for s in stages]
-    return table(["stage", "time", "before", "after", "nodes"], rows, right=(1, 2, 3, 4))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foldcc.errors import FoldError
-from foldcc.program import Program
+from foldcc.ir.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Stage:
     by: Pass | None = None
 
     def __str__(self) -> str:
-        from foldcc.inspect.text import stage_text
+        from foldcc.ir.text import stage_text
 
         return stage_text(self)
 
@@ -66,7 +66,7 @@ class Stage:
         Raises:
             FoldError: the program has no such block.
         """
-        from foldcc.inspect.text import block_text
+        from foldcc.ir.text import block_text
 
         return block_text(self, name)
 
@@ -103,7 +103,7 @@ class Stages(Sequence[Stage]):
 
     def diff(self, first: str, second: str) -> str:
         """The lines that differ between two stages, as a unified diff."""
-        from foldcc.inspect.text import stage_diff
+        from foldcc.ir.text import stage_diff
 
         return stage_diff(self[first], self[second])
 
@@ -111,7 +111,7 @@ class Stages(Sequence[Stage]):
         return f"<{len(self)} stages: {', '.join(s.name for s in self)}>"
 
     def __str__(self) -> str:
-        from foldcc.inspect.tables import stages_table
+        from foldcc.ir.text import stages_table
 
         return stages_table(self)
 

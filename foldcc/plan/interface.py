@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from foldcc.program import Program
-from foldcc.rules.aten import name_of
+from foldcc.ir.node import name_of
+from foldcc.ir.program import Program
 from foldcc.rules.joint import CREATORS
 
 # Operators that read floating-point numbers and whose results have no gradient: what they make is new, counted or cut off.

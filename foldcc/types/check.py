@@ -20,15 +20,14 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.node import operands
+from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, letter
 from foldcc.ops import record
-from foldcc.passes.dispatch import cross_fold
-from foldcc.passes.shard import reshard
-from foldcc.passes.strategies import COMPLETES
-from foldcc.passes.types_joint import check_joint
-from foldcc.program import Program, where
-from foldcc.rules.aten import operands
+from foldcc.ops.layout import cross_fold, reshard
+from foldcc.plan.strategies import COMPLETES
 from foldcc.rules.notation import Rule
+from foldcc.types.joint import check_joint
 
 # The first letter of a move: types that a value may have before it, by the operator's record.
 _MOVES = {"P": {PARTIAL}, "V": {VARYING}, "I": {INVARIANT}, "R": {REPLICATED}}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from foldcc.program import Program
+from foldcc.ir.program import Program
 
 FORWARD, BACKWARD = "forward", "backward"
 

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from foldcc.errors import FoldError
+from foldcc.ir.node import name_of
+from foldcc.ir.program import where
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, letter
-from foldcc.passes.types_axis import EITHER, Type
-from foldcc.program import where
-from foldcc.rules.aten import name_of
+from foldcc.types.axis import EITHER, Type
 
 # Found and needed, and what that says about the program.
 _MEANS = {

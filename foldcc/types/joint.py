@@ -21,11 +21,11 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from foldcc.ir.program import Program
 from foldcc.layout import Layout
-from foldcc.passes.types_nodes import Typing
-from foldcc.passes.types_text import ill_returned, mismatched
-from foldcc.program import Program
 from foldcc.rules.notation import Rule
+from foldcc.types.infer import Typing
+from foldcc.types.text import ill_returned, mismatched
 
 _LETTERS = tuple((f"d{i}",) for i in range(8))
 _SUM = Rule((_LETTERS, _LETTERS), (_LETTERS,), {}, linear=(frozenset({0, 1}),))

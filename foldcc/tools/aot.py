@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from foldcc.capture.masks import changed
+from foldcc.changed import changed
 from foldcc.codegen import source
 from foldcc.codegen.index import sizes
 from foldcc.codegen.tiles import SHARED
 from foldcc.errors import FoldError, listed
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.program import Program
 
 SPILLED = 32  # bytes of a thread that may stand in memory instead of registers without a remark
 _ROWS = (65_537, 33)  # sizes that data decide: odd, as most are, so that nothing is taken to be aligned
@@ -339,7 +339,7 @@ def _check_target(target: str) -> None:
 
 def report(found: Sequence[Compiled], target: str) -> str:
     """A table of all kernels, then what is wrong with them."""
-    from foldcc.inspect.tables import table
+    from foldcc.tables import table
 
     head = ["kernel", "function", "tile", "warps", "stages", "registers", "spilled", "shared", "instructions", "seconds"]
     rows = []

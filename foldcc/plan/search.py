@@ -17,13 +17,13 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError, divides, divisors, listed
+from foldcc.ir.node import name_of, operands
+from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
-from foldcc.passes import costs
-from foldcc.passes.interface import interface, returns
-from foldcc.passes.milp import IntegerProgram
-from foldcc.passes.strategies import Strategist, Strategy, results_of, runs
-from foldcc.program import Program, where
-from foldcc.rules.aten import name_of, operands
+from foldcc.plan import costs
+from foldcc.plan.interface import interface, returns
+from foldcc.plan.solve import IntegerProgram
+from foldcc.plan.strategies import Strategist, Strategy, results_of, runs
 
 
 @dataclass(frozen=True)

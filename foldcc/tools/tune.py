@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import foldcc
-from foldcc.capture.masks import changed
-from foldcc.codegen import aot, source, tiles
+from foldcc.changed import changed
+from foldcc.codegen import source, tiles
 from foldcc.codegen.tiles import CLASSES, MANY, SHARED, Table, Tile
 from foldcc.errors import FoldError, listed
-from foldcc.inspect.tables import table
 from foldcc.mesh import FoldedMesh, init_folded_mesh
 from foldcc.module import FoldedModule
+from foldcc.tables import table
+from foldcc.tools import aot
 
 SHAPES = {  # H, I, E, K
     "Qwen3-30B-A3B": (2048, 768, 128, 8),

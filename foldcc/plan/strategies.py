@@ -21,9 +21,8 @@ import torch
 from torch import fx
 
 from foldcc import ops
+from foldcc.ir.node import operands
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Shard, State, Symbol
-from foldcc.passes.annotate import letter_factors
-from foldcc.rules.aten import operands
 from foldcc.rules.notation import Pattern, Rule
 
 Dims = tuple[tuple[Symbol, ...], ...]
@@ -185,3 +184,24 @@ def find_letters(node: fx.Node, sizes: Mapping[Symbol, int]) -> None:
     values = [*operands(node)[: len(rule.operands)], *results_of(node)]
     dims = [None if v is None or not isinstance(v.meta["val"], torch.Tensor) else v.meta["dims"] for v in values]
     node.meta["letters"] = letter_factors(rule, dims, dict(sizes))
+
+
+def letter_factors(rule: Rule, factors: list[tuple[tuple[object, ...], ...] | None], sizes: dict) -> dict:
+    """The factors that each letter of a rule stands for, read off the dimensions of operands and results.
+
+    Returns a dict from letter to a tuple of factors; a letter whose factors cannot be told apart from its neighbours'
+    is missing.
+    """
+    found: dict[str, tuple[object, ...]] = {}
+    for pattern, dims in zip([*rule.operands, *rule.results], factors, strict=True):
+        for product, dim in zip(pattern or (), dims or (), strict=False):
+            rest = list(dim)
+            for x in product:
+                taken, size = [], 1
+                while rest and size < rule.sizes[x]:
+                    size *= sizes[rest[0]]
+                    taken.append(rest.pop(0))
+                if size != rule.sizes[x]:
+                    break
+                found.setdefault(x, tuple(taken))
+    return found

@@ -9,14 +9,14 @@
       %rows  : f32[u7, hidden] V(ep)            = all_to_all_v(%x)     16.00 KiB
 
 What stands between the brackets of a type are factors and axes where the layout is known, and the sizes on one rank,
-such as `f32[4x16x32]`, where it is not. `foldcc.inspect.parse` reads the text back.
+such as `f32[4x16x32]`, where it is not. `foldcc.ir.parse` reads the text back.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from textwrap import wrap
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch
 from torch import fx
 
 from foldcc.errors import FoldError
-from foldcc.inspect.graphs import Part, module_of, parts
-from foldcc.inspect.sizes import Sizes, communicates, human
+from foldcc.ir.pipeline import Stage
+from foldcc.ir.program import Program
+from foldcc.ir.sizes import Sizes, communicates, human
+from foldcc.ir.walk import Part, module_of, parts
 from foldcc.layout import Layout
-from foldcc.passes.dispatch import cross_fold
-from foldcc.passes.manager import Stage
-from foldcc.program import Program
+from foldcc.ops.layout import cross_fold
+from foldcc.tables import table
 
 _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u"}
 _WIDEST = (52, 64, 72)  # columns: name, type, operation
@@ -160,3 +161,9 @@ def _short(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     return f"{_DTYPES.get(match[1], match[1])}{match[2]}" if match else name
+
+
+def stages_table(stages: Iterable[Stage]) -> str:
+    """Each pass: its name, its time, and the nodes of the whole program before and after it."""
+    rows = [[s.name, f"{1000 * s.seconds:.0f} ms", str(s.before), str(s.after), f"{s.after - s.before:+d}"] for s in stages]
+    return table(["stage", "time", "before", "after", "nodes"], rows, right=(1, 2, 3, 4))

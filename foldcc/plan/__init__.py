@@ -1,0 +1,1 @@
+"""Everything that chooses: strategies of operators, the costs of layouts, and the search for the cheapest."""

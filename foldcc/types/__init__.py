@@ -1,0 +1,1 @@
+"""The law of types: which operators are legal on operands in which states, and what their results are."""
