@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foldcc
 from foldcc.errors import FoldError
-from foldcc.ir import parse
+from foldcc.ir.parse import parse
 from foldcc.ir.sizes import human
 from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
