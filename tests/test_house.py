@@ -87,7 +87,7 @@ def test_every_room_stands_on_a_floor() -> None:
     assert {room(m) for m in KNOWN} - {""} == set(FLOOR)
 
 
-def test_an_import_that_points_up_and_a_circle_are_seen(tmp_path: Path) -> None:
+def test_imports_inside_functions_and_of_packages_are_read(tmp_path: Path) -> None:
     for name, text in {
         "a": "def f():\n    from foldcc.b import x\n",
         "b": "from foldcc import a, c\nimport foldcc.a\n",

@@ -103,6 +103,6 @@ def as_laid_out(module: nn.Module, state: dict[str, Any], prefix: str, *, assign
         if not isinstance(value, DTensor):
             whole = [Replicate()] * p.device_mesh.ndim
             value = DTensor.from_local(value.to(p.device), p.device_mesh, whole, run_check=False)
-        if assign or _in_blocks(p):
+        if assign or _in_blocks(p):  # copying would do the latter too, but not say why PyTorch 2.11 cannot
             value = redistributed(value, p.placements, p.device_mesh)
         state[prefix + name] = value
