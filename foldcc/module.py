@@ -26,6 +26,7 @@ from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_box
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
+from foldcc.runtime.reductions import complete_reductions
 from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
@@ -79,6 +80,7 @@ class FoldedModule(nn.Module):
         notice_optimizers(model, self)
         if not mesh.is_virtual:
             watch_optimizers(mesh.attention, mesh.moe)
+            complete_reductions(mesh.attention, mesh.moe)
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -297,6 +299,7 @@ class FoldedModule(nn.Module):
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
             watch_optimizers(self.mesh.attention, self.mesh.moe)
+            complete_reductions(self.mesh.attention, self.mesh.moe)
         self._attributes, self._inherited = Attributes(self), []
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foldcc.errors import FoldError
+from foldcc.runtime.placement import whole_terms
 
 
 @torch.no_grad()
@@ -51,12 +53,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
 
 def _local(grad: Tensor) -> tuple[Tensor, Any]:
     """What this rank holds of a gradient, and the mesh and its dimensions over which the gradient is divided."""
-    from torch.distributed.tensor import DTensor, Replicate
-
     if not isinstance(grad, DTensor):
         return grad, None
-    if any(p.is_partial() for p in grad.placements):  # the norm of a sum is not that of its terms
-        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    grad = whole_terms(grad)  # the norm of a sum is not that of its terms
     divided = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
     return grad.to_local(), (grad.device_mesh, divided) if divided else None
 

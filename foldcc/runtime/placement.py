@@ -106,6 +106,13 @@ def redistributed(x: DTensor, there: Sequence[Any], mesh: DeviceMesh | None = No
     return x.redistribute(mesh, there)
 
 
+def whole_terms(x: DTensor) -> DTensor:
+    """The same value, with the terms of a sum, or of a norm, brought together."""
+    if not any(p.is_partial() for p in x.placements):
+        return x
+    return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
+
+
 def own_samples(x: Tensor, layout: Layout, mesh: FoldedMesh) -> Tensor:
     """What a rank holds of an output, as its own samples: a DTensor over the axes other than dp that divide it.
 

@@ -1,0 +1,57 @@
+"""Reductions of folded tensors outside of programs, as an optimizer takes them: complete when they return.
+
+DTensor leaves the reduction of a divided dimension as terms, each on its rank, until an operator needs the value. One that
+works in place, such as the square of a norm in `torch.optim.Adafactor`, may not change a tensor's placement, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch._ops import OpOverload
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from foldcc.runtime.placement import whole_terms
+
+aten = torch.ops.aten
+REDUCTIONS = (
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.prod.default,
+    aten.prod.dim_int,
+    aten.max.default,
+    aten.min.default,
+    aten.amax.default,
+    aten.amin.default,
+    aten.norm.Scalar,
+    aten.norm.ScalarOpt_dim,
+    aten.linalg_vector_norm.default,
+    aten._foreach_norm.Scalar,
+)
+_meshes: WeakSet[DeviceMesh] = WeakSet()
+_handlers = DTensor._op_dispatcher._custom_op_handlers  # by operator, before DTensor's own rules
+
+
+def complete_reductions(*meshes: DeviceMesh) -> None:
+    """From here on, reductions of tensors on these meshes are whole values; those of other DTensors stay as they are."""
+    _meshes.update(meshes)
+    _handlers.update(dict.fromkeys(REDUCTIONS, _complete))
+
+
+def _complete(op_call: OpOverload[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    _handlers.pop(op_call, None)  # so that DTensor computes it
+    try:
+        found = op_call(*args, **kwargs)
+    finally:
+        _handlers[op_call] = _complete
+    return pytree.tree_map_only(DTensor, whole_terms, found) if _on_folded_mesh(args) else found
+
+
+def _on_folded_mesh(args: object) -> bool:
+    return any(isinstance(x, DTensor) and x.device_mesh in _meshes for x in pytree.tree_leaves(args))

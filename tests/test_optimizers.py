@@ -1,0 +1,110 @@
+"""Optimizers step on a folded model as on the original, on processes; what they reduce is complete when they get it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model, token_batch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.torch_version import TorchVersion
+from versions import joins_blocks
+
+import foldcc
+from foldcc.runtime.reductions import REDUCTIONS, complete_reductions
+from foldcc.testing import in_float64, run_distributed
+from foldcc.testing.equivalence import relative_error
+
+aten = torch.ops.aten
+ARGUMENTS: dict[Any, tuple[Any, ...]] = {
+    aten.sum.dim_IntList: ([-1],),
+    aten.mean.dim: ([-1],),
+    aten.prod.dim_int: (-1,),
+    aten.amax.default: ([-1],),
+    aten.amin.default: ([-1],),
+    aten.norm.Scalar: (2,),
+    aten.norm.ScalarOpt_dim: (2, [-1]),
+    aten.linalg_vector_norm.default: (2, [-1], True),
+    aten._foreach_norm.Scalar: (2,),
+}
+
+
+def in_place() -> tuple[dict[str, float], list[str]]:
+    """How far the root, in place, of each reduction is from one process; and what stays terms on meshes of no folded model."""
+    x = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    mesh, others = (init_device_mesh("cpu", shape) for shape in ((2,), (2, 1)))
+    complete_reductions(mesh)
+    off, terms = {}, []
+    for op in REDUCTIONS:
+
+        def reduced(x: Tensor, op: Any = op) -> Tensor:
+            found = op([x] if "_foreach" in str(op) else x, *ARGUMENTS.get(op, ()))
+            return found[0] if isinstance(found, (list, tuple)) else found
+
+        found = reduced(distribute_tensor(x, mesh, [Shard(1)])).sqrt_()
+        off[str(op)] = (found.full_tensor() - reduced(x).sqrt_()).abs().max().item()
+        left = reduced(distribute_tensor(x, others, [Shard(1), Replicate()]))
+        assert isinstance(left, DTensor)
+        if any(p.is_partial() for p in left.placements):
+            terms.append(str(op))
+    return off, terms
+
+
+def test_a_reduction_of_a_folded_tensor_can_be_changed_in_place_and_those_of_others_are_left_alone():
+    for off, terms in run_distributed(in_place, 2):
+        assert len(off) == len(REDUCTIONS) and max(off.values()) < 1e-12, off
+        assert len(terms) == len(REDUCTIONS)
+
+
+def _decayed(model: nn.Module) -> list[dict[str, Any]]:
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "Adafactor": lambda m: Adafactor(_decayed(m), lr=0.05),
+    "Adafactor maximizes": lambda m: Adafactor(_decayed(m), lr=0.05, maximize=True),
+    "SGD": lambda m: SGD(_decayed(m), lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "AdamW fused": lambda m: AdamW(_decayed(m), lr=0.01, fused=True, amsgrad=True),
+}
+if TorchVersion(torch.__version__) >= (2, 13):  # before that DTensor has no rule for what this does
+    MAKERS["Adafactor foreach"] = lambda m: Adafactor(_decayed(m), lr=0.05, foreach=True)
+
+
+def after_steps(text: str) -> dict[str, float]:
+    """The largest distance of a weight from one process after three steps of each optimizer, beside the largest weight."""
+    # Every expert is chosen by some token. Without one, its row of the router has a gradient that is rounding, and optimizers
+    # that divide a gradient by its own size make a step of that.
+    batch, mesh, found = token_batch(8), foldcc.FoldedMesh.parse(text, "cpu"), {}
+    plain = tiny_model("mixtral", num_hidden_layers=1, experts_implementation="eager").double()
+    start = copy.deepcopy(plain.state_dict())
+    with in_float64():
+        folded = foldcc.parallelize(plain, mesh, example_inputs=batch, verify=False)
+        for name, make in MAKERS.items():
+            for model in (plain, folded):
+                model.load_state_dict(start)
+                optimizer = make(model)
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    model(**batch).loss.backward()
+                    optimizer.step()
+            trained = dict(folded.named_parameters())
+            assert all(isinstance(p, DTensor) for p in trained.values())
+            found[name] = max(relative_error(trained[n].full_tensor(), p) for n, p in plain.named_parameters())
+    return found
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param("tp=2|ep=2", marks=pytest.mark.slow), pytest.param("tp=2|etp=2", marks=joins_blocks)]
+)
+def test_weights_after_three_steps_are_those_of_one_process(text: str):
+    for found in run_distributed(after_steps, 2, text):
+        assert set(found) == set(MAKERS) and max(found.values()) < 1e-10, found
