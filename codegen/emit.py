@@ -28,6 +28,7 @@ from foldcc.codegen.regions import Region, chains, in_sequence, is_free, mark_in
 from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
+from foldcc.ir.walk import BACKWARD, FORWARD
 
 Finder = Callable[[fx.Graph, set[fx.Node]], list[Region]]
 SKELETONS: tuple[Finder, ...] = (experts.find, router.find, plan.find, rows.find)
@@ -45,14 +46,15 @@ class Emit(Pass):
 
     def run(self, program: Program) -> Program:
         names: dict[str, str] = {}
-        self._emitted(program.name, program.graph, "forward", names)
-        return program.with_backward(lambda main: self._emitted(program.name, main, "backward", names))
+        for main, direction in zip(program.mains, (FORWARD, BACKWARD), strict=False):
+            self._emit(program.name, main, direction, names)
+        return program
 
-    def _emitted(self, program: str, main: fx.GraphModule, direction: str, names: dict[str, str]) -> fx.GraphModule:
+    def _emit(self, program: str, main: fx.GraphModule, direction: str, names: dict[str, str]) -> None:
         """Replaces the regions of every block of a main graph, in place.
 
         Args:
-            names: of kernels by what they are, so that the backward passes of a program call one kernel by one name.
+            names: of kernels by what they are.
         """
         texts: list[str] = []
         calls: list[tuple[fx.GraphModule, str, Region, Kernel]] = []
@@ -80,7 +82,7 @@ class Emit(Pass):
                 )
                 calls.append((block, name, found, kernel))
         if not calls:
-            return main
+            return
         path = source.write(f"{program}_{direction}", "\n\n".join([source.HEAD, *texts]))
         module = source.load(path)
         instead: dict[fx.Node, fx.Node] = {}
@@ -93,7 +95,6 @@ class Emit(Pass):
             _sort(block.graph)
             block.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
             block.recompile()
-        return main
 
 
 def regions(graph: fx.Graph) -> list[Region]:
@@ -111,8 +112,8 @@ def kernels_of(program: Program, notes: Sequence[str] = ()) -> Kernels:
     """The kernels of an emitted program, and what is left of it."""
     found: list[Kernel] = []
     left: dict[str, Any] = {}
-    for main in (program.graph, program.backward):
-        for block in main.children() if main is not None else ():
+    for main in program.mains:
+        for block in main.children():
             assert isinstance(block, fx.GraphModule)
             for node in block.graph.nodes:
                 if "kernel" in node.meta:

@@ -26,7 +26,7 @@ from foldcc.hooks import watched
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
-from foldcc.passes import Pass, check_types, run_passes
+from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.shard import ShardPass
 from foldcc.programs import Kept
@@ -112,6 +112,16 @@ class Compiler:
             origin=self._origin(call, tree),
         )
         return made, other
+
+    def compile_for(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept:
+        """A program of the same calls for the gradients of other outputs, through the same passes; it saves the same values."""
+        passes = kept.stages.passes(after="localize")
+        before = kept.stages[: len(kept.stages) - len(passes)]
+        start = [replace(s, program=replace(s.program, wanted=wanted)) for s in before]
+        with compiling():
+            later = run_passes(start[-1].program, passes, check=check_types, progress=self.progress)
+        stages = Stages([*start, *list(later)[1:]])
+        return replace(kept, executable=Executable(stages[-1].program), stages=stages, proof=None, others={})
 
     def _origin(self, call: Call, tree: nn.Module) -> Origin:
         return Origin(

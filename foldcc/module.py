@@ -23,6 +23,7 @@ from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
 from foldcc.runtime.agreement import agree_on_call, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
+from foldcc.runtime.executable import Executable
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
@@ -109,9 +110,11 @@ class FoldedModule(nn.Module):
                 values.append(kept.executable.zeros(node))
             else:
                 values.append(self._places.local(slot.names[0], held[slot.names[0]]))
+        others = partial(self._for_gradients, kept)
         if not program.observed:
-            return program.returned(kept.executable(values))
-        outputs = kept.executable(values, partial(call_backward, self, program.observed, kept.executable.no_gradient))
+            return program.returned(kept.executable(values, others))
+        after = partial(call_backward, self, program.observed, kept.executable.no_gradient)
+        outputs = kept.executable(values, others, after)
         call_forward(self, program.observed, outputs)
         return program.returned(outputs)
 
@@ -140,11 +143,7 @@ class FoldedModule(nn.Module):
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
         with compiling():
-            if self._verified:
-                self._compiler.progress("verify")
-                buffers = dict(self.named_buffers(remove_duplicate=False))
-                proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
-                made = replace(made, proof=proof)
+            made = self._proved(made)
             self._places.take(self, made.executable.program)
         self._programs.keep(made, replaced)
         found = self.summary()
@@ -152,6 +151,23 @@ class FoldedModule(nn.Module):
             self._programs.announce_copies(found.flops_ratio)
         if fixed:
             self._structure = call.structure
+
+    def _proved(self, made: Kept) -> Kept:
+        if not self._verified:
+            return made
+        self._compiler.progress("verify")
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
+        return replace(made, proof=proof)
+
+    def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> Executable:
+        """What runs a backward pass that is given the gradients of other outputs than those that were to be expected."""
+        if wanted not in kept.others:
+            made = self._compiler.compile_for(kept, wanted)
+            with compiling():
+                made = self._proved(made)
+            self._programs.keep_other(made, kept)
+        return kept.others[wanted].executable
 
     def with_passes(self, *passes: Pass) -> FoldedModule:
         """The same module, with the same parameters, its newest program rewritten by passes of your own.

@@ -10,6 +10,7 @@ from typing import Any
 from foldcc.call import Key, Told
 from foldcc.errors import FoldError
 from foldcc.hooks import Watch, told
+from foldcc.ir.program import told_outputs
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
 from foldcc.verification import Proof
@@ -35,6 +36,7 @@ class Kept:
         watches: the modules that hooks watch.
         origin: the module that it was captured from, and how it was called.
         proof: that was made when it was compiled, if one was.
+        others: the programs of the same calls for the gradients of other outputs.
     """
 
     key: Key
@@ -46,10 +48,12 @@ class Kept:
     watches: tuple[Watch, ...] = ()
     origin: Origin | None = None
     proof: Proof | None = None
+    others: dict[tuple[bool, ...], Kept] = field(default_factory=dict)
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}{told}" for name, told in self.told.items())
-        return f"{call}, with hooks{told(self.watches)}" if self.watches else call
+        hooks = f", with hooks{told(self.watches)}" if self.watches else ""
+        return f"{call}{hooks}{''.join(f'; for the gradients of {told_outputs(wanted)}' for wanted in self.others)}"
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Programs:
 
     kept: dict[Key, Kept] = field(default_factory=dict)
     announced: set[str] = field(default_factory=set)
-    _newest: Key | None = None
+    _newest: Kept | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -75,12 +79,14 @@ class Programs:
     def newest(self) -> Kept:
         if self._newest is None:
             raise FoldError("Nothing is compiled yet.", valid="pass example_inputs to parallelize, or call the model once")
-        return self.kept[self._newest]
+        return self._newest
 
     def rewritten(self, stages: Stages, executable: Executable | None = None) -> Programs:
         """The newest program alone, rewritten; unless said otherwise, what runs is its last stage."""
-        new = replace(self.newest, stages=stages, executable=executable or Executable(stages[-1].program), proof=None)
-        return replace(self, kept={new.key: new})
+        new = replace(
+            self.newest, stages=stages, executable=executable or Executable(stages[-1].program), proof=None, others={}
+        )
+        return replace(self, kept={new.key: new}, _newest=new)
 
     def find(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:
         """The program of a call, from now on the most recently used.
@@ -114,7 +120,7 @@ class Programs:
                 "register hooks before parallelize, and leave them where they are.",
             )
         self.kept[new.key] = new
-        self._newest = new.key
+        self._newest = new
         while len(self) > KEPT:
             del self.kept[next(iter(self.kept))]
             self._announce(
@@ -122,6 +128,17 @@ class Programs:
                 f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
                 "and compiled again when it is needed. model.programs lists them.",
             )
+
+    def keep_other(self, new: Kept, of: Kept) -> None:
+        """Stores a program for the gradients of other outputs, and says once that there is one."""
+        wanted, usual = new.executable.program.wanted, of.executable.program.wanted
+        assert wanted is not None and usual is not None
+        of.others[wanted] = self._newest = new
+        self._announce(
+            "gradients",
+            f"Another program was compiled, for the gradients of {told_outputs(wanted)} instead of {told_outputs(usual)}: "
+            "a backward pass was given those. It is kept for the next one.",
+        )
 
     def announce_copies(self, ratio: float) -> None:
         """Says once that ranks compute the same."""

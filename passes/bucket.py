@@ -41,15 +41,12 @@ class Bucket(Pass):
             raise FoldError(f"Bucket(small={self.small}) is no number of bytes.", valid="0 or more")
 
     def run(self, program: Program) -> Program:
-        return program.with_backward(self._bucketed)
-
-    def _bucketed(self, main: fx.GraphModule) -> fx.GraphModule:
-        for name, block in main.named_children():
+        for name, block in program.backward.named_children() if program.backward is not None else ():
             assert isinstance(block, fx.GraphModule)
             for reductions in self.alike(name, block.graph):
                 _join(block.graph, reductions)
             block.recompile()
-        return main
+        return program
 
     def alike(self, block: str, graph: fx.Graph) -> list[list[fx.Node]]:
         """The small reductions whose result is a gradient and nothing else, those of equal axes and type together."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,10 +53,8 @@ class Differentiate(Pass):
     def run(self, program: Program) -> Program:
         with active(program.mesh):
             joints = {name: self._joint(name, block) for name, block in program.blocks.items()}
-        if not any(n.meta["grad"] for n in program.placeholders):
-            return replace(program, graph=_forward(program, joints))
-        backward = Backward(program, joints)
-        return replace(program, graph=_forward(program, joints), backward=backward.main(None), backward_for=backward.main)
+        backward = _backward(program, joints) if any(n.meta["grad"] for n in program.placeholders) else None
+        return replace(program, graph=_forward(program, joints), backward=backward)
 
     def _joint(self, name: str, block: fx.GraphModule) -> Joint:
         joint = _trace(block, {ops.local_token_loss: ops.token_loss_in_pieces} if self.for_kernels else {})
@@ -86,7 +84,6 @@ class Joint:
     grads: tuple[bool, ...]
     results: int
     saved: int
-    variants: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
 
 
 def _trace(block: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
@@ -270,54 +267,35 @@ def _forward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
-class Backward:
-    """Builds main graphs, backward: `(saved values of every call, gradients of outputs) -> gradients of parameters`."""
+def _backward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
+    """The main graph, backward: `(saved values of every call, gradients of the wanted outputs) -> gradients of slots`.
 
-    def __init__(self, program: Program, joints: dict[str, Joint]):
-        self.program = program
-        self.joints = joints
-
-    def main(self, given: tuple[bool, ...] | None) -> fx.GraphModule:
-        """The main graph for the outputs that have a gradient.
-
-        Args:
-            given: for each output with a gradient, whether one is given; None for all. What a missing one would have
-                been multiplied with is not computed.
-        """
-        program, root, graph = self.program, torch.nn.Module(), fx.Graph()
-        calls = [c for c in program.calls if self.joints[str(c.target)].backward is not None]
-        saved = {c: graph.placeholder(f"saved{i}") for i, c in enumerate(calls)}
-        outputs = [n for n in pytree_nodes(program.output) if n.meta["grad"]]
-        grads: dict[fx.Node, fx.Node] = {}
-        for i, node in enumerate(outputs):
-            tangent = graph.placeholder(f"tangent{i}")
-            if given is None or given[i]:
-                _accumulate(graph, grads, node, tangent)
-        for call in reversed(calls):
-            joint = self.joints[str(call.target)]
-            received = {u.args[1]: grads.get(u) for u in call.users}
-            tangents = [received.get(i) for i, has in enumerate(joint.grads) if has]
-            if not any(t is not None for t in tangents):
-                continue
-            there = tuple(t is not None for t in tangents)
-            name = str(call.target) + "".join(f"_{i}" for i, t in enumerate(there) if not t)
-            if not hasattr(root, name):
-                setattr(root, name, _variant(joint, there))
-            values = [graph.call_function(operator.getitem, (saved[call], i)) for i in range(joint.saved)]
-            result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
-            (output,) = getattr(root, name).graph.find_nodes(op="output")
-            for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
-                if gradient is not None:
-                    _accumulate(graph, grads, actual, graph.call_function(operator.getitem, (result, i)))
-        graph.output(tuple(grads.get(n) for n in program.placeholders))
-        return _LazyGraphModule(root, graph)
-
-
-def pytree_nodes(output: fx.Node) -> list[fx.Node]:
-    """The nodes that a main graph returns, in order."""
-    found: list[fx.Node] = []
-    fx.map_arg(output.args[0], found.append)
-    return found
+    What the gradient of another output would have been multiplied with is not computed.
+    """
+    root, graph = torch.nn.Module(), fx.Graph()
+    calls = [c for c in program.calls if joints[str(c.target)].backward is not None]
+    saved = {c: graph.placeholder(f"saved{i}") for i, c in enumerate(calls)}
+    grads: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(program.objectives):
+        _accumulate(graph, grads, node, graph.placeholder(f"tangent{i}"))
+    for call in reversed(calls):
+        joint = joints[str(call.target)]
+        received = {u.args[1]: grads.get(u) for u in call.users}
+        tangents = [received.get(i) for i, has in enumerate(joint.grads) if has]
+        if not any(t is not None for t in tangents):
+            continue
+        there = tuple(t is not None for t in tangents)
+        name = str(call.target) + "".join(f"_{i}" for i, t in enumerate(there) if not t)
+        if not hasattr(root, name):
+            setattr(root, name, _variant(joint, there))
+        values = [graph.call_function(operator.getitem, (saved[call], i)) for i in range(joint.saved)]
+        result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
+        (output,) = getattr(root, name).graph.find_nodes(op="output")
+        for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
+            if gradient is not None:
+                _accumulate(graph, grads, actual, graph.call_function(operator.getitem, (result, i)))
+    graph.output(tuple(grads.get(n) for n in program.placeholders))
+    return _LazyGraphModule(root, graph)
 
 
 def _accumulate(graph: fx.Graph, grads: dict[fx.Node, fx.Node], node: Any, gradient: fx.Node) -> None:
@@ -331,8 +309,6 @@ def _variant(joint: Joint, there: tuple[bool, ...]) -> fx.GraphModule:
     assert joint.backward is not None
     if all(there):
         return joint.backward
-    if there in joint.variants:
-        return joint.variants[there]
     old = joint.backward.graph
     placeholders = list(old.find_nodes(op="placeholder"))
     tangents = placeholders[len(placeholders) - len(there) :]
@@ -367,5 +343,4 @@ def _variant(joint: Joint, there: tuple[bool, ...]) -> fx.GraphModule:
             else:
                 new[node] = graph.node_copy(node, value)
     graph.eliminate_dead_code()
-    joint.variants[there] = _LazyGraphModule(torch.nn.Module(), graph)
-    return joint.variants[there]
+    return _LazyGraphModule(torch.nn.Module(), graph)

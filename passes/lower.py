@@ -5,14 +5,14 @@ y = retype(x, "dp", "I", "R")       becomes       x
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from foldcc import ops
 from foldcc.ir.pipeline import Pass
-from foldcc.ir.program import Program, copied
+from foldcc.ir.program import Program
 
 _SILENT = {ops.retype.overload, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -23,11 +23,12 @@ class Lower(Pass):
     provides = frozenset({"lowered"})
 
     def run(self, program: Program) -> Program:
-        lowered = replace(program, graph=_lowered(program.graph))
-        return lowered.with_backward(lambda main: _lowered(copied(main)))  # its blocks are those of the stage before
+        for main in program.mains:
+            _lower(main)
+        return program
 
 
-def _lowered(main: fx.GraphModule) -> fx.GraphModule:
+def _lower(main: fx.GraphModule) -> None:
     for block in main.children():
         assert isinstance(block, fx.GraphModule)
         for node in list(block.graph.nodes):
@@ -35,4 +36,3 @@ def _lowered(main: fx.GraphModule) -> fx.GraphModule:
                 node.replace_all_uses_with(node.args[0])
                 block.graph.erase_node(node)
         block.recompile()
-    return main

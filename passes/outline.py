@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
-from foldcc.plan.interface import differentiated
+from foldcc.plan.interface import differentiated, losses
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Outline(Pass):
     def run(self, program: Program) -> Program:
         nodes = [n for n in program.graph.graph.nodes if n.op == "call_function"]
         parts = _Outliner(program, nodes).parts(self.smallest)
-        return replace(program, graph=_rebuild(program, nodes, parts))
+        wanted = losses(program) if program.wanted is None else program.wanted
+        return replace(program, graph=_rebuild(program, nodes, parts), wanted=wanted)
 
 
 class _Outliner:

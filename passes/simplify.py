@@ -33,18 +33,14 @@ class Simplify(Pass):
     provides = frozenset({"simplified"})
 
     def run(self, program: Program) -> Program:
-        return program.with_backward(_simplified)
-
-
-def _simplified(main: fx.GraphModule) -> fx.GraphModule:
-    for block in main.children():
-        assert isinstance(block, fx.GraphModule)
-        for node in block.graph.nodes:  # with those that are inserted after it
-            _drop(node)
-        block.graph.eliminate_dead_code()
-        _join_silu(block)
-        block.recompile()
-    return main
+        for block in program.backward.children() if program.backward is not None else ():
+            assert isinstance(block, fx.GraphModule)
+            for node in block.graph.nodes:  # with those that are inserted after it
+                _drop(node)
+            block.graph.eliminate_dead_code()
+            _join_silu(block)
+            block.recompile()
+        return program
 
 
 def _drop(node: fx.Node) -> None:

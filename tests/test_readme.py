@@ -14,7 +14,10 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "verification.md"], ids=lambda page: page.name)
+RUN = [README, ROOT / "docs" / "passes.md", ROOT / "docs" / "verification.md"]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_every_python_block_runs(page: Path) -> None:
     text = page.read_text()
     namespace: dict[str, Any] = {"__name__": page.stem}

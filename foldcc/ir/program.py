@@ -11,7 +11,7 @@ Every node carries in `node.meta`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
+from foldcc.errors import NotFolded
 from foldcc.hooks import Events
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
@@ -56,10 +57,10 @@ class Program:
         literals: what the model returns that is no tensor, by its position among all that it returns.
         constants: values of the slots of that kind.
         sizes: size of each factor.
-        backward: the main backward graph, for gradients of all outputs; None if no slot is given a gradient.
+        backward: the main backward graph, for gradients of the outputs that are wanted; None if no slot is given a gradient.
         batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
         observed: what hooks on modules are called with.
-        backward_for: makes the main backward graph for the outputs whose gradients are given; None with `backward`.
+        wanted: for each output, whether a backward pass is given its gradient; None until `outline`.
     """
 
     graph: fx.GraphModule
@@ -70,11 +71,11 @@ class Program:
     properties: frozenset[str] = frozenset()
     sizes: dict[sympy.Symbol, int] = field(default_factory=dict)
     backward: fx.GraphModule | None = None
-    backward_for: Callable[[tuple[bool, ...]], fx.GraphModule] | None = None
     literals: Mapping[int, Any] = field(default_factory=dict)
     name: str = "program"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     observed: Events = ()
+    wanted: tuple[bool, ...] | None = None
 
     def __repr__(self) -> str:
         return f"<program {self.name} on {self.mesh}: {len(self.blocks)} blocks, {self.node_count()} nodes>"
@@ -86,6 +87,25 @@ class Program:
     @property
     def output(self) -> fx.Node:
         return next(iter(self.graph.graph.find_nodes(op="output")))
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """What leaves the main graph, in order; what calls save for a backward pass aside."""
+        found: list[fx.Node] = []
+        returned: Any = self.output.args[0]
+        fx.map_arg(returned[0] if "differentiated" in self.properties else returned, found.append)
+        return found
+
+    @property
+    def objectives(self) -> list[fx.Node]:
+        """The outputs whose gradients a backward pass is given."""
+        assert self.wanted is not None
+        return [n for n, wanted in zip(self.outputs, self.wanted, strict=True) if wanted]
+
+    @property
+    def mains(self) -> list[fx.GraphModule]:
+        """The main graphs: forward, and backward if there is one."""
+        return [self.graph] if self.backward is None else [self.graph, self.backward]
 
     @property
     def calls(self) -> list[fx.Node]:
@@ -115,17 +135,14 @@ class Program:
             total += sum(len(block.graph.nodes) for block in blocks)
         return total
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("with_backward", "backward_for"):  # there was a second backward graph, which ran
+            raise NotFolded(f"Program has no {name}.", instead="program.backward, the graph that runs, rewritten in place")
+        raise AttributeError(f"Program has no {name}")
+
     def copied(self) -> Program:
         """The same program with graphs of its own, which a pass may rewrite in place; fake tensors are shared."""
         return replace(self, graph=copied(self.graph), backward=copied(self.backward) if self.backward is not None else None)
-
-    def with_backward(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule]) -> Program:
-        """The same program with every main backward graph rewritten, those that are made later as well."""
-        if self.backward is None:
-            return self
-        assert self.backward_for is not None
-        build = self.backward_for
-        return replace(self, backward=rewrite(self.backward), backward_for=lambda given: rewrite(build(given)))
 
     def with_gradients(self, names: Set[str]) -> Program:
         """The same captured program, which gives gradients to the parameters and inputs of these names and to nothing else."""
@@ -167,6 +184,12 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 def _calls(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if n.op == "call_module"]
+
+
+def told_outputs(wanted: Sequence[bool]) -> str:
+    """Outputs by their positions, such as "outputs 0, 2"."""
+    places = [str(i) for i, there in enumerate(wanted) if there]
+    return f"output{'s' * (len(places) != 1)} {', '.join(places)}"
 
 
 def where(node: fx.Node) -> str | None:

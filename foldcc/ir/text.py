@@ -27,7 +27,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Stage
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes, communicates, human
-from foldcc.ir.walk import Part, module_of, parts
+from foldcc.ir.walk import BACKWARD, FORWARD, Part, module_of, parts
 from foldcc.layout import Layout
 from foldcc.ops.layout import cross_fold
 from foldcc.tables import table
@@ -71,10 +71,9 @@ def _sections(program: Program) -> Iterator[tuple[str, list[str]]]:
             known = sizes.setdefault(part.name, Sizes(program.mesh))
             head = f"{part.name} {part.direction} × {part.calls}" if both else f"{part.name} × {part.calls}"
             yield part.name, [head, *_lines(program, part, known)]
-    for direction, main in (("forward", program.graph), ("backward", program.backward)):
-        if main is not None:
-            part = Part("main", direction, 1, main)
-            yield "main", [f"main {direction}" if both else "main", *_lines(program, part, Sizes(program.mesh))]
+    for direction, main in zip((FORWARD, BACKWARD), program.mains, strict=False):
+        part = Part("main", direction, 1, main)
+        yield "main", [f"main {direction}" if both else "main", *_lines(program, part, Sizes(program.mesh))]
 
 
 def stage_diff(first: Stage, second: Stage) -> str:

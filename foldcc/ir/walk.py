@@ -18,7 +18,7 @@ class Part:
     """A block in one direction.
 
     Attributes:
-        calls: in one training step, in which every output that has a gradient is given one.
+        calls: in one training step.
     """
 
     name: str
@@ -32,13 +32,12 @@ def parts(program: Program) -> Iterator[Part]:
 
     A program that has not been outlined is one block, its main graph.
     """
-    for direction, main in ((FORWARD, program.graph), (BACKWARD, program.backward)):
-        if main is not None:
-            calls = Counter(str(n.target) for n in main.graph.nodes if n.op == "call_module")
-            for name, count in calls.items():
-                yield Part(name, direction, count, getattr(main, name))
-            if not calls:
-                yield Part("main", direction, 1, main)
+    for direction, main in zip((FORWARD, BACKWARD), program.mains, strict=False):
+        calls = Counter(str(n.target) for n in main.graph.nodes if n.op == "call_module")
+        for name, count in calls.items():
+            yield Part(name, direction, count, getattr(main, name))
+        if not calls:
+            yield Part("main", direction, 1, main)
 
 
 def module_of(node: fx.Node) -> str:

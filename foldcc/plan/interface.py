@@ -50,6 +50,23 @@ def differentiated(program: Program) -> set[fx.Node]:
     return found
 
 
+def losses(program: Program) -> tuple[bool, ...]:
+    """For each output of a captured program, whether a training step gives it a gradient, as far as one can tell.
+
+    That are the losses, if there are any, else all that the model returns. A loss has no dimensions, and no other one is
+    computed from it: a sum of losses is one, and its terms are not.
+    """
+    outputs, flowing = program.outputs, differentiated(program)
+    own = outputs[: program.out_spec.num_leaves - len(program.literals)]  # those for hooks come last
+    scalars = {n for n in own if n in flowing and n.meta["val"].dim() == 0}
+    parts: set[fx.Node] = set()
+    for node in reversed(program.graph.graph.nodes):
+        if node in flowing and (node in parts or node in scalars):
+            parts.update(node.all_input_nodes)
+    found = scalars - parts or flowing.intersection(own)
+    return tuple(n in found and i < len(own) and n not in outputs[:i] for i, n in enumerate(outputs))
+
+
 def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point()

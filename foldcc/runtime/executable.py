@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.runtime.simulate import simulate
 
 After = Callable[[Mapping[str, Tensor | None]], None]
+Others = Callable[[tuple[bool, ...]], "Executable"]
 
 
 @dataclass
@@ -29,28 +30,26 @@ class Executable:
     """
 
     program: Program
-    _backward: dict[tuple[bool, ...], fx.GraphModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.virtual = self.program.mesh.is_virtual
         self.layouts: list[Layout] = [n.meta["layout"] for n in self.program.placeholders]
-        outputs: list[fx.Node] = []
-        fx.map_arg(self.program.output.args[0][0], outputs.append)
-        self.outputs = outputs
+        self.outputs = self.program.outputs
 
-    def __call__(self, values: Sequence[Tensor], after: After | None = None) -> list[Tensor]:
+    def __call__(self, values: Sequence[Tensor], others: Others, after: After | None = None) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
 
         On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
 
         Args:
+            others: gives the program whose backward pass is for gradients of other outputs; its forward pass is the same.
             after: called behind each backward pass with the gradients of taps by name, laid out like outputs.
         """
         if self.program.backward is None:
             with torch.no_grad():
                 outputs = self.forward(values)[0]
         else:
-            outputs = list(_Step.apply(self, after, *values))
+            outputs = list(_Step.apply(self, others, after, *values))
         return [self.own(x, n) for x, n in zip(outputs, self.outputs, strict=True)]
 
     def own(self, x: Tensor, node: fx.Node) -> Tensor:
@@ -76,12 +75,6 @@ class Executable:
         outputs = self.leave([list(per_rank) for per_rank in zip(*leaves, strict=True)], layouts, names)
         return outputs, [list(per_rank) for per_rank in zip(*(r[1] for r in result), strict=True)]
 
-    def backward(self, given: tuple[bool, ...]) -> fx.GraphModule:
-        if given not in self._backward:
-            assert self.program.backward_for is not None
-            self._backward[given] = self.program.backward_for(given)
-        return self._backward[given]
-
     # --- entry and exit: on a virtual mesh, global tensors are cut and joined here and nowhere else ---
 
     def enter(self, values: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Any]:
@@ -106,10 +99,10 @@ class Executable:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, executable: Executable, after: After | None, *values: Tensor) -> Any:
+    def forward(ctx: Any, executable: Executable, others: Others, after: After | None, *values: Tensor) -> Any:
         outputs, saved = executable.forward([v.detach() for v in values])
         _save(ctx, saved)
-        ctx.executable, ctx.after = executable, after
+        ctx.executable, ctx.programs, ctx.after = executable, others, after
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
         return tuple(outputs)
@@ -122,17 +115,13 @@ class _Step(torch.autograd.Function):
                 valid="create_graph=False; gradients of gradients from the model in one process",
             )
         executable: Executable = ctx.executable
-        pairs = [(g, n) for g, n in zip(gradients, executable.outputs, strict=True) if n.meta["grad"]]
-        given = tuple(g is not None for g, _ in pairs)
-        layouts = [n.meta["layout"] for _, n in pairs]
-        mesh = executable.program.mesh
-        tangents: list[Any] = []
-        for (g, _), layout in zip(pairs, layouts, strict=True):
-            if g is None:
-                tangents.append([None] * mesh.world_size if executable.virtual else None)
-            else:
-                tangents += executable.enter([g.contiguous()], [layout])
-        result = executable.run(executable.backward(given), [*_saved(ctx), *tangents])
+        given = tuple(g is not None for g in gradients)
+        if given != executable.program.wanted:
+            executable = ctx.programs(given)
+        assert executable.program.backward is not None
+        layouts = [n.meta["layout"] for n in executable.program.objectives]
+        tangents = executable.enter([g.contiguous() for g in gradients if g is not None], layouts)
+        result = executable.run(executable.program.backward, [*_saved(ctx), *tangents])
         placeholders = executable.program.placeholders
         if executable.virtual:
             columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
@@ -143,7 +132,7 @@ class _Step(torch.autograd.Function):
             taps = {s.name: (g, n) for s, g, n in zip(slots, result, placeholders, strict=True) if s.kind == "tap"}
             ctx.after({name: g if g is None else executable.own(g, n) for name, (g, n) in taps.items()})
             result = [None if s.kind == "tap" else g for s, g in zip(slots, result, strict=True)]
-        return (None, None, *result)
+        return (None, None, None, *result)
 
 
 def _save(ctx: Any, values: list[Any]) -> None:

@@ -84,8 +84,8 @@ class Places:
 
 def _axes_used(program: Program) -> list[str]:
     found = set()
-    for graph in (program.graph, program.backward):
-        for block in graph.children() if graph is not None else ():
+    for graph in program.mains:
+        for block in graph.children():
             assert isinstance(block, GraphModule)
             for node in block.graph.nodes:
                 known = record(node.target)

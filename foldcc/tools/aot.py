@@ -131,8 +131,8 @@ class Compiled:
 def launches(program: Program) -> list[Launch]:
     """Every launch of the kernels of an emitted program, each once."""
     found: dict[Launch, None] = {}
-    for main in (program.graph, program.backward):
-        for block in main.children() if main is not None else ():
+    for main in program.mains:
+        for block in main.children():
             assert isinstance(block, fx.GraphModule)
             for node in block.graph.nodes:
                 if "kernel" in node.meta:

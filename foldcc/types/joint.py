@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
@@ -39,12 +38,11 @@ def check_joint(program: Program) -> None:
             with the operator, its operands and their types, the module and the source line.
     """
     check = _Checker(program)
-    placeholders, (left,) = program.placeholders, program.output.args
+    placeholders = program.placeholders
     _, saved = check.main(program.graph, [check.typing.of(n.meta["layout"]) for n in placeholders], "forward")
     if program.backward is None:
         return
-    outputs = [n for n in pytree.tree_leaves(left[0]) if n.meta["grad"]]
-    tangents = [check.typing.of(n.meta["layout"].transposed) for n in outputs]
+    tangents = [check.typing.of(n.meta["layout"].transposed) for n in program.objectives]
     gradients = check.main(program.backward, [*saved, *tangents], "backward")
     (output,) = program.backward.graph.find_nodes(op="output")
     for slot, leaf, found in zip(placeholders, output.args[0], gradients, strict=True):

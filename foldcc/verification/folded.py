@@ -24,8 +24,7 @@ class Folded:
     """
 
     def __init__(self, executable: Executable, reference: Reference):
-        self.program, self.reference = executable.program, reference
-        self.executable = executable
+        self.program, self.executable, self.reference = executable.program, executable, reference
         self.layouts: list[Layout] = [n.meta["layout"] for n in self.executable.outputs]
         self.outputs, self.saved = self.forward()
 
@@ -36,12 +35,13 @@ class Folded:
         outputs, saved = self.run(self.program.graph, entering, watch)
         return [on_ranks(x, self.program.mesh.world_size) for x in leaves(outputs)], saved
 
-    def gradients(self, given: tuple[bool, ...], watch: Watch | None = None) -> dict[str, Ranked]:
-        """Each slot's gradient on each rank, for the tangents of the outputs that are given; None without one."""
-        outputs = zip(self.executable.outputs, self.reference.tangents, self.layouts, strict=True)
-        tangents = [(t, layout) for node, t, layout in outputs if node.meta["grad"]]
-        entering = [self.cut(*pair) if there else None for pair, there in zip(tangents, given, strict=True)]
-        result = self.run(self.executable.backward(given), [*self.saved, *entering], watch)
+    def gradients(self, watch: Watch | None = None) -> dict[str, Ranked]:
+        """Each slot's gradient on each rank, for the tangents of the outputs that are wanted; None without one."""
+        program = self.program
+        assert program.backward is not None and program.wanted is not None
+        outputs = zip(self.reference.tangents, self.layouts, program.wanted, strict=True)
+        entering = [self.cut(tangent, layout) for tangent, layout, wanted in outputs if wanted]
+        result = self.run(program.backward, [*self.saved, *entering], watch)
         ranks = self.program.mesh.world_size
         return {slot.name: on_ranks(x, ranks) for slot, x in zip(self.program.slots, result, strict=True)}
 

@@ -78,12 +78,13 @@ def _by_data(layout: Layout) -> bool:
     return "V" in layout.states.values()
 
 
-def locate_backward(stages: Stages, folded: Folded, given: tuple[bool, ...], difference: Difference) -> Difference:
+def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> Difference:
     """Adds the place to a difference of gradients: the first call of the backward pass that turns right into wrong."""
     program, reference = folded.program, folded.reference
-    backward = folded.executable.backward(given)
+    backward = program.backward
+    assert backward is not None and program.wanted is not None
     contributions: dict[fx.Node, Ranked] = {}
-    folded.gradients(given, contributions.__setitem__)
+    folded.gradients(contributions.__setitem__)
     calls = [n for n in backward.graph.nodes if n.op == "call_module"]
     outlined = list(reversed(stages["outline"].program.calls))
     forward = list(reversed(program.calls))
@@ -94,7 +95,7 @@ def locate_backward(stages: Stages, folded: Folded, given: tuple[bool, ...], dif
         block = getattr(backward, str(call.target))
         (output,) = block.graph.find_nodes(op="output")
         names = [_name(stages, a) for a in captured.args]
-        wanted = reference.gradients([n for n in dict.fromkeys(names) if n is not None], given)
+        wanted = reference.gradients([n for n in dict.fromkeys(names) if n is not None], program.wanted)
         # Parameters first, for they have names, and those that are used last, whose gradients are made first.
         for i in sorted(range(len(names)), key=lambda i: (ahead.args[i].op != "placeholder", -i)):
             name, actual = names[i], ahead.args[i]

@@ -224,8 +224,8 @@ class Module:
             functional_call(_Around(model), {f"model.{n}": x for n, x in held.items()}, (both,), tie_weights=False)
 
     def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
-        pairs = [(x, t) for x, t in zip(self.outputs() or (), self.reference.tangents, strict=True) if t is not None]
-        pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
+        each = zip(self.outputs() or (), self.reference.tangents, given, strict=True)
+        pairs = [(x, t) for x, t, there in each if there and t is not None]
         inputs = [self.values[n] for n in self.trained]
         found = torch.autograd.grad([x for x, _ in pairs], inputs, [t for _, t in pairs], allow_unused=True, retain_graph=True)
         return {n: g for n, g in zip(self.trained, found, strict=True) if g is not None}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Stages
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Shard
 from foldcc.runtime.executable import Executable
 from foldcc.verification import reduce
@@ -121,7 +121,7 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
     """`verify` over given fields, one for each round, and one more on extreme inputs where something went one way only."""
     captured: Program = stages["capture"].program
     program: Program = stages[stage].program
-    executable = Executable(program) if "differentiated" in program.properties else None  # its backward graphs are made once
+    executable = Executable(program) if "differentiated" in program.properties else None
     difference, proved, rounds = None, (), len(fields)
     for field in fields:
         difference, proved = _round(stages, program, executable, field, buffers)
@@ -166,11 +166,12 @@ def _round(
     extreme: bool = False,
 ) -> tuple[Difference | None, tuple[str, ...]]:
     captured: Program = stages["capture"].program
+    given = stages[-1].program.wanted or (False,) * len(captured.outputs)
     generator = torch.Generator().manual_seed(field.seed)
     inputs = random_inputs(captured, field, buffers, generator, extreme=extreme)
     reference = Reference(captured, field, inputs, generator)
     try:
-        run = Folded(executable, reference) if executable is not None else OnRanks(program, reference)
+        run = Folded(executable, reference) if executable is not None else OnRanks(program, reference, given)
     except (RuntimeError, IndexError) as error:  # the captured program runs on the same inputs
         return Difference(what=f"The folded program does not run ({error}), so that it", rank=0), ()
     mesh = program.mesh
@@ -184,20 +185,22 @@ def _round(
     outputs = f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks"
     if not trained:
         return None, (outputs,)
-    for given in reference.objectives():
-        wanted_gradients = reference.gradients(trained, given)
-        if any(bool(x.isnan().any()) for x in wanted_gradients.values()):
-            raise Undefined("The captured program's derivative divides by zero.", prime=str(field.prime))
-        found_gradients = run.gradients(given)
-        difference = _gradients(program, found_gradients, wanted_gradients, field)
-        if difference is not None:
-            return (locate_backward(stages, run, given, difference) if isinstance(run, Folded) else difference), ()
-        difference = _norm(program, found_gradients, wanted_gradients, field)
-        if difference is not None:
-            return difference, ()
+    if not any(given):
+        raise FoldError("No output of the model depends on a parameter through differentiable operators.")
+    wanted_gradients = reference.gradients(trained, given)
+    if any(bool(x.isnan().any()) for x in wanted_gradients.values()):
+        raise Undefined("The captured program's derivative divides by zero.", prime=str(field.prime))
+    found_gradients = run.gradients()
+    difference = _gradients(program, found_gradients, wanted_gradients, field)
+    if difference is not None:
+        return (locate_backward(stages, run, difference) if isinstance(run, Folded) else difference), ()
+    difference = _norm(program, found_gradients, wanted_gradients, field)
+    if difference is not None:
+        return difference, ()
+    by = "" if all(given) else f" by {told_outputs(given)}"
     return None, (
         outputs,
-        f"the gradients of {len(trained)} {_called(program)}, on each of {mesh.world_size} ranks, after their reductions",
+        f"the gradients{by} of {len(trained)} {_called(program)}, on each of {mesh.world_size} ranks, after their reductions",
         "the squared norm of all gradients, every element counted once",
     )
 

@@ -35,8 +35,8 @@ class OnRanks:
         layouts: of the outputs and of the gradients, as far as they are not whole.
     """
 
-    def __init__(self, program: Program, reference: Reference):
-        self.program, self.reference = program, reference
+    def __init__(self, program: Program, reference: Reference, wanted: Sequence[bool]):
+        self.program, self.reference, self.wanted = program, reference, wanted
         self.local = "localized" in program.properties
         self.slots = {
             slot.name: self._entering(slot, node) for slot, node in zip(program.slots, program.placeholders, strict=True)
@@ -54,12 +54,11 @@ class OnRanks:
         mesh = self.program.mesh
         return Ranked(cut(x, node.meta["layout"], mesh, r).clone().requires_grad_(trained) for r in range(mesh.world_size))
 
-    def gradients(self, given: tuple[bool, ...]) -> dict[str, Any]:
-        """Each parameter's gradient, whole or on each rank, for the tangents of the outputs that are given."""
-        there = iter(given)
+    def gradients(self) -> dict[str, Any]:
+        """Each parameter's gradient, whole or on each rank, for the tangents of the outputs that are wanted."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        for x, tangent, layout in zip(self.outputs, self.reference.tangents, self.layouts, strict=True):
-            if tangent is not None and next(there):
+        for x, tangent, layout, wanted in zip(self.outputs, self.reference.tangents, self.layouts, self.wanted, strict=True):
+            if tangent is not None and wanted:
                 pairs += zip(_each(x), _each(self._tangent(tangent, layout)), strict=True)
         names = [s.name for s in self.program.slots if s.grad]
         leaves = [x for name in names for x in _each(self.slots[name])]

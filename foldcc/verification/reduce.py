@@ -103,7 +103,7 @@ class _SameBuckets(Bucket):
     def alike(self, block: str, graph: fx.Graph) -> list[list[fx.Node]]:
         backward = self.actual["bucket"].program.backward
         assert backward is not None
-        kept = {n.name for n in backward.get_submodule(block.split("_")[0]).graph.nodes}
+        kept = {n.name for n in backward.get_submodule(block).graph.nodes}
         found: dict[Any, list[fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=ops.all_reduce.overload):
             if node.name not in kept:

@@ -60,10 +60,8 @@ class Reference:
 
     def objectives(self) -> list[tuple[bool, ...]]:
         """For which outputs a gradient is given: for all, and for those without dimensions, the losses, alone."""
-        outputs = [x for x, t in zip(self.outputs, self.tangents, strict=True) if t is not None]
-        if not outputs:
-            raise FoldError("No output of the model depends on a parameter through differentiable operators.")
-        every, losses = tuple(True for _ in outputs), tuple(x.dim() == 0 for x in outputs)
+        every = tuple(t is not None for t in self.tangents)
+        losses = tuple(there and x.dim() == 0 for x, there in zip(self.outputs, every, strict=True))
         return [every, losses] if any(losses) and losses != every else [every]
 
     def gradients(self, names: Sequence[str], given: Sequence[bool]) -> dict[str, Tensor]:
@@ -71,11 +69,11 @@ class Reference:
 
         Args:
             names: of values that may have a gradient.
-            given: for each output with a gradient, whether it is in the sum.
+            given: for each output, whether it is in the sum.
         """
         wanted = [n for n in names if isinstance(self.values[n], Tensor) and self.values[n].requires_grad]
-        pairs = [(x, t) for x, t in zip(self.outputs, self.tangents, strict=True) if t is not None]
-        pairs = [pair for pair, there in zip(pairs, given, strict=True) if there]
+        each = zip(self.outputs, self.tangents, given, strict=True)
+        pairs = [(x, t) for x, t, there in each if there and t is not None]
         if not pairs or not wanted:
             return {}
         with FieldMode(self.field):

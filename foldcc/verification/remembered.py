@@ -65,10 +65,10 @@ def _code() -> bytes:
 
 
 def _lines(program: Program) -> Iterator[str]:
-    yield f"{program.name} {program.mesh} {program.slots} {program.batch_dims} {program.literals}"
+    yield f"{program.name} {program.mesh} {program.slots} {program.batch_dims} {program.literals} {program.wanted}"
     yield f"{sorted((f.name, n) for f, n in program.sizes.items())} {sorted(program.properties)}"
-    for direction in (program.graph, program.backward):
-        for name, graph in (("main", direction), *(direction.named_children() if direction is not None else ())):
+    for main in program.mains:
+        for name, graph in (("main", main), *main.named_children()):
             yield name
             yield from (_told(node) for node in graph.graph.nodes) if isinstance(graph, fx.GraphModule) else ()
 

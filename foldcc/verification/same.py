@@ -22,9 +22,8 @@ def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
     """The first node of the full program, at a stage, that is another one in the reduced program; None if none is."""
     for stage in ("annotate", "shard", last):
         ours, theirs = full[stage].program, small[stage].program
-        for direction in ("graph", "backward"):
-            main, other = getattr(ours, direction), getattr(theirs, direction)
-            for name, block in main.named_children() if main is not None else ():
+        for main, other in zip(ours.mains, theirs.mains, strict=True):
+            for name, block in main.named_children():
                 for node, twin in _paired(block, other.get_submodule(name)):
                     if not _alike(node, twin):
                         return f"{name} {stage}: {node.format_node() if node is not None else 'nothing'}"

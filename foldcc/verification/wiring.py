@@ -33,7 +33,7 @@ def wired_alike(stages: Stages, stage: str) -> bool:
         return False
     if program.backward is None:
         return True
-    tangents = [_hash("tangent", i) for i, n in enumerate(_nodes(local.output)) if n.meta["grad"]]
+    tangents = [_hash("tangent", i) for i, _ in enumerate(program.objectives)]
     found = _backward(program.backward, local, [*saved, *tangents])
     wanted = _chain_rule(captured, local, values, tangents)
     return all((g or 0) == wanted.get(n, 0) for g, n in zip(found, captured.placeholders, strict=True))
@@ -45,12 +45,6 @@ def _hash(*of: Any) -> int:
 
 def _flat(x: Any) -> list[Any]:
     return [leaf for item in x for leaf in _flat(item)] if isinstance(x, (tuple, list)) else [x]
-
-
-def _nodes(output: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(output.args[0], found.append)
-    return found
 
 
 def _run(main: fx.GraphModule, slots: Mapping[str, int]) -> Values:
@@ -122,8 +116,7 @@ def _transposed(local: Program, target: str, arguments: list[Any]) -> list[Any]:
 def _chain_rule(captured: Program, local: Program, values: Values, tangents: list[int]) -> Values:
     """The gradient of each value of the captured main graph."""
     found: Values = {}
-    differentiable = [n for n, m in zip(_nodes(captured.output), _nodes(local.output), strict=True) if m.meta["grad"]]
-    for node, tangent in zip(differentiable, tangents, strict=True):
+    for node, tangent in zip(captured.objectives, tangents, strict=True):
         found[node] = (found.get(node, 0) + tangent) % MERSENNE
     for call in reversed(captured.calls):
         results, positions = _interface(local, str(call.target))

@@ -29,7 +29,7 @@ class Subject:
 
     Attributes:
         lifted, plain: folded, in float64 and in float32; their programs have the same operators.
-        results: of `lifted`: every output, and every gradient of a random sum of all outputs.
+        results: of `lifted`: every output, and every gradient of the loss.
         loss, gradients: of the original in float32.
     """
 
@@ -67,13 +67,12 @@ def subject(family: str, mesh: str) -> Subject:
 
 
 def all_results(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every output, and every gradient of a sum of all outputs with random weights, by name, in lifted float64."""
-    random = torch.Generator().manual_seed(1)
+    """Every output, and every gradient of the loss, by name, in lifted float64."""
     with in_float64():
-        leaves = pytree.tree_leaves_with_path(model(**batch))
+        result = model(**batch)
+        leaves = pytree.tree_leaves_with_path(result)
         outputs = {pytree.keystr(p): x for p, x in leaves if isinstance(x, Tensor) and x.requires_grad}
-        weighted = [(x * torch.randn(x.shape, generator=random, dtype=x.dtype)).sum() for x in outputs.values()]
-    return {n: x.detach() for n, x in outputs.items()} | _gradients(model, torch.stack(weighted).sum())
+    return {n: x.detach() for n, x in outputs.items()} | _gradients(model, result.loss)
 
 
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

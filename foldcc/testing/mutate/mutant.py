@@ -2,17 +2,17 @@
 
     y = all_reduce(x, "tp", "I")        becomes, in one block and one direction,        y = clone(x)
 
-A mistake is planted in the lowered program, the one that runs: in its forward graph, its backward graph, and the backward
-graphs that are built for fewer gradients. Planted in an earlier stage, it goes through the passes that follow, and what is
-differentiated is the program with the mistake. A block that is called many times stands once in a program, so the mistake
-is in all of its calls.
+A mistake is planted in the lowered program, the one that runs. Planted in an earlier stage, it goes through the passes that
+follow, and what is differentiated is the program with the mistake. It is part of the stage's pass, so that a program for the
+gradients of other outputs has it too. A block that is called many times stands once in a program, so the mistake is in all
+of its calls.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import fx
 from foldcc.ir.program import Program
 from foldcc.ir.walk import FORWARD, module_of, parts
 from foldcc.module import FoldedModule
-from foldcc.passes import Stage, Stages, run_passes
+from foldcc.passes import Pass, Stage, Stages, run_passes
 
 Edit = Callable[[fx.Graph], None]
 MAIN = "main"
@@ -68,22 +68,20 @@ class Mutant:
     def apply(self) -> FoldedModule:
         """The model with the mistake. It shares the original's parameters and earlier stages; the original stays as it is."""
         if self.stage is None:
-            return running(self.model, self.program())
+            return running(self.model, self.planted)
         return rewrite(self.model, after=self.stage, edit=self._edit)
 
     def program(self) -> Program:
         """The lowered program with the mistake."""
-        if self.stage is not None:
-            return self.apply().program
-        executable, program, site = self.model._programs.newest.executable, self.model.program, self.site
+        return self.planted(self.model.program) if self.stage is None else self.apply().program
+
+    def planted(self, program: Program) -> Program:
+        """A lowered program with the mistake in it."""
+        site = self.site
         if site.direction == FORWARD:
             return replace(program, graph=edited(program.graph, site.block, self.edit))
         assert program.backward is not None
-
-        def build(given: tuple[bool, ...]) -> fx.GraphModule:
-            return edited(executable.backward(given), site.block, self.edit)
-
-        return replace(program, backward=edited(program.backward, site.block, self.edit), backward_for=build)
+        return replace(program, backward=edited(program.backward, site.block, self.edit))
 
     def _edit(self, program: Program) -> None:
         self.edit(program.blocks[self.site.block].graph)
@@ -92,12 +90,20 @@ class Mutant:
         return f"{self.kind} at {self.site}: {self.description}"
 
 
-def running(model: FoldedModule, program: Program) -> FoldedModule:
-    """The same model with another lowered program: shared parameters, shared earlier stages."""
-    found = copy.copy(model)
-    stages = model.stages
-    last = replace(stages[-1], program=program)
-    found._programs = model._programs.rewritten(Stages([*stages[:-1], last]))
+def _mistaken(right: Pass, plant: Callable[[Program], Program]) -> Pass:
+    """A pass that makes a mistake in what it makes."""
+    kind = type(right)
+    wrong = type(kind.__name__, (kind,), {"run": lambda self, program: plant(kind.run(self, program))})
+    made: Pass = wrong(**{f.name: getattr(right, f.name) for f in fields(right)})
+    return made
+
+
+def running(model: FoldedModule, plant: Callable[[Program], Program]) -> FoldedModule:
+    """The same model with a mistake in its lowered program: shared parameters, shared earlier stages."""
+    found, last = copy.copy(model), model.stages[-1]
+    assert last.by is not None
+    planted = replace(last, program=plant(last.program), by=_mistaken(last.by, plant))
+    found._programs = model._programs.rewritten(Stages([*model.stages[:-1], planted]))
     return found
 
 
@@ -111,15 +117,22 @@ def rewrite(model: FoldedModule, *, after: str, edit: Callable[[Program], None])
     Raises:
         FoldError: there is no such stage.
     """
+
+    def plant(program: Program) -> Program:
+        changed = program.copied()
+        edit(changed)
+        return changed
+
     stages = model.stages
     stage: Stage = stages[after]
     position = [s.name for s in stages].index(after)
-    program = stage.program.copied()
-    edit(program)
+    program = plant(stage.program)
     rerun = run_passes(program, stages.passes(after=after))
+    by = None if stage.by is None else _mistaken(stage.by, plant)
     found = copy.copy(model)
-    kept = [*stages[:position], replace(stage, program=program), *rerun[1:]]
-    found._programs = model._programs.rewritten(Stages(kept))
+    found._programs = model._programs.rewritten(
+        Stages([*stages[:position], replace(stage, program=program, by=by), *rerun[1:]])
+    )
     return found
 
 
