@@ -83,13 +83,14 @@ def _join(graph: fx.Graph, reductions: list[fx.Node]) -> None:
 
 
 def _emitter(graph: fx.Graph, like: fx.Node) -> Callable[..., fx.Node]:
-    """A function that adds a call with a result of the given shape, and otherwise what is known about `like`."""
+    """A function that adds a call with a result of the given shape, and the provenance of `like`."""
     value = like.args[0].meta["val"]
+    about = {k: x for k, x in like.meta.items() if k not in ("layout", "types")}
 
     def emit(target: Any, args: tuple[Any, ...], *shape: int) -> fx.Node:
         new = graph.call_function(target, args)
         with value.fake_mode:
-            new.meta = {**like.meta, "val": torch.empty(shape, dtype=value.dtype, device=value.device)}
+            new.meta = {**about, "val": torch.empty(shape, dtype=value.dtype, device=value.device)}
         return new
 
     return emit

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -277,7 +278,9 @@ def _backward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
     saved = {c: graph.placeholder(f"saved{i}") for i, c in enumerate(calls)}
     grads: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(program.objectives):
-        _accumulate(graph, grads, node, graph.placeholder(f"tangent{i}"))
+        tangent = graph.placeholder(f"tangent{i}")
+        tangent.meta = {"val": node.meta["val"], "layout": node.meta["layout"].transposed}
+        _accumulate(graph, grads, node, tangent)
     for call in reversed(calls):
         joint = joints[str(call.target)]
         received = {u.args[1]: grads.get(u) for u in call.users}
@@ -288,19 +291,28 @@ def _backward(program: Program, joints: dict[str, Joint]) -> fx.GraphModule:
         name = str(call.target) + "".join(f"_{i}" for i, t in enumerate(there) if not t)
         if not hasattr(root, name):
             setattr(root, name, _variant(joint, there))
-        values = [graph.call_function(operator.getitem, (saved[call], i)) for i in range(joint.saved)]
+        block = getattr(root, name).graph
+        formals = islice(block.find_nodes(op="placeholder"), joint.saved)
+        values = [_item(graph, saved[call], i, formal) for i, formal in enumerate(formals)]
         result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
-        (output,) = getattr(root, name).graph.find_nodes(op="output")
+        (output,) = block.find_nodes(op="output")
         for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
             if gradient is not None:
-                _accumulate(graph, grads, actual, graph.call_function(operator.getitem, (result, i)))
+                _accumulate(graph, grads, actual, _item(graph, result, i, gradient))
     graph.output(tuple(grads.get(n) for n in program.placeholders))
     return _LazyGraphModule(root, graph)
 
 
+def _item(graph: fx.Graph, several: fx.Node, i: int, like: fx.Node) -> fx.Node:
+    item = graph.call_function(operator.getitem, (several, i))
+    item.meta = {"val": like.meta["val"]}
+    return item
+
+
 def _accumulate(graph: fx.Graph, grads: dict[fx.Node, fx.Node], node: Any, gradient: fx.Node) -> None:
     if node in grads:
-        gradient = graph.call_function(aten.add.Tensor, (grads[node], gradient))
+        gradient, term = graph.call_function(aten.add.Tensor, (grads[node], gradient)), gradient
+        gradient.meta = dict(term.meta)
     grads[node] = gradient
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import sympy
 
-from foldcc.layout import Layout
+from foldcc.layout import VARYING, Layout
 from foldcc.mesh import FoldedMesh
 
 _VALUE = re.compile(
-    r"  %(?P<name>\w+) +(?:: (?P<dtype>[a-z]+\d*)(?P<layout>\[.*?\](?: [RPIV]\([^)]*\))*)? *)?= (?P<operation>.*)"
+    r"  %(?P<name>\w+) +(?:: (?P<dtype>[a-z]+\d*)(?P<layout>\[.*?\](?: (?:[RPIV0?]|V\|P)\([^)]*\))*)? *)?= (?P<operation>.*)"
 )
 _PLAIN = re.compile(r"\[[u\d*]+(x[u\d*]+)*\]")
+_TYPED = re.compile(r"\[((?:[u\d][u\d*+ ]*(?:@[^\]\s]+)?(?:, )?)*)\]((?: \S+\([^)]*\))*)")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Line:
         block: the heading that it stands under, without the number of calls, such as `block1` or `block1 backward`.
         name: of the value.
         dtype: short, such as `f32`; empty for what is no tensor.
-        layout: None where the text has none, or has plain sizes.
-        sizes: the plain sizes on one rank, None where the text has a layout; one that is data is a name.
+        layout: None where the text has none, or has sizes.
+        sizes: the sizes on one rank, None where the text has a layout; one that is data is a name.
+        types: letters by axis, where they were inferred, V of a size that is divided.
         operation: what computes it, as printed.
     """
 
@@ -34,6 +36,7 @@ class Line:
     dtype: str
     layout: Layout | None
     sizes: tuple[int | str, ...] | None
+    types: dict[str, str] | None
     operation: str
 
 
@@ -58,9 +61,25 @@ def parse(text: str) -> list[Line]:
         if match is None:
             continue
         told = match["layout"]
-        plain = None
-        if told is not None and _PLAIN.fullmatch(told):
-            plain = tuple(int(n) if n.isdigit() else n for n in told[1:-1].split("x"))
+        plain, types = _sizes(told) if told is not None else (None, None)
         layout = Layout.parse(told, sizes, ranks) if told is not None and plain is None else None
-        found.append(Line(block, match["name"], match["dtype"] or "", layout, plain, match["operation"].rstrip()))
+        found.append(Line(block, match["name"], match["dtype"] or "", layout, plain, types, match["operation"].rstrip()))
     return found
+
+
+def _sizes(told: str) -> tuple[tuple[int | str, ...] | None, dict[str, str] | None]:
+    """The sizes in the text of a type, and the letters beside them; None where it is a layout."""
+    if _PLAIN.fullmatch(told):
+        return tuple(map(_size, told[1:-1].split("x"))), None
+    match = _TYPED.fullmatch(told)
+    if match is None:
+        return None, None
+    dims = [dim.partition("@") for dim in re.split(r", (?![^(]*\))", match[1])] if match[1] else []
+    types = {axis: VARYING for _, _, over in dims for axis in over.strip("()").split(",") if over}
+    for letter, axes in re.findall(r" (\S+)\(([^)]*)\)", match[2]):
+        types |= dict.fromkeys(axes.split(","), letter)
+    return tuple(_size(dim) for dim, _, _ in dims), types
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

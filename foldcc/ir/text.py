@@ -8,15 +8,16 @@
       %x     : f32[tokens@ep, hidden]           = cross_fold(%y)       # free: same ranks, same order
       %rows  : f32[u7, hidden] V(ep)            = all_to_all_v(%x)     16.00 KiB
 
-What stands between the brackets of a type are factors and axes where the layout is known, and the sizes on one rank,
-such as `f32[4x16x32]`, where it is not. `foldcc.ir.parse` reads the text back.
+What stands between the brackets of a type are factors and axes where the layout is known. Where types were inferred, as in
+`f32[2, 8@tp, 32] P(dp)`, it is the sizes on one rank, one of them divided over tp, and terms of a sum over dp; else it is the
+sizes, as in `f32[4x16x32]`. `foldcc.ir.parse` reads the text back.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
@@ -28,7 +29,7 @@ from foldcc.ir.pipeline import Stage
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes, communicates, human
 from foldcc.ir.walk import BACKWARD, FORWARD, Part, module_of, parts
-from foldcc.layout import Layout
+from foldcc.layout import VARYING, Layout
 from foldcc.ops.layout import cross_fold
 from foldcc.tables import table
 
@@ -150,10 +151,31 @@ def _type(node: fx.Node) -> str:
     if isinstance(layout, Layout):
         return f"{short}{layout}"
     if isinstance(value, torch.Tensor):
+        if "types" in node.meta:
+            return f"{short}{type_text(node, node.meta['types'])}"
         if "dims" in node.meta:
             return f"{short}{Layout(node.meta['dims'], {})}"
         return f"{short}[{'x'.join(map(str, value.shape))}]"
     return short
+
+
+def type_text(node: fx.Node, types: Mapping[str, Any]) -> str:
+    """The sizes of a value on a rank and its types by axis (`foldcc/types/axis.py`), in the manner of a layout."""
+    value = node.meta.get("val")
+    shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+    divided: dict[int, list[str]] = {}
+    rest: dict[str, list[str]] = {}
+    for axis, found in types.items():
+        if found.letter == VARYING and len(found.dims) == 1:
+            divided.setdefault(min(found.dims), []).append(axis)
+        else:
+            rest.setdefault(found.letter, []).append(axis)
+    dims = [f"{n}@{_joined(divided[d])}" if d in divided else str(n) for d, n in enumerate(shape)]
+    return " ".join([f"[{', '.join(dims)}]", *(f"{t}({','.join(on)})" for t, on in rest.items())])
+
+
+def _joined(axes: list[str]) -> str:
+    return axes[0] if len(axes) == 1 else f"({','.join(axes)})"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.ir.node import name_of, operands
+from foldcc.ir.text import type_text
 from foldcc.layout import PARTIAL, REPLICATED, VARYING, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import Operator, record
@@ -24,7 +25,7 @@ from foldcc.rules.joint import CREATORS, is_zero, joint_rule, shape_of
 from foldcc.rules.notation import Rule
 from foldcc.types.atoms import atoms_of
 from foldcc.types.axis import EITHER, MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, fits, of_state, read_across, through
-from foldcc.types.text import illegal, type_text
+from foldcc.types.text import illegal
 
 aten = torch.ops.aten
 _UNKNOWN = Rule((), (), {})
@@ -46,6 +47,8 @@ class Typing:
     def __init__(self, mesh: FoldedMesh):
         self.mesh = mesh
         self.atoms = atoms_of(mesh)
+        views = {mesh.view(axis): self._beside(axis) for axis in self.atoms.of}
+        self._views = [views[view] for view in sorted(views)] or [[]]
 
     def of(self, layout: Layout) -> Value:
         """The types of a layout, on its own view and, where they agree, on the other."""
@@ -141,7 +144,12 @@ class Typing:
         known = {b: t for b, t in types.items() if t.letter != MIXED}
         return {b: known[b] if b in known else read_across([types[c] for c in over]) for b, over in self.atoms.across.items()}
 
-    # --- what an error shows ---------------------------------------------------------------------
+    # --- what is shown ---------------------------------------------------------------------------
+
+    def shown(self, value: Value) -> dict[str, Type]:
+        """The types of a value by axis, on the view whose axes say more."""
+        views = [{a: self.on(value, a) for a in axes} for axes in self._views]
+        return min(views, key=lambda types: sum(t.letter == MIXED for t in types.values()))
 
     def _beside(self, axis: str) -> list[str]:
         return [a for a in self.atoms.of if self.mesh.view(a) == self.mesh.view(axis)]
@@ -153,8 +161,7 @@ class Typing:
         """Each operand with its types, on the view whose axes say more."""
         known = [x for x in node.all_input_nodes if isinstance(values.get(x), Value)]
         if axes is None:
-            views = [self._beside(a) for a in ("dp", "tp", "ep", "etp", "edp", "cp") if a in self.atoms.of]
-            axes = min(views, key=lambda v: sum(self.on(values[x], a).letter == MIXED for x in known for a in v))
+            axes = min(self._views, key=lambda v: sum(self.on(values[x], a).letter == MIXED for x in known for a in v))
         return [f"{x.name} {self.text(x, values[x], axes)}" for x in known]
 
 

@@ -23,7 +23,7 @@ from torch import fx
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.rules.notation import Rule
-from foldcc.types.infer import Typing
+from foldcc.types.infer import Typing, Value
 from foldcc.types.text import ill_returned, mismatched
 
 _LETTERS = tuple((f"d{i}",) for i in range(8))
@@ -70,6 +70,8 @@ class _Checker:
                 (values[node],) = self.typing.apply(node, _SUM, terms, 1, values, f"main {direction}")
             elif node.op == "output":
                 return fx.map_arg(node.args[0], values.__getitem__)
+            if isinstance(values[node], Value):
+                node.meta["types"] = self.typing.shown(values[node])
         raise AssertionError("a graph ends with its output")
 
     def _call(self, main: fx.GraphModule, call: fx.Node, values: Mapping[fx.Node, Any], part: str) -> Any:
@@ -93,6 +95,8 @@ class _Checker:
         for node in block.graph.nodes:
             if node.op == "call_function":
                 values[node] = self.typing.node(node, values, part)
+            if isinstance(values.get(node), Value):
+                node.meta["types"] = self.typing.shown(values[node])
         (output,) = block.graph.find_nodes(op="output")
         returns = output.meta["returns"]
         forward = len(output.args[0]) == 2 and isinstance(output.args[0][0], tuple)

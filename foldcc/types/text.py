@@ -1,14 +1,9 @@
-"""What the type checker says: a value with its types, an operator that is not legal, a result of the wrong type.
-
-A value reads `mul_3 [2, 8@tp, 32] P(dp)`: its sizes on a rank, one of them divided over tp, and terms of a sum over dp.
-"""
+"""What the type checker says: an operator that is not legal, a result of the wrong type."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from foldcc.errors import FoldError
@@ -28,25 +23,6 @@ _MEANS = {
     (PARTIAL, VARYING): "its sum over {axis} is missing",
     (VARYING, VARYING): "another dimension is divided over {axis}",
 }
-
-
-def type_text(node: fx.Node, types: Mapping[str, Type]) -> str:
-    """The sizes of a value on a rank and its types by axis, in the manner of a layout."""
-    value = node.meta.get("val")
-    shape = list(value.shape) if isinstance(value, torch.Tensor) else []
-    divided: dict[int, list[str]] = {}
-    rest: dict[str, list[str]] = {}
-    for axis, found in types.items():
-        if found.letter == VARYING and len(found.dims) == 1:
-            divided.setdefault(min(found.dims), []).append(axis)
-        else:
-            rest.setdefault(found.letter, []).append(axis)
-    dims = [f"{n}@{_joined(divided[d])}" if d in divided else str(n) for d, n in enumerate(shape)]
-    return " ".join([f"[{', '.join(dims)}]", *(f"{t}({','.join(on)})" for t, on in rest.items())])
-
-
-def _joined(axes: list[str]) -> str:
-    return axes[0] if len(axes) == 1 else f"({','.join(axes)})"
 
 
 def call_text(node: fx.Node) -> str:
