@@ -26,8 +26,7 @@ from foldcc.hooks import watched
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
-from foldcc.passes import Pass, Stages, check_types, run_passes
-from foldcc.passes.differentiate import Differentiate
+from foldcc.passes import Pass, Stages, check_types, for_kernels, run_passes
 from foldcc.passes.shard import ShardPass
 from foldcc.programs import Kept
 from foldcc.runtime.executable import Executable
@@ -115,7 +114,7 @@ class Compiler:
 
     def compile_for(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept:
         """A program of the same calls for the gradients of other outputs, through the same passes; it saves the same values."""
-        passes = kept.stages.passes(after="localize")
+        passes = kept.stages.passes(after="differentiate")
         before = kept.stages[: len(kept.stages) - len(passes)]
         start = [replace(s, program=replace(s.program, wanted=wanted)) for s in before]
         with compiling():
@@ -136,12 +135,9 @@ class Compiler:
     def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:
         emission, _ = self.emission(tree)
         found: list[Pass] = []
-        for p in (*self.pipeline, *self.own, *emission):
-            if isinstance(p, ShardPass):
-                p = replace(p, kept=layouts)
-            elif isinstance(p, Differentiate):
-                p = replace(p, for_kernels=bool(emission))
-            found.append(p)
+        pipeline = for_kernels(self.pipeline) if emission else self.pipeline
+        for p in (*pipeline, *self.own, *emission):
+            found.append(replace(p, kept=layouts) if isinstance(p, ShardPass) else p)
         return found
 
     def _check_autocast(self, tree: nn.Module) -> None:

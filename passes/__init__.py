@@ -1,15 +1,21 @@
 """The pipeline, top to bottom."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
 from foldcc.passes.annotate import Annotate
 from foldcc.passes.bucket import Bucket
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.dispatch import Dispatch
+from foldcc.passes.experts import Experts
 from foldcc.passes.localize import Localize
 from foldcc.passes.lower import Lower
 from foldcc.passes.outline import Outline
+from foldcc.passes.recompute import Recompute
 from foldcc.passes.shard import ShardPass
 from foldcc.passes.simplify import Simplify
+from foldcc.passes.split import Split
 from foldcc.types.check import check_types
 
 PIPELINE: tuple[Pass, ...] = (
@@ -19,9 +25,19 @@ PIPELINE: tuple[Pass, ...] = (
     Dispatch(),
     Localize(),
     Differentiate(),
+    Split(),
     Lower(),
     Simplify(),
     Bucket(),
 )
 
-__all__ = ["PIPELINE", "Pass", "Stage", "Stages", "check_types", "run_passes"]
+
+def for_kernels(pipeline: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The pipeline of a program that kernels are emitted for, which rewrites joint graphs and keeps less of them."""
+    found: list[Pass] = []
+    for p in pipeline:
+        found += [replace(p, in_pieces=True), Experts(), Recompute()] if isinstance(p, Differentiate) else [p]
+    return tuple(found)
+
+
+__all__ = ["for_kernels", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "run_passes"]

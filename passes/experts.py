@@ -19,23 +19,35 @@ The rows of an expert are summed in order, so that the result does not depend on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 from foldcc.ops.experts import expert_of_row, gather_rows, grouped_linear, grouped_outer, permute, unpermute_weights
 
 aten = torch.ops.aten
 
 
-def rewrite_experts(joint: fx.GraphModule) -> None:
-    """Rewrites a joint graph in place, for programs whose grouped products are kernels."""
-    for node in joint.graph.find_nodes(op="call_function", target=unpermute_weights.overload):
-        _weigh_late(node)
-    for node in joint.graph.find_nodes(op="call_function", target=aten.index_add.default):
-        _sum_in_order(node)
-    joint.graph.eliminate_dead_code()
+@dataclass(frozen=True, kw_only=True)
+class Experts(Pass):
+    """For programs whose grouped products are kernels."""
+
+    requires = frozenset({"joint"})
+    provides = frozenset({"late weights"})
+
+    def run(self, program: Program) -> Program:
+        for block in program.blocks.values():
+            for node in block.graph.find_nodes(op="call_function", target=unpermute_weights.overload):
+                _weigh_late(node)
+            for node in block.graph.find_nodes(op="call_function", target=aten.index_add.default):
+                _sum_in_order(node)
+            block.graph.eliminate_dead_code()
+            block.recompile()
+        return program
 
 
 def _weigh_late(node: fx.Node) -> None:

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import networkx
 import torch
 from torch import Tensor, fx
 
+from foldcc.ir.joint import Joint
 from foldcc.ir.node import name_of
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.program import Program
 
 _VIEWS = frozenset(
     f"aten.{name}"
@@ -33,7 +37,25 @@ _KERNELS = {"aten.sum", "foldcc.grouped_linear", "foldcc.grouped_outer"}  # besi
 _DATA = 4096  # what a size that data decide is taken to be
 
 
-def kept(wanted: Iterable[fx.Node], backward: Collection[fx.Node], free: Iterable[fx.Node]) -> list[fx.Node]:
+@dataclass(frozen=True, kw_only=True)
+class Recompute(Pass):
+    """For programs whose pointwise operators are kernels. The output of a joint graph names what is kept."""
+
+    requires = frozenset({"joint"})
+    provides = frozenset({"kept"})
+
+    def run(self, program: Program) -> Program:
+        for name, block in program.blocks.items():
+            block.graph.output_node().meta["kept"] = self.kept(name, block)
+        return program
+
+    def kept(self, name: str, block: fx.GraphModule) -> tuple[str, ...]:
+        joint = Joint.of(block)
+        free = {*joint.results, *(n for n in joint.formals if n.meta["parameter"])}
+        return tuple(n.name for n in least(joint.read, joint.late, free))
+
+
+def least(wanted: Iterable[fx.Node], backward: Collection[fx.Node], free: Iterable[fx.Node]) -> list[fx.Node]:
     """What is kept, so that everything that is wanted can be computed of it.
 
     Args:
@@ -60,18 +82,6 @@ def kept(wanted: Iterable[fx.Node], backward: Collection[fx.Node], free: Iterabl
         return []
     _, (_, near) = networkx.minimum_cut(flow, "there", "read")  # of equal cuts, the one nearest to what is read
     return [n for n in wanted[0].graph.nodes if (n, "value") in near and (n, "made") not in near]
-
-
-def between(kept: Collection[fx.Node], wanted: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes that lead from what is kept to what is wanted, in order."""
-    found: set[fx.Node] = set()
-    left = [n for n in wanted if n not in kept]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [x for x in node.all_input_nodes if x not in kept]
-    return [n for n in next(iter(found)).graph.nodes if n in found] if found else []
 
 
 def _base(node: fx.Node) -> fx.Node:

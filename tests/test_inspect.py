@@ -113,7 +113,7 @@ PAIRS += [pytest.param(f, m, marks=pytest.mark.slow) for f in FAMILIES for m in 
 def test_every_printed_type_is_what_a_rank_holds(family, mesh, monkeypatch):
     batch = token_batch(6)
     module = foldcc.parallelize(tiny_model(family), mesh, example_inputs=batch)
-    for stage in ("localize", "differentiate", "lower", "simplify", "bucket"):
+    for stage in ("localize", "split", "lower", "simplify", "bucket"):
         with monkeypatch.context() as patch:
             check_types_against_ranks(module, stage, batch, patch)
 

@@ -22,7 +22,7 @@ from foldcc.types.atoms import atoms_of
 from foldcc.types.axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, read_across, through
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
-JOINT = ("differentiate", "lower", "simplify", "bucket")
+JOINT = ("split", "lower", "simplify", "bucket")
 QUICK = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
 SLOW = ("tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
 
@@ -125,7 +125,7 @@ def find(program: Program, target: ops.Operator, **arguments: Any) -> fx.Node:
 REDUCED = ("input_layernorm_weight", "mlp_gate_weight", "q_proj_weight", "mlp_experts_gate_up_proj", "lm_head_weight")
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower", "bucket"])
+@pytest.mark.parametrize("stage", ["split", "lower", "bucket"])
 @pytest.mark.parametrize("parameter", REDUCED)
 def test_a_gradient_without_its_reduction_is_caught(mixtral: Stages, stage: str, parameter: str) -> None:
     program = mixtral[stage].program.copied()
@@ -135,7 +135,7 @@ def test_a_gradient_without_its_reduction_is_caught(mixtral: Stages, stage: str,
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower"])
+@pytest.mark.parametrize("stage", ["split", "lower"])
 @pytest.mark.parametrize("parameter", REDUCED)
 def test_a_gradient_that_is_reduced_twice_is_caught(mixtral: Stages, stage: str, parameter: str) -> None:
     program = mixtral[stage].program.copied()
@@ -160,7 +160,7 @@ def test_a_bucket_that_is_reduced_twice_is_caught(mixtral: Stages) -> None:
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower"])
+@pytest.mark.parametrize("stage", ["split", "lower"])
 @pytest.mark.parametrize(("parameter", "axes", "said"), [
     ("mlp_gate_weight", "dp", "is P on tp, .* its sum over tp is missing"),
     ("mlp_gate_weight", "tp", "is P on dp, .* its sum over dp is missing"),
@@ -175,7 +175,7 @@ def test_a_reduction_over_the_wrong_axes_is_caught(mixtral: Stages, stage: str, 
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower"])
+@pytest.mark.parametrize("stage", ["split", "lower"])
 @pytest.mark.parametrize("axis", ["dp", "ep"])
 def test_experts_reduced_over_the_dense_group_are_caught(across: Stages, stage: str, axis: str) -> None:
     program = across[stage].program.copied()
@@ -186,7 +186,7 @@ def test_experts_reduced_over_the_dense_group_are_caught(across: Stages, stage: 
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower", "bucket"])
+@pytest.mark.parametrize("stage", ["split", "lower", "bucket"])
 def test_a_reduce_scatter_that_only_cuts_is_caught(mixtral: Stages, stage: str) -> None:
     program = mixtral[stage].program.copied()
     node = find(program, ops.reduce_scatter, axes="tp")
@@ -195,7 +195,7 @@ def test_a_reduce_scatter_that_only_cuts_is_caught(mixtral: Stages, stage: str) 
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower", "bucket"])
+@pytest.mark.parametrize("stage", ["split", "lower", "bucket"])
 def test_a_gather_that_only_pads_is_caught(mixtral: Stages, stage: str) -> None:
     program = mixtral[stage].program.copied()
     node = find(program, ops.all_gather, axes="tp", dst="R")
@@ -212,7 +212,7 @@ def test_a_gather_along_another_dimension_is_caught(mixtral: Stages) -> None:
         check_types(program)
 
 
-@pytest.mark.parametrize("stage", ["differentiate", "lower"])
+@pytest.mark.parametrize("stage", ["split", "lower"])
 def test_a_partial_value_in_a_function_that_is_not_linear_is_caught(mixtral: Stages, stage: str) -> None:
     program = mixtral[stage].program.copied()
     node = find(program, ops.all_reduce, axes="tp", dst="I")  # the sum of exponentials, over a divided vocabulary

@@ -13,7 +13,8 @@ import foldcc
 from foldcc.ir.node import name_of
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
-from foldcc.passes.recompute import between, kept
+from foldcc.passes.recompute import least
+from foldcc.passes.split import between
 from tests.models import tiny_model, token_batch
 
 VOCABULARY = 128
@@ -29,7 +30,7 @@ def folded(mesh: str, kernels: str) -> FoldedModule:
 def saved(model: FoldedModule) -> list[fx.Node]:
     """What the blocks keep, parameters aside."""
     found = []
-    for block in model.stages["differentiate"].program.graph.children():
+    for block in model.stages["split"].program.graph.children():
         (output,) = block.graph.find_nodes(op="output")  # type: ignore[union-attr, operator]
         found += [n for n in output.args[0][1] if isinstance(n.meta["val"], Tensor) and not n.meta.get("parameter")]
     return found
@@ -59,7 +60,7 @@ def test_experts_keep_no_activation_and_no_product_is_taken_twice(mesh: str) -> 
     model = folded(mesh, "triton")
     wide = [n for n in saved(model) if n.meta["val"].dim() == 2 and n.meta["val"].dtype == torch.bfloat16]
     assert wide and not any(name_of(n.target) in ("aten.silu", "aten.mul", "foldcc.gather_rows") for n in wide)
-    backward = model.stages["differentiate"].program.backward
+    backward = model.stages["split"].program.backward
     assert backward is not None
     again = {n for b in backward.children() for n in b.graph.nodes if n.meta.get("again")}  # type: ignore[union-attr]
     assert {"aten.silu", "aten.mul"} <= {name_of(n.target) for n in again if hasattr(n.target, "_schema")}
@@ -69,7 +70,7 @@ def test_experts_keep_no_activation_and_no_product_is_taken_twice(mesh: str) -> 
 def test_rows_that_stay_on_their_rank_are_not_kept_for_their_weights() -> None:
     products = {k: [n for n in saved(folded("dp=2", k)) if "grouped_linear" in str(n.target)] for k in ("aten", "triton")}
     assert len(products["triton"]) == 1 and products["triton"][0].meta["val"].shape[1] == 96  # gate and up
-    backward = folded("dp=2", "triton").stages["differentiate"].program.backward
+    backward = folded("dp=2", "triton").stages["split"].program.backward
     assert backward is not None
     targets = {str(n.target) for b in backward.children() for n in b.graph.nodes}  # type: ignore[union-attr]
     assert "foldcc.unpermute_weights.default" not in targets and "foldcc.gather_rows.default" in targets
@@ -112,7 +113,7 @@ def graph_of_a_norm() -> dict[str, fx.Node]:
 def test_what_is_kept_is_the_smallest_choice() -> None:
     n = graph_of_a_norm()
     wanted, backward = [n["wide"], n["scale"], n["narrow"]], {n["grad_weight"], n["grad_wide"]}
-    assert kept(wanted, backward, ()) == [n["x"], n["scale"]]
+    assert least(wanted, backward, ()) == [n["x"], n["scale"]]
     assert between({n["x"], n["scale"]}, wanted) == [n["wide"], n["normal"], n["narrow"]]
 
 
@@ -120,10 +121,10 @@ def test_what_a_product_reads_is_kept() -> None:
     n = graph_of_a_norm()
     product = n["x"].graph.call_function(torch.ops.aten.mm.default, (n["narrow"], n["grad"]))
     wanted, backward = [n["wide"], n["scale"], n["narrow"]], {n["grad_weight"], n["grad_wide"], product}
-    assert kept(wanted, backward, ()) == [n["x"], n["scale"], n["narrow"]]
+    assert least(wanted, backward, ()) == [n["x"], n["scale"], n["narrow"]]
 
 
 def test_what_is_there_anyway_costs_nothing() -> None:
     n = graph_of_a_norm()
-    assert kept([n["wide"]], {n["grad_wide"]}, [n["wide"]]) == [n["wide"]]
-    assert kept([n["wide"]], {n["grad_wide"]}, ()) == [n["x"]]
+    assert least([n["wide"]], {n["grad_wide"]}, [n["wide"]]) == [n["wide"]]
+    assert least([n["wide"]], {n["grad_wide"]}, ()) == [n["x"]]

@@ -27,7 +27,7 @@ from foldcc.ops import record
 from foldcc.ops.layout import cross_fold, reshard
 from foldcc.plan.strategies import COMPLETES
 from foldcc.rules.notation import Rule
-from foldcc.types.joint import check_joint
+from foldcc.types.joint import check_directions, check_joint
 
 # The first letter of a move: types that a value may have before it, by the operator's record.
 _MOVES = {"P": {PARTIAL}, "V": {VARYING}, "I": {INVARIANT}, "R": {REPLICATED}}
@@ -42,6 +42,9 @@ def check_types(program: Program) -> None:
     if "emitted" in program.properties:
         return  # kernels stand for nodes that were checked
     if "differentiated" in program.properties:
+        check_directions(program)
+        return
+    if "joint" in program.properties:
         check_joint(program)
         return
     for _, node in program.nodes():

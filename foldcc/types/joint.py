@@ -31,11 +31,23 @@ _SUM = Rule((_LETTERS, _LETTERS), (_LETTERS,), {}, linear=(frozenset({0, 1}),))
 
 
 def check_joint(program: Program) -> None:
-    """Checks both directions of a differentiated program, each distinct block once.
+    """Checks the joint graph of each distinct block.
 
     Raises:
         FoldError: an operator is not legal for its operands' types, or a result or gradient has not the type of its layout;
             with the operator, its operands and their types, the module and the source line.
+    """
+    check = _Checker(program)
+    for name, block in program.blocks.items():
+        given = {n: check.typing.of(n.meta["layout"]) for n in block.graph.find_nodes(op="placeholder")}
+        check.block(block, given, name)
+
+
+def check_directions(program: Program) -> None:
+    """Checks both directions of a program whose joint graphs are split, each distinct block once.
+
+    Raises:
+        FoldError: as `check_joint`; or a call passes a value of another type.
     """
     check = _Checker(program)
     placeholders = program.placeholders
@@ -88,24 +100,35 @@ class _Checker:
                     raise mismatched(call, formal, actual, axis)
             given[formal] = self.typing.of(formal.meta["layout"])
         if part not in self.blocks:
-            self.blocks[part] = self._block(block, given, part)
+            self.blocks[part] = self.block(block, given, part)
         return self.blocks[part]
 
-    def _block(self, block: fx.GraphModule, values: dict[fx.Node, Any], part: str) -> Any:
+    def block(self, block: fx.GraphModule, values: dict[fx.Node, Any], part: str) -> Any:
+        """Types every value of a block. Results and gradients that it returns are found to have those of their layouts."""
         for node in block.graph.nodes:
             if node.op == "call_function":
                 values[node] = self.typing.node(node, values, part)
             if isinstance(values.get(node), Value):
                 node.meta["types"] = self.typing.shown(values[node])
-        (output,) = block.graph.find_nodes(op="output")
-        returns = output.meta["returns"]
-        forward = len(output.args[0]) == 2 and isinstance(output.args[0][0], tuple)
-        leaves, saved = output.args[0] if forward else (output.args[0], ())
-        for leaf, (name, layout) in zip(leaves, returns, strict=True):
+        output = block.graph.output_node()
+        returned: Any = output.args[0]
+        if "joint" in output.meta:  # results and gradients
+            for leaves, returns in zip(returned, output.meta["returns"], strict=True):
+                self._leaving(leaves, returns, values, part)
+            return None
+        forward = len(returned) == 2 and isinstance(returned[0], tuple)
+        leaves, saved = returned if forward else (returned, ())
+        found = self._leaving(leaves, output.meta["returns"], values, part)
+        return (found, tuple(values[n] for n in saved)) if forward else found
+
+    def _leaving(
+        self, leaves: Sequence[Any], returns: Sequence[tuple[str, Layout]], values: Mapping[fx.Node, Any], part: str
+    ) -> tuple[Any, ...]:
+        pairs = list(zip(leaves, returns, strict=True))
+        for leaf, (name, layout) in pairs:
             if leaf is not None:
                 self.returned(name, leaf, values, layout, part)
-        found = tuple(None if x is None else self.typing.of(layout) for x, (_, layout) in zip(leaves, returns, strict=True))
-        return (found, tuple(values[n] for n in saved)) if forward else found
+        return tuple(None if x is None else self.typing.of(layout) for x, (_, layout) in pairs)
 
     def returned(self, name: str, leaf: fx.Node, values: Mapping[fx.Node, Any], layout: Layout, part: str) -> None:
         """Checks a result or a gradient against its layout."""

@@ -13,6 +13,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Shard
+from foldcc.passes.split import Split
 from foldcc.runtime.executable import Executable
 from foldcc.verification import reduce
 from foldcc.verification.compare import reading, summed, wrong_rank
@@ -121,6 +122,8 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
     """`verify` over given fields, one for each round, and one more on extreme inputs where something went one way only."""
     captured: Program = stages["capture"].program
     program: Program = stages[stage].program
+    if "joint" in program.properties and "differentiated" not in program.properties:
+        program = Split().run(program).with_property("differentiated")  # as it is, nothing runs it
     executable = Executable(program) if "differentiated" in program.properties else None
     difference, proved, rounds = None, (), len(fields)
     for field in fields:

@@ -29,7 +29,7 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.layout import reshard
 from foldcc.passes.bucket import Bucket
-from foldcc.passes.differentiate import Differentiate, Nodes
+from foldcc.passes.recompute import Recompute
 from foldcc.verification.fewer_ranks import on_mesh
 
 aten = torch.ops.aten
@@ -74,23 +74,22 @@ def _smallest(captured: Program, sharded: Program, alone: Set[Symbol]) -> tuple[
 
 def _sized_as(p: Pass, actual: Stages) -> Pass:
     """A pass that makes the choices that depend on sizes as they are made in the actual program."""
-    if isinstance(p, Differentiate):
-        return _SameSaved(for_kernels=p.for_kernels, actual=actual)
+    if isinstance(p, Recompute):
+        return _SameKept(actual=actual)
     return _SameBuckets(actual=actual) if isinstance(p, Bucket) else p
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SameSaved(Differentiate):
-    """Saves for the backward pass what the actual program saves, whose values have other sizes."""
+class _SameKept(Recompute):
+    """Keeps for the backward pass what the actual program keeps, whose values have other sizes."""
 
-    name = "differentiate"
+    name = "recompute"
     actual: Stages
 
-    def saved(self, block: str, forward: Nodes, wanted: Nodes, backward: Nodes, free: Nodes) -> list[fx.Node]:
-        there = self.actual["differentiate"].program.graph.get_submodule(block).graph
-        (output,) = there.find_nodes(op="output")
-        twins = dict(zip(there.nodes, forward, strict=False))
-        return [twins[n] for n in output.args[0][1]]
+    def kept(self, name: str, block: fx.GraphModule) -> tuple[str, ...]:
+        there: fx.GraphModule = self.actual["recompute"].program.graph.get_submodule(name)
+        kept: tuple[str, ...] = there.graph.output_node().meta["kept"]
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,71 @@
+"""The joint graph of a block, which computes its results and, from their gradients, those of its arguments.
+
+    results, gradients = joint(formals, tangents)
+
+What the results need runs forward, the rest backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph, and which of its nodes run when.
+
+    Attributes:
+        formals, tangents: its placeholders; a tangent has the number of its result as `meta["result"]`.
+        results, gradients: what it returns; None for a formal without a gradient.
+        early, late: the operators of the two directions.
+        read: what those of the backward pass, and its results, take of other values.
+    """
+
+    formals: list[fx.Node]
+    tangents: list[fx.Node]
+    results: tuple[fx.Node, ...]
+    gradients: tuple[fx.Node | None, ...]
+    early: list[fx.Node]
+    late: list[fx.Node]
+    read: list[fx.Node]
+
+    @classmethod
+    def of(cls, block: fx.GraphModule) -> Joint:
+        placeholders = list(block.graph.find_nodes(op="placeholder"))
+        formals, tangents = ([n for n in placeholders if ("result" in n.meta) is there] for there in (False, True))
+        output: Any = block.graph.output_node()
+        results, gradients = output.args[0]
+        needed, wanted = _ancestors(results), _ancestors(gradients)
+        operators = [n for n in block.graph.nodes if n.op not in ("placeholder", "output")]
+        early = [n for n in operators if n in needed]
+        late = [n for n in operators if n in wanted and n not in needed]
+        inside = {*late, *tangents}
+        _read_sizes(late, inside)
+        taken = [i for n in late for i in n.all_input_nodes] + [g for g in gradients if g is not None]
+        read = list(dict.fromkeys(n for n in taken if n not in inside))
+        return cls(formals, tangents, results, gradients, early, late, read)
+
+
+def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [n for n in nodes if n is not None]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _read_sizes(late: list[fx.Node], inside: set[fx.Node]) -> None:
+    """Has sizes that data decide read off values that the backward pass reads anyway, so that none is kept for its size."""
+    sizes = [n for n in late if n.target is torch.ops.aten.sym_size.int and n.args[0] not in inside]
+    read = dict.fromkeys(x for n in late if n not in sizes for x in n.all_input_nodes if x not in inside)
+    known = {str(s): (x, i) for x in read for i, s in enumerate(getattr(x.meta["val"], "shape", ()))}
+    for node in sizes:
+        node.args = known.get(str(node.meta["val"]), node.args)
