@@ -45,6 +45,13 @@ def modules(places: dict[str, Path] = _PLACES) -> dict[str, Path]:
     return found
 
 
+def test_every_file_of_passes_is_a_pass() -> None:
+    for path in _PLACES["foldcc.passes"].glob("*.py"):
+        classes = [c for c in ast.parse(path.read_text()).body if isinstance(c, ast.ClassDef)]
+        passes = [c.name for c in classes if any(isinstance(b, ast.Name) and b.id == "Pass" for b in c.bases)]
+        assert len(passes) == (path.name != "__init__.py"), f"{path.name} defines the passes {passes}"
+
+
 def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
     """The modules that a file imports, and whether it does so inside a function; those for type checkers alone are none."""
 

@@ -11,10 +11,13 @@ from torch import Tensor, fx
 
 import foldcc
 from foldcc.ir.node import name_of
+from foldcc.ir.parse import parse
+from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.passes.recompute import least
 from foldcc.passes.split import between
+from foldcc.testing.mutate.mutant import rewrite
 from tests.models import tiny_model, token_batch
 
 VOCABULARY = 128
@@ -25,6 +28,28 @@ MESHES = ("dp=2,tp=2|ep=4", "dp=2")
 def folded(mesh: str, kernels: str) -> FoldedModule:
     model = tiny_model("mixtral", vocab_size=VOCABULARY).bfloat16()
     return foldcc.parallelize(model, FoldedMesh.parse(mesh), example_inputs=token_batch(4, 8), kernels=kernels)
+
+
+@pytest.mark.parametrize("stage", ["differentiate", "experts", "recompute", "split"])
+def test_the_joint_graph_is_a_stage_that_is_printed_typed_and_proved(stage: str) -> None:
+    model = folded(MESHES[0], "triton")
+    lines = parse(str(model.stages[stage]))
+    typed = [line for line in lines if line.block.startswith("block") and line.operation != "argument" and line.dtype]
+    assert len(typed) > 100 and all(line.types is not None or line.layout is not None for line in typed)
+    assert foldcc.verify(model, stage=stage, rounds=1).stage == stage
+
+
+def test_a_mistake_in_a_joint_graph_is_found_where_it_is() -> None:
+    def doubled(program: Program) -> None:
+        for block in program.blocks.values():
+            for node in block.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+                with block.graph.inserting_after(node):
+                    twice = block.graph.call_function(torch.ops.aten.mul.Scalar, (node, 2))
+                twice.meta = dict(node.meta)
+                node.replace_all_uses_with(twice, delete_user_cb=lambda user, twice=twice: user is not twice)
+
+    broken = rewrite(folded(MESHES[0], "triton"), after="recompute", edit=doubled)
+    assert foldcc.verify(broken, stage="experts", rounds=1).ok and not foldcc.verify(broken, stage="recompute", rounds=1).ok
 
 
 def saved(model: FoldedModule) -> list[fx.Node]:
