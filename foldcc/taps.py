@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from foldcc.capture.normalize import emit
 from foldcc.capture.observe import Recorder
 from foldcc.hooks import Events, Result, Seen
 from foldcc.ir.program import Program, Slot
+from foldcc.ir.rewrite import emit
 from foldcc.plan.interface import differentiated
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ bucket would cost more than it saves.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
+from foldcc.ir.rewrite import emit
 
 aten = torch.ops.aten
 
@@ -66,31 +67,12 @@ def _join(graph: fx.Graph, reductions: list[fx.Node]) -> None:
     terms: list[Any] = [n.args[0] for n in reductions]
     values = [t.meta["val"] for t in terms]
     sizes = [v.numel() for v in values]
-    with graph.inserting_before(output):
-        emit = _emitter(graph, reductions[0])
-        flat = [emit(aten.reshape.default, (t, [-1]), v.numel()) for t, v in zip(terms, values, strict=True)]
-        joined = emit(aten.cat.default, (flat,), sum(sizes))
-        joined = emit(ops.all_reduce.overload, (joined, *reductions[0].args[1:]), sum(sizes))
-        parts = graph.call_function(aten.split_with_sizes.default, (joined, sizes))
-        with values[0].fake_mode:
-            parts.meta["val"] = joined.meta["val"].split(sizes)
-        for i, (old, value) in enumerate(zip(reductions, values, strict=True)):
-            part = emit(operator.getitem, (parts, i), sizes[i])
-            whole = emit(aten.reshape.default, (part, list(value.shape)), *value.shape)
-            whole.meta = dict(old.meta)
-            old.replace_all_uses_with(whole)
-            graph.erase_node(old)
-
-
-def _emitter(graph: fx.Graph, like: fx.Node) -> Callable[..., fx.Node]:
-    """A function that adds a call with a result of the given shape, and the provenance of `like`."""
-    value = like.args[0].meta["val"]
-    about = {k: x for k, x in like.meta.items() if k not in ("layout", "types")}
-
-    def emit(target: Any, args: tuple[Any, ...], *shape: int) -> fx.Node:
-        new = graph.call_function(target, args)
-        with value.fake_mode:
-            new.meta = {**about, "val": torch.empty(shape, dtype=value.dtype, device=value.device)}
-        return new
-
-    return emit
+    add = partial(emit, output, about=reductions[0])
+    flat = [add(aten.reshape.default, term, [-1]) for term in terms]
+    joined = add(ops.all_reduce.overload, add(aten.cat.default, flat), *reductions[0].args[1:])
+    parts = add(aten.split_with_sizes.default, joined, sizes)
+    for i, (old, value) in enumerate(zip(reductions, values, strict=True)):
+        whole = add(aten.reshape.default, add(operator.getitem, parts, i), list(value.shape))
+        whole.meta = dict(old.meta)
+        old.replace_all_uses_with(whole)
+        graph.erase_node(old)

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from foldcc.ir import rewrite
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ops.experts import expert_of_row, gather_rows, grouped_linear, grouped_outer, permute, unpermute_weights
@@ -65,7 +67,7 @@ def _weigh_late(node: fx.Node) -> None:
     outer = [n for m in weighted for n in m.users if n.args == (a, m, counts, transposed)]
     if [n.target for n in (*back, *outer)] != [grouped_linear.overload, grouped_outer.overload]:
         return
-    emit = _emitter(node)
+    emit = partial(rewrite.emit, node)
     scale = emit(aten.unsqueeze.default, emit(aten.index.Tensor, emit(aten.reshape.default, weights, [-1]), [order]), 1)
     plain = emit(permute.overload, grad, order, copies)
     d = emit(grouped_linear.overload, plain, w, counts, not transposed)
@@ -84,7 +86,7 @@ def _sum_in_order(node: fx.Node) -> None:
     zeros, dim, which, grad = node.args[:4]
     if dim != 0 or which.target is not expert_of_row.overload or zeros.target is not aten.new_zeros.default:
         return
-    emit = _emitter(node)
+    emit = partial(rewrite.emit, node)
     ones = emit(aten.ones_like.default, emit(aten.slice.Tensor, grad, 1, 0, 1))
     total = emit(grouped_outer.overload, ones, grad, which.args[1], True)
     node.replace_all_uses_with(emit(aten.reshape.default, total, list(node.meta["val"].shape)))
@@ -102,16 +104,3 @@ def _is_weight(x: Any, weights: fx.Node, order: fx.Node) -> bool:
         return False
     index: Any = x.args[0]
     return index.target is aten.index.Tensor and index.args[1] == [order] and index.args[0].args[0] is weights
-
-
-def _emitter(node: fx.Node) -> Callable[..., fx.Node]:
-    """A function that inserts calls before a node, with their values and the node's provenance."""
-
-    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(target, args, kwargs)
-        with node.meta["val"].fake_mode:
-            new.meta = {**node.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)}
-        return new
-
-    return emit

@@ -16,6 +16,7 @@ from torch import fx
 from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.node import argument
+from foldcc.ir.rewrite import emit
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -38,18 +39,6 @@ def normalize(graph: fx.GraphModule) -> None:
             _check_random(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-def emit(before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Inserts a call before a node, with its fake value and the node's provenance."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
-    node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "source", "nn_module_stack")}
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    modes = [v.fake_mode for v in torch.utils._pytree.tree_leaves(values) if hasattr(v, "fake_mode")]
-    with modes[0]:
-        node.meta["val"] = target(*values)
-    return node
 
 
 def _replace(node: fx.Node, new: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from foldcc.ir.program import Program, Slot
+from foldcc.ir.rewrite import emit
 
 aten = torch.ops.aten
 _TENSOR = {
@@ -199,20 +200,10 @@ def _computes_with(node: fx.Node, number: fx.Node) -> bool:
         return False
     low = value.dtype in _LOW
     dtype = torch.float32 if low else value.dtype
-    x = _emit(node, aten._to_copy.default, node.args[0], dtype=dtype) if low else node.args[0]
-    new = _emit(node, _TENSOR[node.target], x, _emit(node, aten._to_copy.default, number, dtype=dtype), **node.kwargs)
+    x = emit(node, aten._to_copy.default, node.args[0], dtype=dtype) if low else node.args[0]
+    new = emit(node, _TENSOR[node.target], x, emit(node, aten._to_copy.default, number, dtype=dtype), **node.kwargs)
     if low:
-        new = _emit(node, aten._to_copy.default, new, dtype=value.dtype)
+        new = emit(node, aten._to_copy.default, new, dtype=value.dtype)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return bool((new.meta["val"].dtype, new.meta["val"].shape) == (value.dtype, value.shape))
-
-
-def _emit(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, kwargs)
-    node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "source", "nn_module_stack")}
-    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with before.meta["val"].fake_mode:
-        node.meta["val"] = target(*values, **named)
-    return node
