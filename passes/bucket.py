@@ -5,7 +5,7 @@
     return da, db                                        return da, db
 
 A small all-reduce costs its latency, not its bytes. A gradient of more than `small` bytes goes alone: copying it into a
-bucket would cost more than it saves.
+bucket would cost more than it saves. The output of a block names the reductions that were joined.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Bucket(Pass):
     def run(self, program: Program) -> Program:
         for name, block in program.backward.named_children() if program.backward is not None else ():
             assert isinstance(block, fx.GraphModule)
-            for reductions in self.alike(name, block.graph):
+            found = self.alike(name, block.graph)
+            block.graph.output_node().meta["buckets"] = tuple(tuple(n.name for n in reductions) for reductions in found)
+            for reductions in found:
                 _join(block.graph, reductions)
             block.recompile()
         return program

@@ -17,13 +17,11 @@ class Pass:
 
     Attributes:
         requires, provides: properties of the program before and after.
-        exact: the result equals the input program in real arithmetic.
         in_place: the pass rewrites the graphs that it is given, so it is given copies; False if it builds new ones.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
-    exact: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
 
     @property

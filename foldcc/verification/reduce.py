@@ -102,12 +102,9 @@ class _SameBuckets(Bucket):
     def alike(self, block: str, graph: fx.Graph) -> list[list[fx.Node]]:
         backward = self.actual["bucket"].program.backward
         assert backward is not None
-        kept = {n.name for n in backward.get_submodule(block).graph.nodes}
-        found: dict[Any, list[fx.Node]] = {}
-        for node in graph.find_nodes(op="call_function", target=ops.all_reduce.overload):
-            if node.name not in kept:
-                found.setdefault((node.args[1:], node.args[0].meta["val"].dtype), []).append(node)
-        return list(found.values())
+        there: fx.GraphModule = backward.get_submodule(block)
+        nodes = {n.name: n for n in graph.nodes}
+        return [[nodes[name] for name in names] for names in there.graph.output_node().meta["buckets"]]
 
 
 # --- fewer calls ---
