@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_every_file_of_passes_is_a_pass() -> None:
         classes = [c for c in ast.parse(path.read_text()).body if isinstance(c, ast.ClassDef)]
         passes = [c.name for c in classes if any(isinstance(b, ast.Name) and b.id == "Pass" for b in c.bases)]
         assert len(passes) == (path.name != "__init__.py"), f"{path.name} defines the passes {passes}"
+
+
+def test_what_nodes_carry_is_written_down_where_programs_are() -> None:
+    used: set[str] = set()
+    for path in modules().values():
+        text = path.read_text()
+        used |= set(re.findall(r"""meta(?:\.get\(|\.pop\(|\[)["'](\w+)["']""", text))
+        used |= {key for group in re.findall(r"meta \|?= \{([^}]*)\}", text) for key in re.findall(r'"(\w+)":', group)}
+    told = (ROOT / "foldcc" / "ir" / "program.py").read_text().split('"""')[1]
+    assert {"val", "types", "kept"} <= used
+    assert {key for key in used if not re.search(rf"\b{key}\b", told)} == set()
 
 
 def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:

@@ -3,10 +3,24 @@
 The main graph is a straight line of calls of blocks; a block that repeats (the layers of a transformer) stands once and is
 called many times. Parameters, buffers and inputs are placeholders of the main graph; blocks receive all that they use.
 
-Every node carries in `node.meta`:
-    val     a fake tensor: global shape and dtype (of one rank, once the program is localized)
-    dims    its dimensions as products of factors, after `annotate`
-    layout  its Layout, after `shard`
+A node carries in `node.meta`, beside `nn_module_stack`, `stack_trace`, `from_node` and `custom` of PyTorch's tracers:
+    val        a fake tensor: global shape and dtype (of one rank, once the program is localized)
+    source     file and line of the model's own code
+    dims       its dimensions as products of factors, from `annotate` on
+    rule       the factor rule of its operator, or None; `unknown` where there is no rule, which `shard` warns of
+    letters    the factors that each letter of its rule stands for, from `shard` on
+    layout     its Layout, from `shard` on; from `differentiate` on, of what enters and leaves blocks
+    grad       whether a gradient flows back through it, from `shard` to `split`; a block's argument is a `parameter` or not
+    dtype      of what `dispatch` inserts, whose `val` `localize` finds
+    types      its types by axis, inferred from `differentiate` on
+    origin     the localized node that it was traced from
+    used_up    of a collective, the axes along which a rank may be left with one position
+    result     of a gradient that a joint graph is given, the number of the block's result
+    again      whether the backward pass computes it again; `inline` where every kernel that reads it does
+    kernel     of a call of a kernel, the Kernel
+    nodes      of a call of a block, the captured nodes that the block stands for
+The output of a block carries what it `returns`, by name and layout; whether it is `joint`; of a joint graph the values that
+are `kept` for the backward pass, and of a backward graph the `buckets` of reductions that were joined.
 """
 
 from __future__ import annotations
