@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
@@ -38,14 +38,16 @@ SKELETONS: tuple[Finder, ...] = (experts.find, router.find, plan.find, rows.find
 class Emit(Pass):
     """Attributes:
     edited: a module of kernels, from `load_kernels`, that are called in place of the emitted ones of the same names.
+    known: names of kernels by what they are, which other kernels do not get.
     """
 
     requires = frozenset({"lowered"})
     provides = frozenset({"emitted"})
     edited: ModuleType | None = None
+    known: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, program: Program) -> Program:
-        names: dict[str, str] = {}
+        names = dict(self.known)
         for main, direction in zip(program.mains, (FORWARD, BACKWARD), strict=False):
             self._emit(program.name, main, direction, names)
         return program
@@ -69,6 +71,7 @@ class Emit(Pass):
                 covered = sum((moved(n) for n in found.nodes if counted(n)), 0)
                 kernel = Kernel(
                     name=name,
+                    key=what,
                     kind=found.kind,
                     block=block_name,
                     direction=direction,

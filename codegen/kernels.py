@@ -29,6 +29,7 @@ class Kernel:
 
     Attributes:
         name: of its launcher.
+        key: what it is, by which programs of one call know a kernel again.
         kind: "chain", "column_sum", or the name of a skeleton.
         block, direction: where it stands.
         nodes: names of the nodes that it computes.
@@ -40,6 +41,7 @@ class Kernel:
     """
 
     name: str
+    key: str
     kind: str
     block: str
     direction: str

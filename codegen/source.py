@@ -81,13 +81,14 @@ def put(path: Path, text: str) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    """The module in a file of kernels. Without a GPU, kernels run in Triton's interpreter.
+    """The module in a file of kernels, as the file is now. Without a GPU, kernels run in Triton's interpreter.
 
     Raises:
         FoldError: Triton is missing.
     """
     require_triton()
-    name = f"foldcc_kernels_{path.stem}" if target() is None else f"foldcc_kernels_{path.stem}_{target()}"
+    read = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    name = "_".join(["foldcc_kernels", path.stem, read, *([] if target() is None else [str(target())])])
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -71,7 +71,8 @@ def parallelize(
         batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
             not named it is the first, where that has the size of the others' samples.
         check_ranks: on real ranks, every call begins with an exchange of eight bytes that finds ranks which call with other
-            shapes or values, or raise; the first also compares samples that ranks share and replicas of weights.
+            shapes or values, or raise, and every backward pass with one that finds ranks which go back from other outputs;
+            the first call also compares samples that ranks share and replicas of weights.
         progress: called with the name of each stage before it runs.
 
     Raises:

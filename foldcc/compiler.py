@@ -19,7 +19,7 @@ from foldcc.capture.numbers import as_inputs
 from foldcc.capture.numbers import watched as watched_numbers
 from foldcc.capture.observe import Recorder
 from foldcc.capture.unchanged import in_dtypes, in_modes
-from foldcc.codegen import Emit
+from foldcc.codegen import Emit, kernels_of
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError
 from foldcc.hooks import watched
@@ -114,11 +114,13 @@ class Compiler:
 
     def compile_for(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept:
         """A program of the same calls for the gradients of other outputs, through the same passes; it saves the same values."""
+        known = {k.key: k.name for k in kernels_of(kept.executable.program).values()}
         passes = kept.stages.passes(after="differentiate")
         before = kept.stages[: len(kept.stages) - len(passes)]
         start = [replace(s, program=replace(s.program, wanted=wanted)) for s in before]
         with compiling():
-            later = run_passes(start[-1].program, passes, check=check_types, progress=self.progress)
+            named = [replace(p, known=known) if isinstance(p, Emit) else p for p in passes]
+            later = run_passes(start[-1].program, named, check=check_types, progress=self.progress)
         stages = Stages([*start, *list(later)[1:]])
         return replace(kept, executable=Executable(stages[-1].program), stages=stages, proof=None, others={})
 

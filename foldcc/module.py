@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +18,11 @@ from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
-from foldcc.runtime.agreement import agree_on_call, agree_on_start, on_one_rank
+from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.left_behind import notice_optimizers
@@ -33,6 +34,7 @@ from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
+_COMPILES = RLock()  # one thread at a time: capture, tracing and proofs change what PyTorch's functions are
 
 
 class FoldedModule(nn.Module):
@@ -141,6 +143,10 @@ class FoldedModule(nn.Module):
         return self._programs.find(lambda free: call.key(self, modes, free))
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
+        with _COMPILES:
+            self._compile_alone(call, fixed=fixed)
+
+    def _compile_alone(self, call: Call, *, fixed: bool) -> None:
         made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
         with compiling():
             made = self._proved(made)
@@ -161,13 +167,19 @@ class FoldedModule(nn.Module):
         return replace(made, proof=proof)
 
     def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> Executable:
-        """What runs a backward pass that is given the gradients of other outputs than those that were to be expected."""
-        if wanted not in kept.others:
-            made = self._compiler.compile_for(kept, wanted)
-            with compiling():
-                made = self._proved(made)
-            self._programs.keep_other(made, kept)
-        return kept.others[wanted].executable
+        """What runs a backward pass that is given the gradients of these outputs."""
+        if self._check_ranks:
+            agree_on_gradients(self.mesh, told_outputs(wanted))
+        if wanted == kept.executable.program.wanted:
+            return kept.executable
+        with _COMPILES:
+            other = self._programs.find_other(kept, wanted)
+            if other is None:
+                other = self._compiler.compile_for(kept, wanted)
+                with compiling():
+                    other = self._proved(other)
+                self._programs.keep_other(other, kept)
+        return other.executable
 
     def with_passes(self, *passes: Pass) -> FoldedModule:
         """The same module, with the same parameters, its newest program rewritten by passes of your own.

@@ -129,6 +129,12 @@ class Programs:
                 "and compiled again when it is needed. model.programs lists them.",
             )
 
+    def find_other(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept | None:
+        """The program of the same calls for the gradients of other outputs, from now on the most recently used."""
+        if wanted in kept.others:
+            kept.others[wanted] = kept.others.pop(wanted)
+        return kept.others.get(wanted)
+
     def keep_other(self, new: Kept, of: Kept) -> None:
         """Stores a program for the gradients of other outputs, and says once that there is one."""
         wanted, usual = new.executable.program.wanted, of.executable.program.wanted
@@ -139,6 +145,13 @@ class Programs:
             f"Another program was compiled, for the gradients of {told_outputs(wanted)} instead of {told_outputs(usual)}: "
             "a backward pass was given those. It is kept for the next one.",
         )
+        while len(of.others) > KEPT:
+            del of.others[next(iter(of.others))]
+            self._announce(
+                "other gradients",
+                f"{KEPT} programs of one call are kept for the gradients of other outputs, and yet others were given: from "
+                "now on, the least recently used is dropped, and compiled again when it is needed.",
+            )
 
     def announce_copies(self, ratio: float) -> None:
         """Says once that ranks compute the same."""

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from foldcc.errors import FoldError
 from foldcc.ir.joint import Joint
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
@@ -185,11 +186,7 @@ def _variant(both: Halves, there: tuple[bool, ...]) -> fx.GraphModule:
     new: dict[fx.Node, fx.Node] = {}
 
     def value(n: fx.Node) -> Any:
-        if n not in zero:
-            return new[n]
-        like = n.meta["val"]
-        kwargs = {"dtype": like.dtype, "device": like.device}
-        return graph.call_function(aten.zeros.default, (list(like.shape),), kwargs)
+        return new[n] if n not in zero else _zeros(graph, n, new)
 
     for node in old.nodes:
         if node.op == "placeholder":
@@ -211,3 +208,23 @@ def _variant(both: Halves, there: tuple[bool, ...]) -> fx.GraphModule:
                 new[node] = graph.node_copy(node, value)
     graph.eliminate_dead_code()
     return _LazyGraphModule(torch.nn.Module(), graph)
+
+
+def _zeros(graph: fx.Graph, gradient: fx.Node, there: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Zeros in place of a gradient, for an operator that joins it with one that is there."""
+    like = gradient.meta["val"]
+    kwargs = {"dtype": like.dtype, "device": like.device}
+    if all(isinstance(n, int) for n in like.shape):
+        zeros = graph.call_function(aten.zeros.default, (list(like.shape),), kwargs)
+    else:  # of a size that data decide, which a value that is there has
+        size = str(like.shape)
+        alike = next((new for n, new in there.items() if str(getattr(n.meta["val"], "shape", "")) == size), None)
+        if alike is None:
+            raise FoldError(
+                f"The gradient {gradient.name} is not given, and nothing else has its size {size}, which data decide.",
+                at=gradient.meta.get("source"),
+                valid="gradients of all outputs: one that does not count times zero",
+            )
+        zeros = graph.call_function(aten.zeros_like.default, (alike,), kwargs)
+    zeros.meta = {k: x for k, x in gradient.meta.items() if k not in ("layout", "types", "result")}
+    return zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import foldcc
@@ -24,6 +25,7 @@ from foldcc.compiler import Compiler
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
+from foldcc.testing.equivalence import relative_error
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"
@@ -271,9 +273,47 @@ def test_an_edited_kernel_is_called(llama: FoldedModule, tmp_path: Path) -> None
     assert not torch.allclose(gradients(other, batch)["loss"], gradients(llama, batch)["loss"])
 
 
+def test_a_file_that_is_edited_again_is_read_again(llama: FoldedModule, tmp_path: Path) -> None:
+    path = tmp_path / "again.py"
+    for number in (1, 2):
+        path.write_text(f"NUMBER = {number}\n")
+        assert foldcc.load_kernels(path).NUMBER == number
+
+
 def edit(path: Path) -> FoldedModule:
     kernels = foldcc.load_kernels(path)
     return foldcc.parallelize(tiny_model("llama"), FoldedMesh.parse("dp=2"), example_inputs=token_batch(4), kernels=kernels)
+
+
+class Two(nn.Module):
+    """Two results of one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x)
+        return (y.tanh() * 2 + 1) * 3, (y.sigmoid() * 2 + 1) * 3
+
+
+def test_kernels_of_a_program_for_other_gradients_have_names_of_their_own(tmp_path: Path) -> None:
+    plain, x = Two(), torch.randn(4, 6, 8)
+    emitted = foldcc.parallelize(copy.deepcopy(plain), "dp=2", example_inputs=(x,), kernels="triton")
+    texts = dict.fromkeys(k.path.read_text() for k in emitted.kernels.values())
+    (tmp_path / "edited.py").write_text("\n\n".join(texts))
+    edited = foldcc.parallelize(
+        copy.deepcopy(plain), "dp=2", example_inputs=(x,), kernels=foldcc.load_kernels(tmp_path / "edited.py")
+    )
+    names = set(edited.kernels)
+    for output in (0, 1):
+        for m in (plain, edited):
+            m.zero_grad()
+            m(x)[output].square().sum().backward()
+        assert relative_error(edited.linear.weight.grad, plain.linear.weight.grad) < 1e-5
+        backward = {name for name, k in edited.kernels.items() if k.direction == "backward"}
+        assert backward and not backward & names
 
 
 def test_an_edited_kernel_that_takes_something_else_is_an_error(llama: FoldedModule, tmp_path: Path) -> None:

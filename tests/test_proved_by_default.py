@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,3 +184,15 @@ def test_one_rank_proves_for_all(tmp_path: Path) -> None:
     assert first == second and "on each of 2 ranks" in first
     first, second = run_distributed(proved_on_rank_0, 2, str(tmp_path), True)
     assert first == second and "at stage confuse" in first
+
+
+def test_a_model_whose_code_came_through_a_pipe_is_proved() -> None:
+    lines = [
+        "import torch, foldcc",
+        "class Model(torch.nn.Module):",
+        "    def __init__(self): super().__init__(); self.linear = torch.nn.Linear(8, 8)",
+        "    def forward(self, x): return self.linear(x).square().mean()",
+        "print(foldcc.parallelize(Model(), 'dp=2', example_inputs=(torch.ones(2, 8),), verify=True).proof)",
+    ]
+    done = subprocess.run([sys.executable, "-"], input="\n".join(lines), text=True, capture_output=True, check=False)
+    assert "is equal to the captured program" in done.stdout, done.stderr

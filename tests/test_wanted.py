@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 import foldcc
@@ -16,7 +18,7 @@ from foldcc import FoldError, ops
 from foldcc.inspect.collectives import collectives
 from foldcc.ir.program import Program
 from foldcc.passes import Pass, Stages, run_passes
-from foldcc.testing import in_float64
+from foldcc.testing import in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
 
@@ -85,8 +87,77 @@ def test_gradients_of_other_outputs_are_those_of_another_program_that_is_kept_an
                 assert (p.grad is None) == (given is None)
                 assert given is None or relative_error(p.grad, given, 1e-9) < 1e-10, name
     (told,) = model.programs
-    assert told.endswith("; for the gradients of output 2; for the gradients of outputs 0, 2")
+    assert told.endswith("; for the gradients of outputs 0, 2; for the gradients of output 2")
     assert model.program.wanted == (True, False, True, False) and "the gradients by outputs 0, 2" in str(model.proof)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("parts", [lambda y: y.chunk(2, -1), lambda y: y.unbind(1)[:2], lambda y: y.split([3, 5], -1)])
+@pytest.mark.parametrize("given", [(True, False), (False, True), (True, True)])
+def test_parts_of_one_value_of_which_some_are_given_gradients(parts: Any, given: tuple[bool, bool], mesh: str) -> None:
+    plain = Returns(parts).double()
+    model = foldcc.parallelize(copy.deepcopy(plain), mesh, example_inputs=(input_of(),))
+    for m in (plain, model):
+        loss = sum((x.square().sum() for x, there in zip(m(input_of(1)), given, strict=True) if there), torch.zeros(()))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    for name, p in model.named_parameters():
+        assert relative_error(p.grad, plain.get_parameter(name).grad) < 1e-12, name
+
+
+def test_sixteen_other_programs_of_a_call_are_kept() -> None:
+    model = foldcc.parallelize(
+        Returns(lambda y: tuple(y.unbind(1))).double(), "dp=2", example_inputs=(input_of(),), verify=False
+    )
+    subsets = [tuple(bool(n >> i & 1) for i in range(8)) for n in range(1, 19)]
+    with pytest.warns(UserWarning, match="16 programs of one call are kept for the gradients of other outputs"):
+        for subset in subsets:
+            model.zero_grad()
+            torch.stack([x.sum() for x, there in zip(model(input_of()), subset, strict=True) if there]).sum().backward()
+            wanted = torch.tensor(subset).double()[:, None] * input_of().sum(0)
+            assert relative_error(model.get_parameter("linear.weight").grad, wanted) < 1e-12
+    assert model.programs[0].count(";") == 16
+
+
+def test_threads_compile_one_after_another() -> None:
+    plain = Returns(lambda y: (y.square(), y.sin())).double()
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2", verify=True)
+    found: dict[tuple[int, int], Tensor] = {}
+
+    def gradient(batch: int, output: int) -> None:
+        x = torch.ones(batch, 8, dtype=torch.float64, requires_grad=True)
+        (found[batch, output],) = torch.autograd.grad(model(x)[output].sum(), x)
+
+    calls = [(batch, output) for batch in (2, 4) for output in (0, 1)]
+    threads = [Thread(target=gradient, args=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for batch, output in calls:
+        x = torch.ones(batch, 8, dtype=torch.float64, requires_grad=True)
+        (wanted,) = torch.autograd.grad(plain(x)[output].sum(), x)
+        assert relative_error(found[batch, output], wanted) < 1e-12
+
+
+def ranks_apart() -> list[str]:
+    mesh, x, rank, found = foldcc.FoldedMesh.parse("dp=2", "cpu"), input_of(), dist.get_rank(), []
+    model = foldcc.parallelize(Returns(lambda y: (y.mean(), y.square().mean())).double(), mesh, example_inputs=(x,))
+    for apart in (True, False):
+        one, other = model(x)
+        try:
+            (one if apart and rank else one + other).backward()
+            found.append("")
+        except FoldError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_that_go_back_from_other_outputs_are_told_so_and_may_go_on() -> None:
+    first, second = run_distributed(ranks_apart, 2)
+    assert first == second and first[1] == ""
+    assert "Ranks 0 and 1 are given the gradients of other outputs" in first[0]
+    assert "outputs 0, 1" in first[0] and "rank 1  output 0" in first[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Whether ranks that should agree do: on the call that they make, on its samples, and on the weights that they start from.
 
-Every call of a folded module begins with one exchange of eight bytes, so that a rank that calls otherwise, or that cannot call
-at all, is an error on all ranks instead of a wrong sum or a wait without end.
+Every call of a folded module, and every backward pass, begins with one exchange of eight bytes, so that a rank that calls
+otherwise, or that cannot call at all, is an error on all ranks instead of a wrong sum or a wait without end.
 """
 
 from __future__ import annotations
@@ -52,6 +52,30 @@ def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = Non
         f"Ranks 0 and {rank} call the model with other shapes or values, and a program has one of each.",
         **{"rank 0": first, f"rank {rank}": told[rank][0]},
         valid="the same shapes on every rank: drop the last batch, or pad it with labels that the loss ignores",
+    )
+
+
+def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:
+    """Compares what every rank is about to go back from. Collective over the world.
+
+    Args:
+        outputs: that this rank is given the gradients of.
+
+    Raises:
+        FoldError: on all ranks: which ranks go back from other outputs.
+    """
+    mine = torch.tensor([int.from_bytes(blake2b(outputs.encode(), digest_size=7).digest(), "big")], device=mesh.device_type)
+    digests = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
+    dist.all_gather_into_tensor(digests, mine)
+    if bool((digests == digests[0]).all()):
+        return
+    told: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(told, outputs)
+    rank = next(r for r, said in enumerate(told) if said != told[0])
+    raise FoldError(
+        f"Ranks 0 and {rank} are given the gradients of other outputs, and one program computes those of all ranks.",
+        **{"rank 0": told[0], f"rank {rank}": told[rank]},
+        valid="a loss of the same outputs on every rank; one that does not count on some, times zero there",
     )
 
 

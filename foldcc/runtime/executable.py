@@ -42,7 +42,7 @@ class Executable:
         On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
 
         Args:
-            others: gives the program whose backward pass is for gradients of other outputs; its forward pass is the same.
+            others: gives the program whose backward pass is for the gradients of these outputs; its forward pass is the same.
             after: called behind each backward pass with the gradients of taps by name, laid out like outputs.
         """
         if self.program.backward is None:
@@ -116,8 +116,7 @@ class _Step(torch.autograd.Function):
             )
         executable: Executable = ctx.executable
         given = tuple(g is not None for g in gradients)
-        if given != executable.program.wanted:
-            executable = ctx.programs(given)
+        executable = ctx.programs(given)
         assert executable.program.backward is not None
         layouts = [n.meta["layout"] for n in executable.program.objectives]
         tangents = executable.enter([g.contiguous() for g in gradients if g is not None], layouts)

@@ -77,9 +77,9 @@ class Origin:
 
 
 def _source(cls: type) -> bytes:
-    """The file that a class is in; of one that was typed at a prompt, nothing that another process could have."""
-    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return Path(path).read_bytes() if path is not None else f"{cls} {os.getpid()} {id(cls)}".encode()
+    """The file that a class is in; of one that was typed at a prompt or read from a pipe, nothing that others could have."""
+    path = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+    return path.read_bytes() if path.is_file() else f"{cls} {os.getpid()} {id(cls)}".encode()
 
 
 def against_the_module(
