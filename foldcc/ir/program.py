@@ -150,7 +150,7 @@ class Program:
         return total
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("with_backward", "backward_for"):  # there was a second backward graph, which ran
+        if "backward" in name:  # there was a second backward graph, which ran
             raise NotFolded(f"Program has no {name}.", instead="program.backward, the graph that runs, rewritten in place")
         raise AttributeError(f"Program has no {name}")
 

@@ -33,10 +33,7 @@ def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = Non
         FoldError: on the ranks without an error of their own: which ranks raised and what, or which ranks call otherwise.
             Counts that are constants of a program, such as those of a mean, are wrong where shapes differ.
     """
-    mine = _RAISED if error is not None else int.from_bytes(blake2b(call.encode(), digest_size=7).digest(), "big")
-    digests = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
-    dist.all_gather_into_tensor(digests, torch.tensor([mine], device=mesh.device_type))
-    if bool((digests == digests[0]).all()) and mine != _RAISED:
+    if _alike(mesh, _RAISED if error is not None else _short(call)) and error is None:
         return
     told: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(told, (call, None if error is None else f"{type(error).__name__}: {error}"))
@@ -64,10 +61,7 @@ def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:
     Raises:
         FoldError: on all ranks: which ranks go back from other outputs.
     """
-    mine = torch.tensor([int.from_bytes(blake2b(outputs.encode(), digest_size=7).digest(), "big")], device=mesh.device_type)
-    digests = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
-    dist.all_gather_into_tensor(digests, mine)
-    if bool((digests == digests[0]).all()):
+    if _alike(mesh, _short(outputs)):
         return
     told: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(told, outputs)
@@ -77,6 +71,17 @@ def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:
         **{"rank 0": told[0], f"rank {rank}": told[rank]},
         valid="a loss of the same outputs on every rank; one that does not count on some, times zero there",
     )
+
+
+def _short(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _alike(mesh: FoldedMesh, number: int) -> bool:
+    """Whether every rank has the same number. Collective over the world."""
+    numbers = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
+    dist.all_gather_into_tensor(numbers, torch.tensor([number], device=mesh.device_type))
+    return bool((numbers == numbers[0]).all())
 
 
 def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], parameters: Mapping[str, tuple[Tensor, Layout]]) -> None:
