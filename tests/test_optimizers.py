@@ -30,7 +30,6 @@ ARGUMENTS: dict[Any, tuple[Any, ...]] = {
     aten.norm.Scalar: (2,),
     aten.norm.ScalarOpt_dim: (2, [-1]),
     aten.linalg_vector_norm.default: (2, [-1], True),
-    aten._foreach_norm.Scalar: (2,),
 }
 
 
@@ -43,8 +42,8 @@ def in_place() -> tuple[dict[str, float], list[str]]:
     for op in REDUCTIONS:
 
         def reduced(x: Tensor, op: Any = op) -> Tensor:
-            found = op([x] if "_foreach" in str(op) else x, *ARGUMENTS.get(op, ()))
-            return found[0] if isinstance(found, (list, tuple)) else found
+            found: Tensor = op(x, *ARGUMENTS.get(op, ()))
+            return found
 
         found = reduced(distribute_tensor(x, mesh, [Shard(1)])).sqrt_()
         off[str(op)] = (found.full_tensor() - reduced(x).sqrt_()).abs().max().item()

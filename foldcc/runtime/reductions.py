@@ -13,7 +13,6 @@ import torch
 from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from foldcc.runtime.placement import whole_terms
 
@@ -32,8 +31,7 @@ REDUCTIONS = (
     aten.norm.Scalar,
     aten.norm.ScalarOpt_dim,
     aten.linalg_vector_norm.default,
-    aten._foreach_norm.Scalar,
-)
+)  # not the norms of many tensors at once: clipping joins those before it brings them together
 _meshes: WeakSet[DeviceMesh] = WeakSet()
 _handlers = DTensor._op_dispatcher._custom_op_handlers  # by operator, before DTensor's own rules
 
@@ -41,7 +39,8 @@ _handlers = DTensor._op_dispatcher._custom_op_handlers  # by operator, before DT
 def complete_reductions(*meshes: DeviceMesh) -> None:
     """From here on, reductions of tensors on these meshes are whole values; those of other DTensors stay as they are."""
     _meshes.update(meshes)
-    _handlers.update(dict.fromkeys(REDUCTIONS, _complete))
+    for op_call in REDUCTIONS:
+        _handlers.setdefault(op_call, _complete)
 
 
 def _complete(op_call: OpOverload[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -50,8 +49,4 @@ def _complete(op_call: OpOverload[..., Any], args: tuple[object, ...], kwargs: d
         found = op_call(*args, **kwargs)
     finally:
         _handlers[op_call] = _complete
-    return pytree.tree_map_only(DTensor, whole_terms, found) if _on_folded_mesh(args) else found
-
-
-def _on_folded_mesh(args: object) -> bool:
-    return any(isinstance(x, DTensor) and x.device_mesh in _meshes for x in pytree.tree_leaves(args))
+    return whole_terms(found) if isinstance(found, DTensor) and found.device_mesh in _meshes else found
