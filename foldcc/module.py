@@ -28,7 +28,6 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
-from foldcc.runtime.reductions import complete_reductions
 from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
@@ -83,7 +82,6 @@ class FoldedModule(nn.Module):
         notice_optimizers(model, self)
         if not mesh.is_virtual:
             watch_optimizers(mesh.attention, mesh.moe)
-            complete_reductions(mesh.attention, mesh.moe)
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,14 +142,11 @@ class FoldedModule(nn.Module):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with _COMPILES:
-            self._compile_alone(call, fixed=fixed)
-
-    def _compile_alone(self, call: Call, *, fixed: bool) -> None:
-        made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
-        with compiling():
-            made = self._proved(made)
-            self._places.take(self, made.executable.program)
-        self._programs.keep(made, replaced)
+            made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
+            with compiling():
+                made = self._proved(made)
+                self._places.take(self, made.executable.program)
+            self._programs.keep(made, replaced)
         found = self.summary()
         if not found.uncounted:
             self._programs.announce_copies(found.flops_ratio)
@@ -327,7 +322,6 @@ class FoldedModule(nn.Module):
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
             watch_optimizers(self.mesh.attention, self.mesh.moe)
-            complete_reductions(self.mesh.attention, self.mesh.moe)
         self._attributes, self._inherited = Attributes(self), []
 
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.joint import read_sizes
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
@@ -146,4 +147,6 @@ def _named(block: fx.GraphModule, joint: fx.GraphModule) -> fx.GraphModule:
         if value is not None:
             value.meta["layout"] = layout
     graph.output((results, gradients)).meta = {"joint": True, "returns": (left, asked)}
-    return _LazyGraphModule(torch.nn.Module(), graph)
+    named = _LazyGraphModule(torch.nn.Module(), graph)
+    read_sizes(named)
+    return named

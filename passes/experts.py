@@ -27,6 +27,7 @@ import torch
 from torch import fx
 
 from foldcc.ir import rewrite
+from foldcc.ir.joint import read_sizes
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ops.experts import expert_of_row, gather_rows, grouped_linear, grouped_outer, permute, unpermute_weights
@@ -48,6 +49,7 @@ class Experts(Pass):
             for node in block.graph.find_nodes(op="call_function", target=aten.index_add.default):
                 _sum_in_order(node)
             block.graph.eliminate_dead_code()
+            read_sizes(block)
             block.recompile()
         return program
 

@@ -16,7 +16,8 @@ from torch.torch_version import TorchVersion
 from versions import joins_blocks
 
 import foldcc
-from foldcc.runtime.reductions import REDUCTIONS, complete_reductions
+from foldcc.runtime.checkpoint import watch_optimizers
+from foldcc.runtime.reductions import REDUCTIONS
 from foldcc.testing import in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
 
@@ -37,7 +38,7 @@ def in_place() -> tuple[dict[str, float], list[str]]:
     """How far the root, in place, of each reduction is from one process; and what stays terms on meshes of no folded model."""
     x = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
     mesh, others = (init_device_mesh("cpu", shape) for shape in ((2,), (2, 1)))
-    complete_reductions(mesh)
+    watch_optimizers(mesh)
     off, terms = {}, []
     for op in REDUCTIONS:
 

@@ -8,8 +8,10 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import foldcc
 from foldcc.errors import FoldError
-from foldcc.passes.split import _zeros
+from foldcc.passes.split import Split, _zeros
+from tests.models import tiny_model, token_batch
 
 aten = torch.ops.aten
 
@@ -37,3 +39,10 @@ def test_zeros_of_a_size_that_nothing_has_are_refused() -> None:
     other.meta["val"] = other.meta["val"][:, :2]
     with pytest.raises(FoldError, match=r"The gradient one is not given, and nothing else has its size .*u0, 4"):
         _zeros(graph, one, {other: other})
+
+
+def test_the_stage_before_stays_as_it_is() -> None:
+    model = foldcc.parallelize(tiny_model("mixtral", num_hidden_layers=1), "dp=2|ep=2", example_inputs=token_batch(2))
+    before = str(model.stages["differentiate"])
+    Split().run(model.stages["differentiate"].program)
+    assert str(model.stages["differentiate"]) == before and "sym_size" in before

@@ -190,7 +190,7 @@ def test_a_pass_over_the_backward_graph_changes_what_runs() -> None:
 @pytest.mark.parametrize("name", ["with_backward", "backward" + "_for"])
 def test_a_pass_for_two_backward_graphs_is_told_that_there_is_one(name: str) -> None:
     model = foldcc.parallelize(nn.Linear(8, 8), "dp=2", example_inputs=(torch.ones(2, 8),), verify=False)
-    with pytest.raises(AttributeError, match=f"no {name}.\n.*program.backward, the graph that runs"):
+    with pytest.raises(AttributeError, match=f"no {name}; program.backward is the graph that runs"):
         getattr(model.program, name)
 
 

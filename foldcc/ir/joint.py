@@ -45,7 +45,6 @@ class Joint:
         early = [n for n in operators if n in needed]
         late = [n for n in operators if n in wanted and n not in needed]
         inside = {*late, *tangents}
-        _read_sizes(late, inside)
         taken = [i for n in late for i in n.all_input_nodes] + [g for g in gradients if g is not None]
         read = list(dict.fromkeys(n for n in taken if n not in inside))
         return cls(formals, tangents, results, gradients, early, late, read)
@@ -62,8 +61,10 @@ def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
     return found
 
 
-def _read_sizes(late: list[fx.Node], inside: set[fx.Node]) -> None:
+def read_sizes(block: fx.GraphModule) -> None:
     """Has sizes that data decide read off values that the backward pass reads anyway, so that none is kept for its size."""
+    joint = Joint.of(block)
+    late, inside = joint.late, {*joint.late, *joint.tangents}
     sizes = [n for n in late if n.target is torch.ops.aten.sym_size.int and n.args[0] not in inside]
     read = dict.fromkeys(x for n in late if n not in sizes for x in n.all_input_nodes if x not in inside)
     known = {str(s): (x, i) for x in read for i, s in enumerate(getattr(x.meta["val"], "shape", ()))}

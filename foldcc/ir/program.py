@@ -35,7 +35,6 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from foldcc.errors import NotFolded
 from foldcc.hooks import Events
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
@@ -150,9 +149,9 @@ class Program:
         return total
 
     def __getattr__(self, name: str) -> Any:
-        if "backward" in name:  # there was a second backward graph, which ran
-            raise NotFolded(f"Program has no {name}.", instead="program.backward, the graph that runs, rewritten in place")
-        raise AttributeError(f"Program has no {name}")
+        # There was a second backward graph, which ran.
+        instead = "; program.backward is the graph that runs, to be rewritten in place" if "backward" in name else ""
+        raise AttributeError(f"Program has no {name}{instead}.")
 
     def copied(self) -> Program:
         """The same program with graphs of its own, which a pass may rewrite in place; fake tensors are shared."""

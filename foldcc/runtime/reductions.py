@@ -6,12 +6,11 @@ works in place, such as the square of a norm in `torch.optim.Adafactor`, may not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch._ops import OpOverload
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from foldcc.runtime.placement import whole_terms
@@ -32,21 +31,19 @@ REDUCTIONS = (
     aten.norm.ScalarOpt_dim,
     aten.linalg_vector_norm.default,
 )  # not the norms of many tensors at once: clipping joins those before it brings them together
-_meshes: WeakSet[DeviceMesh] = WeakSet()
 _handlers = DTensor._op_dispatcher._custom_op_handlers  # by operator, before DTensor's own rules
 
 
-def complete_reductions(*meshes: DeviceMesh) -> None:
-    """From here on, reductions of tensors on these meshes are whole values; those of other DTensors stay as they are."""
-    _meshes.update(meshes)
+def complete_reductions(folded: Callable[[DTensor], bool]) -> None:
+    """From here on, reductions of folded tensors are whole values; those of other DTensors stay as they are."""
+
+    def complete(op_call: OpOverload[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        _handlers.pop(op_call, None)  # so that DTensor computes it
+        try:
+            found = op_call(*args, **kwargs)
+        finally:
+            _handlers[op_call] = complete
+        return whole_terms(found) if isinstance(found, DTensor) and folded(found) else found
+
     for op_call in REDUCTIONS:
-        _handlers.setdefault(op_call, _complete)
-
-
-def _complete(op_call: OpOverload[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    _handlers.pop(op_call, None)  # so that DTensor computes it
-    try:
-        found = op_call(*args, **kwargs)
-    finally:
-        _handlers[op_call] = _complete
-    return whole_terms(found) if isinstance(found, DTensor) and found.device_mesh in _meshes else found
+        _handlers.setdefault(op_call, complete)

@@ -87,6 +87,7 @@ def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], 
     order = [s.name for s in stages]
     if order.index(name) < order.index("shard"):
         name = "shard"  # until then there is nothing but the captured graph
+    stages, small = _cut(stages, name), _cut(small, name)
     operators, ranks = small[-1].after, small[-1].program.mesh.world_size
     if operators * ranks > _MOST:
         raise FoldError(
@@ -121,9 +122,7 @@ def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], 
 def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:
     """`verify` over given fields, one for each round, and one more on extreme inputs where something went one way only."""
     captured: Program = stages["capture"].program
-    program: Program = stages[stage].program
-    if "joint" in program.properties and "differentiated" not in program.properties:
-        program = Split().run(program).with_property("differentiated")  # as it is, nothing runs it
+    program: Program = _cut(stages, stage)[stage].program
     executable = Executable(program) if "differentiated" in program.properties else None
     difference, proved, rounds = None, (), len(fields)
     for field in fields:
@@ -148,6 +147,15 @@ def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: 
         undecided=_undecided(fields),
         difference=difference,
     )
+
+
+def _cut(stages: Stages, name: str) -> Stages:
+    """The stages, one of joint graphs as `split` cuts it: as it is, nothing runs it."""
+    program: Program = stages[name].program
+    if "joint" not in program.properties or "differentiated" in program.properties:
+        return stages
+    cut = Split().run(program).with_property(*Split.provides)
+    return Stages([replace(s, program=cut) if s.name == name else s for s in stages])
 
 
 def _undecided(fields: Sequence[Field]) -> tuple[str, ...]:
