@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
+    from foldcc.ir.plan import Plan
     from foldcc.mesh import FoldedMesh, init_folded_mesh
     from foldcc.module import FoldedModule
     from foldcc.runtime.clip import clip_grad_norm_
@@ -26,6 +27,7 @@ __all__ = [
     "FoldError",
     "FoldedMesh",
     "FoldedModule",
+    "Plan",
     "clip_grad_norm_",
     "init_folded_mesh",
     "load_kernels",
@@ -44,6 +46,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "FoldError": "foldcc.errors",
     "FoldedMesh": "foldcc.mesh",
     "FoldedModule": "foldcc.module",
+    "Plan": "foldcc.ir.plan",
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
     "load_kernels": "foldcc.codegen",

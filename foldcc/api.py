@@ -21,6 +21,7 @@ from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.errors import FoldError, divisors
 from foldcc.ir.node import argument
+from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
@@ -47,6 +48,7 @@ def parallelize(
     verify: bool | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
     check_ranks: bool = True,
+    plan: Plan | str | None = None,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -73,6 +75,9 @@ def parallelize(
         check_ranks: on real ranks, every call begins with an exchange of eight bytes that finds ranks which call with other
             shapes or values, or raise, and every backward pass with one that finds ranks which go back from other outputs;
             the first call also compares samples that ranks share and replicas of weights.
+        plan: choices that are made already, as `model.plan` holds those of another compilation, or as its text. What it does
+            not say is chosen at the least cost. It has to fit the first program; of a later one, for other inputs, it decides
+            what it fits, and always the layouts of parameters.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -93,6 +98,9 @@ def parallelize(
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
     _check_axes(mesh)
+    given = Plan.parse(plan) if isinstance(plan, str) else Plan() if plan is None else plan
+    if not isinstance(given, Plan):
+        raise FoldError(f"plan is a foldcc.Plan or its text, not {type(given).__name__}.")
     folded = FoldedModule(
         model,
         mesh,
@@ -103,11 +111,12 @@ def parallelize(
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
+        plan=given,
     )
     fixed = example_inputs is not None
-    given = example_inputs if fixed else _dummy(model, mesh)
-    if given is not None:
-        args, kwargs = _arguments(given)
+    inputs = example_inputs if fixed else _dummy(model, mesh)
+    if inputs is not None:
+        args, kwargs = _arguments(inputs)
         folded._compile(Call.of(model, args, kwargs), fixed=fixed)
     return folded
 

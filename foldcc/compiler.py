@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +24,11 @@ from foldcc.codegen import Emit, kernels_of
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError
 from foldcc.hooks import watched
+from foldcc.ir.plan import Plan, UnfitPlan
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, for_kernels, run_passes
-from foldcc.passes.shard import ShardPass
 from foldcc.programs import Kept
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
@@ -44,7 +45,7 @@ class Compiler:
         model: an outline of the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
         there: the device that the original was on, and is captured for.
         own: passes of a user's own, after the pipeline.
-        batch_dims, tracer, kernels, progress: see `parallelize`.
+        batch_dims, tracer, kernels, plan, progress: see `parallelize`.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Compiler:
     batch_dims: Mapping[str, int | None]
     progress: Callable[[str], None]
     there: torch.device
+    plan: Plan = Plan()
     own: tuple[Pass, ...] = ()
 
     def device(self, tree: nn.Module) -> torch.device:
@@ -94,9 +96,7 @@ class Compiler:
         program, free, other = self._over_numbers(call, tree, program, numbers, others)
         seconds = time.perf_counter() - start
         with compiling():
-            stages = run_passes(
-                program, self._passes(tree, layouts), seconds=seconds, check=check_types, progress=self.progress
-            )
+            stages = self._planned(program, tree, layouts, seconds)
             if divided and not self.mesh.is_virtual and not self.batch_dims:
                 refuse_attention_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
@@ -111,6 +111,25 @@ class Compiler:
             origin=self._origin(call, tree),
         )
         return made, other
+
+    def _planned(self, program: Program, tree: nn.Module, layouts: Mapping[str, Layout], seconds: float) -> Stages:
+        """The stages of a captured program with the choices of the plan, in the layouts that parameters have already.
+
+        The plan says all of the first program. Of another one, for other inputs or modes, it may say what is not there.
+        """
+        self.plan.check_for(program.name, str(self.mesh))
+        plan = replace(self.plan, parameters={**self.plan.parameters, **layouts})
+        run = partial(run_passes, passes=self._passes(tree), seconds=seconds, check=check_types, progress=self.progress)
+        try:
+            stages = run(replace(program, plan=plan))
+            plan.check_made(stages[-1].program.plan)
+        except UnfitPlan as error:
+            if not layouts or plan == plan.only_parameters():
+                raise
+            warnings.warn(f"Of the plan, another program takes the layouts of parameters alone. {error}", stacklevel=2)
+            stages = run(replace(program, plan=plan.only_parameters()))
+            plan.only_parameters().check_made(stages[-1].program.plan)
+        return stages
 
     def compile_for(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept:
         """A program of the same calls for the gradients of other outputs, through the same passes; it saves the same values."""
@@ -134,13 +153,9 @@ class Compiler:
             tracer=self.tracer,
         )
 
-    def _passes(self, tree: nn.Module, layouts: Mapping[str, Layout]) -> list[Pass]:
+    def _passes(self, tree: nn.Module) -> tuple[Pass, ...]:
         emission, _ = self.emission(tree)
-        found: list[Pass] = []
-        pipeline = for_kernels(self.pipeline) if emission else self.pipeline
-        for p in (*pipeline, *self.own, *emission):
-            found.append(replace(p, kept=layouts) if isinstance(p, ShardPass) else p)
-        return found
+        return (*(for_kernels(self.pipeline) if emission else self.pipeline), *self.own, *emission)
 
     def _check_autocast(self, tree: nn.Module) -> None:
         there, device = self.there.type, self.device(tree)

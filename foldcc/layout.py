@@ -152,12 +152,14 @@ class Layout:
         known = {f.name: f for f in sizes}
         dims: list[tuple[Symbol, ...]] = []
         states: dict[str, State] = {}
-        for d, dim in enumerate(_split(match["dims"])):
+        for d, dim in enumerate(split_outside(match["dims"])):
             factors, spans = _dimension(dim)
             dims.append(tuple(known.get(f) or Symbol(f, integer=True, nonnegative=True) for f in factors))
             states |= {axis: Shard(d, start, stop) for axis, (start, stop) in spans.items()}
         for letter_, axes in re.findall(r"([RPIV])\(([^)]*)\)", match["types"]):
             states |= dict.fromkeys(axes.split(","), letter_)
+        if unknown := set(states) - set(ranks):
+            raise ValueError(f"{text!r} is divided over {', '.join(sorted(unknown))}, and the mesh has no such axis.")
         view: View = "moe" if {"edp", "ep", "etp"} & set(states) else "attention"
         in_order = {a: states[a] for a in ranks if a in states}
         return cls(tuple(dims), sizes, in_order, {a: ranks[a] for a in in_order}, view)
@@ -172,11 +174,11 @@ def _at(axes: tuple[str, ...]) -> str:
     return "" if not axes else f"@{axes[0]}" if len(axes) == 1 else f"@({','.join(axes)})"
 
 
-def _split(text: str) -> list[str]:
-    """The dimensions of a layout's text, at the commas that stand in no parentheses."""
+def split_outside(text: str) -> list[str]:
+    """The parts of a text, at the commas that stand in no parentheses and no brackets."""
     found, depth = [""], 0
     for c in text:
-        depth += (c == "(") - (c == ")")
+        depth += (c in "([") - (c in ")]")
         if c == "," and depth == 0:
             found.append("")
         else:

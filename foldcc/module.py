@@ -18,6 +18,7 @@ from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
+from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
@@ -60,12 +61,13 @@ class FoldedModule(nn.Module):
         progress: Callable[[str], None],
         batch_dims: Mapping[str, int | None] | None = None,
         check_ranks: bool = True,
+        plan: Plan | None = None,
     ):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
         said = dict(batch_dims or {})
         self._compiler = Compiler(
-            outline(model), mesh, tracer, kernels, pipeline, said, progress, next(model.parameters()).device
+            outline(model), mesh, tracer, kernels, pipeline, said, progress, next(model.parameters()).device, plan or Plan()
         )
         self._programs = Programs()
         self._places = Places(mesh)
@@ -231,6 +233,11 @@ class FoldedModule(nn.Module):
     def kernels(self) -> Kernels:
         """The Triton kernels of the newest program, by name, and what of it they cover; none if it runs as ATen."""
         return kernels_of(self.program, self._compiler.emission(self)[1])
+
+    @property
+    def plan(self) -> Plan:
+        """Every choice of the newest program; printed, edited and parsed, it is what `parallelize(plan=)` takes."""
+        return self.program.plan
 
     def collectives(self) -> Any:
         """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves."""

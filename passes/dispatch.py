@@ -53,7 +53,9 @@ class Dispatch(Pass):
                 _Dispatcher(program, name, node).run()
             block.graph.eliminate_dead_code()
             block.recompile()
-        return program
+        layouts = {program.slot(n.name).names[0]: n.meta["layout"] for n in program.placeholders}
+        parameters = {name: layouts.get(name, layout) for name, layout in program.plan.parameters.items()}
+        return replace(program, plan=replace(program.plan, parameters=parameters))  # those of experts are on the MoE side
 
 
 class _Dispatcher:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx
@@ -39,20 +39,20 @@ _DATA = 4096  # what a size that data decide is taken to be
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute(Pass):
-    """For programs whose pointwise operators are kernels. The output of a joint graph names what is kept."""
+    """For programs whose pointwise operators are kernels. What is kept is said in the plan, which may have said it before."""
 
     requires = frozenset({"joint"})
     provides = frozenset({"kept"})
 
     def run(self, program: Program) -> Program:
-        for name, block in program.blocks.items():
-            block.graph.output_node().meta["kept"] = self.kept(name, block)
-        return program
+        kept = {name: _kept(block) for name, block in program.blocks.items() if name not in program.plan.kept}
+        return replace(program, plan=replace(program.plan, kept={**kept, **program.plan.kept}))
 
-    def kept(self, name: str, block: fx.GraphModule) -> tuple[str, ...]:
-        joint = Joint.of(block)
-        free = {*joint.results, *(n for n in joint.formals if n.meta["parameter"])}
-        return tuple(n.name for n in least(joint.read, joint.late, free))
+
+def _kept(block: fx.GraphModule) -> tuple[str, ...]:
+    joint = Joint.of(block)
+    free = {*joint.results, *(n for n in joint.formals if n.meta["parameter"])}
+    return tuple(n.name for n in least(joint.read, joint.late, free))
 
 
 def least(wanted: Iterable[fx.Node], backward: Collection[fx.Node], free: Iterable[fx.Node]) -> list[fx.Node]:

@@ -4,8 +4,9 @@
 becomes
     x : [batch@dp, seq@tp, hidden]  y = reshard(x)  : [batch@dp, seq, hidden] R(tp)   q = linear(y, w[n@tp, hidden])
 
-One small integer program per axis: one binary choice per distinct node, a cost for each move between states. Blocks
-that repeat share their choices, and so do the values that the main graph passes between blocks.
+The program's plan says which; what it does not say is chosen here, and said in the plan of the program that is returned. One
+small integer program per axis: one binary choice per distinct node, a cost for each move between states. Blocks that repeat
+share their choices, and so do the values that the main graph passes between blocks.
 """
 
 from __future__ import annotations
@@ -13,88 +14,75 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from foldcc.ir.node import operands
 from foldcc.ir.pipeline import Pass
+from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
-from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State
+from foldcc.layout import INVARIANT, REPLICATED, VARYING, Layout
 from foldcc.ops.layout import reshard
 from foldcc.passes.annotate import UnknownOperator
-from foldcc.plan.interface import find_gradients, interface
-from foldcc.plan.search import Choice, choose
+from foldcc.plan.fill import filled
+from foldcc.plan.interface import find_gradients
 from foldcc.plan.strategies import find_letters, results_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPass(Pass):
-    """Attributes:
-    kept: layouts that parameters already have, by name; they are not chosen again.
-    """
-
     requires = frozenset({"annotated"})
     provides = frozenset({"sharded"})
     name = "shard"
-    kept: Mapping[str, Layout] = field(default_factory=dict)
 
     def run(self, program: Program) -> Program:
         find_gradients(program)
         for _, node in program.nodes():
             if node.op == "call_function" and node.target is not operator.getitem:
                 find_letters(node, program.sizes)
-        chosen: dict[str, Choice] = {}
-        taken: dict[fx.Node, dict[Any, int]] = defaultdict(dict)
-        for axis in program.mesh.axes("attention"):
-            if program.mesh.size(axis) > 1:
-                chosen[axis] = choose(program, axis, chosen, taken, self.kept)
-        _warn_of_unknown(program, chosen)
-        return _apply(program, chosen)
+        plan = filled(program, program.plan)
+        _warn_of_unknown(program, plan)
+        _apply(program, plan)
+        return replace(program, plan=plan)
 
 
-def _warn_of_unknown(program: Program, chosen: Mapping[str, Choice]) -> None:
+def _warn_of_unknown(program: Program, plan: Plan) -> None:
     """Names each operator without a rule once, with the axes on whose ranks it runs whole."""
     whole: dict[str, dict[str, None]] = defaultdict(dict)
-    for _, node in program.nodes():
+    for block, node in program.nodes():
         if node.meta.get("unknown"):
-            axes = [a for a, c in chosen.items() if not any(isinstance(s, Shard) for s in c.strategies[node].results)]
-            whole[str(node.target)].update(dict.fromkeys(axes))
+            left = [x for x in plan.blocks[block][node.name].results if x is not None]
+            axes = [a for a in program.mesh.axes("attention") if program.mesh.size(a) > 1]
+            whole[str(node.target)].update(dict.fromkeys(a for a in axes if not any(a in x.axes(VARYING) for x in left)))
     for name, found in whole.items():
         if found:
             text = f"{name} has no factor rule; its operands are replicated on {', '.join(found)}."
             warnings.warn(text, UnknownOperator, stacklevel=2)
 
 
-def _apply(program: Program, chosen: dict[str, Choice]) -> Program:
-    mesh = program.mesh
-    ranks = {a: mesh.size(a) for a in chosen}
-    slot_of = interface(program)
-
-    def layout(node: fx.Node, states: dict[str, State]) -> Layout:
-        return Layout(node.meta["dims"], program.sizes, states, ranks)
-
-    for node in [*program.placeholders, *(n for n in program.graph.graph.nodes if n.target is operator.getitem)]:
-        slot = slot_of.get(node, node)
-        node.meta["layout"] = layout(node, {a: c.slots.get(slot, INVARIANT) for a, c in chosen.items()})
-    for block in program.blocks.values():
+def _apply(program: Program, plan: Plan) -> None:
+    """Gives every value the layout that the plan says, and what an operator is given another one, where they differ."""
+    names = {s.name: s.names[0] for s in program.slots if s.kind == "parameter"}
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder" or node.target is operator.getitem:
+            node.meta["layout"] = plan.parameters[names[node.name]] if node.name in names else plan.values[node.name]
+    for call in reversed(program.calls):  # calls of one block are given values of one layout
+        formals = program.blocks[str(call.target)].graph.find_nodes(op="placeholder")
+        for formal, actual in zip(formals, call.args, strict=True):
+            formal.meta["layout"] = _of(formal, actual.meta["layout"])
+    for name, block in program.blocks.items():
         for node in list(block.graph.nodes):
-            if node.op == "placeholder":
-                states = {a: c.slots[slot_of[node]] for a, c in chosen.items()}
-                node.meta["layout"] = layout(node, _plain_states(node, states))
-            elif node.op == "call_function" and node.target is not operator.getitem:
-                for i, x in enumerate(operands(node)):
-                    if x is not None:
+            if node.op == "call_function" and node.target is not operator.getitem:
+                said = plan.blocks[name][node.name]
+                for x, layout in zip(operands(node), said.operands, strict=True):
+                    if x is not None and layout is not None:
                         # An operand that gives only its type, such as new_zeros', is left as it is.
-                        states = x.meta["layout"].states
-                        wanted = {a: c.strategies[node].operands[i] or states[a] for a, c in chosen.items()}
-                        _bring(node, x, layout(x, _plain_states(x, wanted)))
-                for k, r in enumerate(results_of(node)):
+                        before = x.meta["layout"]
+                        _bring(node, x, _of(x, replace(before, states=before.states | dict(layout.states))))
+                for r, layout in zip(results_of(node), said.results, strict=True):
                     if r is not None:
-                        left = {a: c.strategies[node].results[k] for a, c in chosen.items()}
-                        r.meta["layout"] = layout(r, _plain_states(r, left))
+                        r.meta["layout"] = layout
     done: dict[tuple[fx.Node, int], None] = {}
     for call in program.calls:
         (output,) = getattr(program.graph, str(call.target)).graph.find_nodes(op="output")
@@ -103,16 +91,16 @@ def _apply(program: Program, chosen: dict[str, Choice]) -> Program:
                 done[output, user.args[1]] = None
                 returned = list(output.args[0])
                 inner = returned[user.args[1]]
-                states = _plain_states(inner, dict(user.meta["layout"].states))
-                returned[user.args[1]] = _converted(output, inner, layout(inner, states))
+                returned[user.args[1]] = _converted(output, inner, _of(inner, user.meta["layout"]))
                 output.args = (tuple(returned),)
     for block in program.blocks.values():
         block.recompile()
-    return replace(program)
 
 
-def _plain_states(node: fx.Node, states: dict[str, Any]) -> dict[str, State]:
-    return {a: INVARIANT if s == REPLICATED and not node.meta["grad"] else s for a, s in states.items()}
+def _of(node: fx.Node, layout: Layout) -> Layout:
+    """The layout of a node that has the states of another value; where no gradient flows, replicated is invariant."""
+    states = {a: INVARIANT if s == REPLICATED and not node.meta["grad"] else s for a, s in layout.states.items()}
+    return replace(layout, dims=node.meta["dims"], states=states)
 
 
 def _bring(node: fx.Node, x: fx.Node, wanted: Layout) -> None:

@@ -2,7 +2,8 @@
 
     y, (dx, dw) = block(x, w, dy)       becomes       y, saved = block_forward(x, w)       dx, dw = block_backward(saved, dy)
 
-What the results need runs forward, the rest runs backward, with what is computed again (`passes/recompute.py`).
+What the results need runs forward, the rest runs backward. The plan says which values are kept in between; what else is read
+is computed again (`passes/recompute.py`). Where the plan does not say it, all that is read is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from foldcc.errors import FoldError
 from foldcc.ir.joint import Joint
 from foldcc.ir.pipeline import Pass
+from foldcc.ir.plan import Names, UnfitPlan
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 
@@ -33,9 +35,12 @@ class Split(Pass):
     in_place = False
 
     def run(self, program: Program) -> Program:
-        halves = {name: _halves(block) for name, block in program.blocks.items()}
+        said = program.plan.kept
+        kept = {name: said[name] if name in said else _read(block) for name, block in program.blocks.items()}
+        halves = {name: _halves(name, block, kept[name]) for name, block in program.blocks.items()}
         backward = _backward(program, halves) if any(n.meta["grad"] for n in program.placeholders) else None
-        return replace(program, graph=_forward(program, halves), backward=backward)
+        plan = replace(program.plan, kept=kept)
+        return replace(program, graph=_forward(program, halves), backward=backward, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,26 @@ class Halves:
     saved: int
 
 
-def _halves(block: fx.GraphModule) -> Halves:
+def _read(block: fx.GraphModule) -> Names:
+    """What the backward pass reads of the forward pass, by name."""
+    return tuple(n.name for n in Joint.of(block).read)
+
+
+def _halves(name: str, block: fx.GraphModule, kept: Names) -> Halves:
     joint = Joint.of(block)
     output = block.graph.output_node()
     left, asked = output.meta["returns"]
     if not joint.tangents:
         return Halves(_extract(joint.formals, joint.early, joint.results, left), None, (), 0)
-    there = {n.name: n for n in block.graph.nodes}
-    saved = [there[name] for name in output.meta["kept"]] if "kept" in output.meta else joint.read
+    there = {n.name: n for n in (*joint.formals, *joint.early)}
+    saved = [there[x] for x in kept if x in there]
     again = between(saved, joint.read)
+    if missing := [x for x in kept if x not in there] + [n.name for n in again if n.op == "placeholder"]:
+        raise UnfitPlan(
+            f"The backward pass of {name} cannot be computed of what the plan says is kept: {' '.join(kept)}.",
+            missing=" ".join(missing),
+            valid=f"for example {' '.join(n.name for n in joint.read)}",
+        )
     forward = _extract(joint.formals, joint.early, (joint.results, tuple(saved)), left)
     backward = _extract([*saved, *joint.tangents], [*again, *joint.late], joint.gradients, asked)
     computed = {n.name for n in again}

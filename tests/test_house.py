@@ -60,7 +60,7 @@ def test_what_nodes_carry_is_written_down_where_programs_are() -> None:
         used |= set(re.findall(r"""meta(?:\.get\(|\.pop\(|\[)["'](\w+)["']""", text))
         used |= {key for group in re.findall(r"meta \|?= \{([^}]*)\}", text) for key in re.findall(r'"(\w+)":', group)}
     told = (ROOT / "foldcc" / "ir" / "program.py").read_text().split('"""')[1]
-    assert {"val", "types", "kept"} <= used
+    assert {"val", "types", "layout"} <= used
     assert {key for key in used if not re.search(rf"\b{key}\b", told)} == set()
 
 

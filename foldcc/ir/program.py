@@ -19,8 +19,7 @@ A node carries in `node.meta`, beside `nn_module_stack`, `stack_trace`, `from_no
     again      whether the backward pass computes it again; `inline` where every kernel that reads it does
     kernel     of a call of a kernel, the Kernel
     nodes      of a call of a block, the captured nodes that the block stands for
-The output of a block carries what it `returns`, by name and layout; whether it is `joint`; of a joint graph the values that
-are `kept` for the backward pass, and of a backward graph the `buckets` of reductions that were joined.
+The output of a block carries what it `returns`, by name and layout, and whether it is `joint`.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.hooks import Events
+from foldcc.ir.plan import Plan
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 
@@ -74,6 +74,7 @@ class Program:
         batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
         observed: what hooks on modules are called with.
         wanted: for each output, whether a backward pass is given its gradient; None until `outline`.
+        plan: the choices that were made, and those that passes are to make.
     """
 
     graph: fx.GraphModule
@@ -89,6 +90,7 @@ class Program:
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     observed: Events = ()
     wanted: tuple[bool, ...] | None = None
+    plan: Plan = field(default_factory=Plan)
 
     def __repr__(self) -> str:
         return f"<program {self.name} on {self.mesh}: {len(self.blocks)} blocks, {self.node_count()} nodes>"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import fx
@@ -18,6 +18,7 @@ from torch import fx
 from foldcc import ops
 from foldcc.errors import FoldError, divides, divisors, listed
 from foldcc.ir.node import name_of, operands
+from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
 from foldcc.plan import costs
@@ -41,12 +42,13 @@ class _AxisProblem:
         axis: str,
         chosen: dict[str, Choice],
         taken: dict[fx.Node, dict[Any, int]],
-        kept: Mapping[str, Layout],
+        plan: Plan,
     ):
-        self.program, self.axis, self.chosen, self.kept = program, axis, chosen, kept
+        self.program, self.axis, self.chosen, self.plan = program, axis, chosen, plan
         self.ranks = program.mesh.size(axis)
         self.model = IntegerProgram()
         self.slot_of = interface(program)
+        self.said = self._said()
         self.hidden = _hidden(program)
         self.batch = _batch(program)
         # Samples are dp's, and dp takes nothing else; what the other axes take is a question of cost.
@@ -58,6 +60,17 @@ class _AxisProblem:
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.
         self.made: dict[fx.Node, dict[State, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.needed: dict[fx.Node, list[dict[State, list[int]]]] = defaultdict(list)
+
+    def _said(self) -> dict[fx.Node, tuple[str, State]]:
+        """What the plan says of values that enter the main graph or pass between blocks: by whose name, and the state."""
+        found: dict[fx.Node, tuple[str, State]] = {}
+        for node in self.program.graph.graph.nodes:
+            name, layout = node.name, self.plan.values.get(node.name)
+            if node.op == "placeholder" and (slot := self.program.slot(name)).kind == "parameter":
+                name, layout = slot.names[0], self.plan.parameters.get(slot.names[0])
+            if layout is not None and layout.view == "attention" and self.axis in layout.states:
+                found.setdefault(self.slot_of.get(node, node), (name, layout.states[self.axis]))
+        return found
 
     def _reference(self) -> float:
         """The factor by which the batch is scaled so that each data-parallel rank holds the reference load."""
@@ -99,14 +112,14 @@ class _AxisProblem:
                 if node.op == "placeholder":
                     self._slot(self.slot_of[node])
                 elif node.op == "call_function" and node.target is not operator.getitem:
-                    self._node(node, times)
+                    self._node(name, node, times)
         for node in program.placeholders:
             if node.users:
                 self._slot(self.slot_of.setdefault(node, node))
         self._returned()
         self._moves()
 
-    def _node(self, node: fx.Node, times: int) -> None:
+    def _node(self, block: str, node: fx.Node, times: int) -> None:
         options = self.strategist.of(node)
         if self.axis == "dp":
             # Only an operator that cannot run on a part of the samples is given them whole.
@@ -115,6 +128,12 @@ class _AxisProblem:
             options = [s for s in options if REPLICATED not in s.results or s.operands == ()]
         if not options:
             self._infeasible(node)
+        said = self.plan.blocks.get(block, {}).get(node.name)
+        if said is not None:
+            there = [s for s in options if self._agrees(node, s, said)]
+            if not there:
+                self._unfit(f"{block} {node.name}", said, (self._op_layouts(node, s) for s in options))
+            options = there
         if self.axis == "tp" and "kv_heads" in node.meta.get("letters", ()):
             self._check_heads(node, options)
         work = self.work(node) * times
@@ -146,6 +165,36 @@ class _AxisProblem:
             if x is not None and state is not None and any(self.batch in dim for dim in x.meta["dims"])
         )
 
+    def _agrees(self, node: fx.Node, strategy: Strategy, said: OpLayouts) -> bool:
+        """Whether a strategy is the one that the plan says, as far as it says one for this axis."""
+        pairs = [
+            *zip(operands(node), strategy.operands, said.operands, strict=False),
+            *zip(results_of(node), strategy.results, said.results, strict=False),
+        ]
+        return all(
+            self._plain(x, state) == layout.states[self.axis]
+            for x, state, layout in pairs
+            if x is not None and state is not None and layout is not None and self.axis in layout.states
+        )
+
+    def _layout(self, node: fx.Node | None, state: State | None) -> Layout | None:
+        """A value's layout on this axis alone."""
+        if node is None or state is None:
+            return None
+        return Layout(node.meta["dims"], self.program.sizes, {self.axis: self._plain(node, state)}, {self.axis: self.ranks})
+
+    def _op_layouts(self, node: fx.Node, strategy: Strategy) -> OpLayouts:
+        given, left = zip(operands(node), strategy.operands, strict=False), zip(results_of(node), strategy.results, strict=True)
+        return OpLayouts(*(tuple(self._layout(x, s) for x, s in side) for side in (given, left)))
+
+    def _unfit(self, what: str, said: object, options: Iterable[object]) -> NoReturn:
+        raise UnfitPlan(
+            f"The plan's {what} is not possible on {self.axis}={self.ranks}.",
+            plan=said,
+            valid="\n".join(dict.fromkeys(map(str, options))),
+            mesh=str(self.program.mesh),
+        )
+
     def _plain(self, node: fx.Node, state: State) -> State:
         """Where no gradient flows, replicated and invariant are the same."""
         return INVARIANT if state == REPLICATED and not node.meta["grad"] else state
@@ -154,6 +203,11 @@ class _AxisProblem:
         if slot in self.slots:
             return self.slots[slot]
         states = self._slot_states(slot)
+        if slot in self.said:
+            name, state = self.said[slot]
+            if state not in states:
+                self._unfit(name, self._layout(slot, state), (self._layout(slot, s) for s in states))
+            states = [state]
         holding = sum(self._holding(node) for node in self.program.placeholders if self.slot_of.get(node) is slot)
         found = {}
         for state in states:
@@ -168,10 +222,6 @@ class _AxisProblem:
         if slot.op == "placeholder" and slot.graph is self.program.graph.graph:
             kind = self.program.slot(slot.name).kind
             kind = None if kind == "tap" else kind  # laid out as what it is added to
-        if kind == "parameter":
-            before = self.kept.get(self.program.slot(slot.name).names[0])
-            if before is not None and before.view == "attention":
-                return [before.states[self.axis]]
         if self.axis == "dp":
             if kind == "input":
                 return [self._batch_state(slot)]
@@ -334,14 +384,9 @@ def _batch(program: Program) -> Symbol | None:
     return None
 
 
-def choose(
-    program: Program,
-    axis: str,
-    chosen: dict[str, Choice],
-    taken: dict[fx.Node, dict[Any, int]],
-    kept: Mapping[str, Layout],
-) -> Choice:
-    problem = _AxisProblem(program, axis, chosen, taken, kept)
+def choose(program: Program, axis: str, chosen: dict[str, Choice], taken: dict[fx.Node, dict[Any, int]], plan: Plan) -> Choice:
+    """The cheapest choice on one axis of all that the plan allows, given what was chosen on the axes before it."""
+    problem = _AxisProblem(program, axis, chosen, taken, plan)
     problem.build()
     x = problem.model.solve()
     if x is None:

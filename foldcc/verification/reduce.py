@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +23,11 @@ from torch._subclasses import FakeTensorMode
 from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.node import argument, name_of, operands
-from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
+from foldcc.ir.pipeline import Stage, Stages, run_passes
 from foldcc.ir.program import Program, where
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.layout import reshard
-from foldcc.passes.bucket import Bucket
-from foldcc.passes.recompute import Recompute
 from foldcc.verification.fewer_ranks import on_mesh
 
 aten = torch.ops.aten
@@ -56,8 +54,10 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
     alone = {f for f, n in sharded.sizes.items() if n == degrees.get(f, 1)}
     sharded = sharded if mesh is None else on_mesh(sharded, mesh)
     captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded, alone)
-    start = _resized(_shortened(sharded), sizes)
-    later = run_passes(start, [_sized_as(p, stages) for p in stages.lowered.passes(after="shard")])
+    made = stages[-1].program.plan  # what depends on sizes is chosen as in the actual program
+    plan = replace(sharded.plan, kept=made.kept, together=made.together)
+    start = replace(_resized(_shortened(sharded), sizes), plan=plan)
+    later = run_passes(start, stages.lowered.passes(after="shard"))
     names = ("capture", "outline", "annotate")
     return Stages([*(Stage(n, 0.0, 0, 0, captured) for n in names), Stage("shard", 0.0, 0, 0, start), *list(later)[1:]])
 
@@ -70,41 +70,6 @@ def _smallest(captured: Program, sharded: Program, alone: Set[Symbol]) -> tuple[
     except FoldError:
         sizes = smaller(sharded, alone, pieces=False)
         return _resized(captured, sizes), sizes
-
-
-def _sized_as(p: Pass, actual: Stages) -> Pass:
-    """A pass that makes the choices that depend on sizes as they are made in the actual program."""
-    if isinstance(p, Recompute):
-        return _SameKept(actual=actual)
-    return _SameBuckets(actual=actual) if isinstance(p, Bucket) else p
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SameKept(Recompute):
-    """Keeps for the backward pass what the actual program keeps, whose values have other sizes."""
-
-    name = "recompute"
-    actual: Stages
-
-    def kept(self, name: str, block: fx.GraphModule) -> tuple[str, ...]:
-        there: fx.GraphModule = self.actual["recompute"].program.graph.get_submodule(name)
-        kept: tuple[str, ...] = there.graph.output_node().meta["kept"]
-        return kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SameBuckets(Bucket):
-    """Joins the reductions that are joined in the actual program, where gradients have other sizes."""
-
-    name = "bucket"
-    actual: Stages
-
-    def alike(self, block: str, graph: fx.Graph) -> list[list[fx.Node]]:
-        backward = self.actual["bucket"].program.backward
-        assert backward is not None
-        there: fx.GraphModule = backward.get_submodule(block)
-        nodes = {n.name: n for n in graph.nodes}
-        return [[nodes[name] for name in names] for names in there.graph.output_node().meta["buckets"]]
 
 
 # --- fewer calls ---

@@ -1,0 +1,212 @@
+"""Plan: every choice that a compilation makes, as data that prints, parses, and is made again.
+
+    plan MixtralForCausalLM · dp=2,tp=2|ep=4
+    factors batch=8 seq=16 hidden=64 vocab=128
+
+    parameters
+      lm_head.weight    [vocab@tp, hidden] I(dp)
+    values
+      getitem           [batch@dp, seq@tp, hidden]
+    block1
+      linear            [batch@dp, seq, hidden] R(tp), [vocab@tp, hidden] R(dp) -> [batch@dp, seq, vocab@tp]
+    kept
+      block1            rsqrt mul_3
+    together
+      block1            all_reduce_1 all_reduce_2, all_reduce_5 all_reduce_6
+
+What a plan says is done, axis by axis; what it does not say is chosen at the least cost. So the plan of a compilation stands
+for all of it, and a plan of two lines decides two things.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+
+from foldcc.errors import FoldError
+from foldcc.layout import Layout, split_outside
+from foldcc.mesh import FoldedMesh
+
+Names = tuple[str, ...]
+_HEAD = re.compile(r"plan(?: (?P<model>\S+) ·)? (?P<mesh>\S+)")
+_ABSENT = "-"
+_PARTS = ("parameters", "values", "blocks", "kept", "together")
+
+
+class UnfitPlan(FoldError):
+    """A plan says something that the program has no place for."""
+
+    __module__ = "foldcc"
+
+
+@dataclass(frozen=True)
+class OpLayouts:
+    """How one operator runs: the layout that it is given each operand in, and leaves each result in.
+
+    None for an operand that is no tensor, and for a result that nothing reads.
+    """
+
+    operands: tuple[Layout | None, ...]
+    results: tuple[Layout | None, ...]
+
+    def __str__(self) -> str:
+        left, right = (", ".join(_ABSENT if x is None else str(x) for x in side) for side in (self.operands, self.results))
+        return f"{left} -> {right}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The choices of one program.
+
+    Attributes:
+        mesh: as text; empty for a plan of any.
+        model: the name of its class; empty for a plan of any.
+        parameters: the layout of each parameter, by its first name.
+        values: the layout of what else enters the main graph or passes between blocks, by its name in the main graph.
+        blocks: by block and node, how an operator runs.
+        kept: by block, the values that its backward pass reads of the forward pass.
+        together: by block of the backward pass, the reductions that travel together.
+    """
+
+    mesh: str = ""
+    model: str = ""
+    parameters: Mapping[str, Layout] = field(default_factory=dict)
+    values: Mapping[str, Layout] = field(default_factory=dict)
+    blocks: Mapping[str, Mapping[str, OpLayouts]] = field(default_factory=dict)
+    kept: Mapping[str, Names] = field(default_factory=dict)
+    together: Mapping[str, tuple[Names, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
+        lines = [f"plan {self.model} · {self.mesh}" if self.model else f"plan {self.mesh}"]
+        lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
+        kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
+        together = {block: ", ".join(" ".join(names) for names in groups) or _ABSENT for block, groups in self.together.items()}
+        sections = {"parameters": self.parameters, "values": self.values, **self.blocks, "kept": kept, "together": together}
+        for head, entries in sections.items():
+            if entries:
+                width = max(map(len, entries))
+                lines += ["", head, *(f"  {name:<{width}}  {entry}".rstrip() for name, entry in entries.items())]
+        return "\n".join(lines)
+
+    def _layouts(self) -> Iterator[Layout]:
+        yield from self.parameters.values()
+        yield from self.values.values()
+        for block in self.blocks.values():
+            for op in block.values():
+                yield from (x for x in (*op.operands, *op.results) if x is not None)
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that prints as `text`; the line of factors may be left out.
+
+        Raises:
+            FoldError: the text is no plan, and in which line.
+        """
+        lines = list(enumerate(text.strip().splitlines(), start=1))
+        head = _HEAD.fullmatch(lines[0][1].strip()) if lines else None
+        if head is None:
+            raise FoldError("A plan begins with its mesh.", valid="plan <name of the model> · <mesh>, or plan <mesh>")
+        mesh = FoldedMesh.parse(head["mesh"])
+        reader = _Reader(mesh)
+        for number, line in lines[1:]:
+            try:
+                reader.read(line)
+            except ValueError as error:
+                raise FoldError(f"Line {number} of a plan is not understood: {error}", line=line.strip()) from None
+        return cls(mesh=str(mesh), model=head["model"] or "", **reader.found)
+
+    def only_parameters(self) -> Plan:
+        """The layouts of parameters alone, which all programs of a model share."""
+        return Plan(mesh=self.mesh, model=self.model, parameters=self.parameters)
+
+    def check_for(self, model: str, mesh: str) -> None:
+        """That the plan is for this model on this mesh.
+
+        Raises:
+            UnfitPlan: it is for another one.
+        """
+        for what, mine, there in (("model", self.model, model), ("mesh", self.mesh, mesh)):
+            if mine and mine != there:
+                raise UnfitPlan(f"The plan is for the {what} {mine}, and the {what} is {there}.")
+
+    def check_made(self, made: Plan) -> None:
+        """That all that this plan says is in the plan of a program that was made with it.
+
+        Raises:
+            UnfitPlan: something is not.
+        """
+        for part in _PARTS:
+            _check(part, getattr(self, part), getattr(made, part))
+
+
+def _check(what: str, given: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """That a part of a plan is part of another one: names, and what is said of each."""
+    for name, said in given.items():
+        if name not in there:
+            raise UnfitPlan(f"The plan says something of {name}, and the program has no such thing.", among=what)
+        if isinstance(said, Mapping):
+            _check(name, said, there[name])
+        elif not _equal(said, there[name]):
+            raise UnfitPlan(f"The plan's {name} is not what the program has.", among=what, plan=said, program=there[name])
+
+
+def _equal(said: Any, there: Any) -> bool:
+    """Whether an entry is as it was said, on the axes of which it was; factors may be called otherwise."""
+    if isinstance(said, Layout):
+        return isinstance(there, Layout) and all(there.states.get(axis) == state for axis, state in said.states.items())
+    if isinstance(said, OpLayouts):
+        same = (len(said.operands), len(said.results)) == (len(there.operands), len(there.results))
+        pairs = zip((*said.operands, *said.results), (*there.operands, *there.results), strict=False)
+        return same and all(x is None or _equal(x, y) for x, y in pairs)
+    return bool(said == there)
+
+
+def _names(text: str) -> Names:
+    return tuple(name for name in text.split() if name != _ABSENT)
+
+
+class _Reader:
+    """Reads the lines of a plan, and holds what was found."""
+
+    def __init__(self, mesh: FoldedMesh):
+        self.axes = {a: mesh.size(a) for view in ("attention", "moe") for a in mesh.axes(view)}
+        self.sizes: dict[sympy.Symbol, int] = {}
+        self.section = ""
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def read(self, line: str) -> None:
+        if not line.strip():
+            return
+        if not line.startswith(" "):
+            self.section = line.strip()
+            if self.section.startswith("factors"):
+                pairs = [pair.partition("=") for pair in self.section.split()[1:]]
+                self.sizes = {sympy.Symbol(name, integer=True, positive=True): int(n) for name, _, n in pairs}
+            return
+        name, _, entry = line.strip().partition(" ")
+        if self.section in ("parameters", "values"):
+            self.found.setdefault(self.section, {})[name] = self._layout(entry)
+        elif self.section == "kept":
+            self.found.setdefault("kept", {})[name] = _names(entry)
+        elif self.section == "together":
+            self.found.setdefault("together", {})[name] = tuple(filter(None, map(_names, entry.split(","))))
+        elif re.fullmatch(r"\w+", self.section):
+            given, arrow, left = entry.partition("->")
+            if not arrow:
+                raise ValueError("what an operator is given, and what it leaves, have -> between them.")
+            op = OpLayouts(self._several(given), self._several(left))
+            self.found.setdefault("blocks", {}).setdefault(self.section, {})[name] = op
+        else:
+            raise ValueError(f"it stands under {self.section!r}, which is no part of a plan.")
+
+    def _layout(self, text: str) -> Layout:
+        layout = Layout.parse(text, self.sizes, self.axes)
+        return replace(layout, states={a: s for a, s in layout.states.items() if self.axes[a] > 1})
+
+    def _several(self, text: str) -> tuple[Layout | None, ...]:
+        return tuple(None if part == _ABSENT else self._layout(part) for part in split_outside(text))
