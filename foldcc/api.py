@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import gcd
 from types import ModuleType
 from typing import Any
@@ -30,8 +31,7 @@ from foldcc.passes import PIPELINE
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
 _ELSEWHERE = {
-    "zero": "parameters, gradients and optimizer states are replicated over dp; storing them divided is not supported yet",
-    "fsdp": "parameters, gradients and optimizer states are replicated over dp; storing them divided is not supported yet",
+    "fsdp": "zero=3 divides parameters, gradients and optimizer states over the ranks that replicate them",
     "capacity_factor": "dispatch is dropless: every token reaches its experts, whatever the routing",
     "recompute": "what is kept for the backward pass is chosen by a minimum cut where kernels are emitted",
     "precision": "the dtypes of the model's own parameters, and torch.autocast around the call",
@@ -49,6 +49,7 @@ def parallelize(
     batch_dims: Mapping[str, int | None] | None = None,
     check_ranks: bool = True,
     plan: Plan | str | None = None,
+    zero: int = 0,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -78,6 +79,10 @@ def parallelize(
         plan: choices that are made already, as `model.plan` holds those of another compilation, or as its text. What it does
             not say is chosen at the least cost. It has to fit the first program; of a later one, for other inputs, it decides
             what it fits, and always the layouts of parameters.
+        zero: 1 and 2 divide each parameter over the ranks that replicate it otherwise, and with it its gradient and what an
+            optimizer holds of it: dense ones over `dp`, experts over `edp`. It is gathered for the forward pass; its gradient
+            leaves the backward pass of its block by a reduce-scatter. With 3 it is not kept for the backward pass, but gathered
+            again. What no size divides stays whole. Or the plan says it, for each parameter.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -101,6 +106,8 @@ def parallelize(
     given = Plan.parse(plan) if isinstance(plan, str) else Plan() if plan is None else plan
     if not isinstance(given, Plan):
         raise FoldError(f"plan is a foldcc.Plan or its text, not {type(given).__name__}.")
+    if zero not in (0, 1, 2, 3):
+        raise FoldError(f"zero={zero!r} is no stage of ZeRO.", valid="0, 1, 2, 3")
     folded = FoldedModule(
         model,
         mesh,
@@ -111,7 +118,7 @@ def parallelize(
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
-        plan=given,
+        plan=replace(given, zero=zero) if zero else given,
     )
     fixed = example_inputs is not None
     inputs = example_inputs if fixed else _dummy(model, mesh)

@@ -26,7 +26,6 @@ from foldcc.errors import FoldError
 from foldcc.hooks import watched
 from foldcc.ir.plan import Plan, UnfitPlan
 from foldcc.ir.program import Program
-from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, for_kernels, run_passes
 from foldcc.programs import Kept
@@ -77,13 +76,11 @@ class Compiler:
             return (), (f"{why}, so the program runs as ATen.",)
         return (Emit(edited=self.kernels if isinstance(self.kernels, ModuleType) else None),), ()
 
-    def compile(
-        self, call: Call, tree: nn.Module, layouts: Mapping[str, Layout], others: Iterable[Kept]
-    ) -> tuple[Kept, Kept | None]:
+    def compile(self, call: Call, tree: nn.Module, held: Plan, others: Iterable[Kept]) -> tuple[Kept, Kept | None]:
         """A program for a call, and the one whose place it takes: it has inputs for the numbers in which they differ.
 
         Args:
-            layouts: which parameters have already.
+            held: what is decided of parameters already.
             others: programs that are kept.
         """
         divided = self.mesh.size("dp") > 1
@@ -96,7 +93,7 @@ class Compiler:
         program, free, other = self._over_numbers(call, tree, program, numbers, others)
         seconds = time.perf_counter() - start
         with compiling():
-            stages = self._planned(program, tree, layouts, seconds)
+            stages = self._planned(program, tree, held, seconds)
             if divided and not self.mesh.is_virtual and not self.batch_dims:
                 refuse_attention_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
@@ -112,23 +109,24 @@ class Compiler:
         )
         return made, other
 
-    def _planned(self, program: Program, tree: nn.Module, layouts: Mapping[str, Layout], seconds: float) -> Stages:
-        """The stages of a captured program with the choices of the plan, in the layouts that parameters have already.
+    def _planned(self, program: Program, tree: nn.Module, held: Plan, seconds: float) -> Stages:
+        """The stages of a captured program with the choices of the plan, and those that are made of parameters already.
 
         The plan says all of the first program. Of another one, for other inputs or modes, it may say what is not there.
         """
         self.plan.check_for(program.name, str(self.mesh))
-        plan = replace(self.plan, parameters={**self.plan.parameters, **layouts})
+        held = Plan().with_parameters(held, {s.names[0] for s in program.slots})
+        plan = self.plan.with_parameters(held)
         run = partial(run_passes, passes=self._passes(tree), seconds=seconds, check=check_types, progress=self.progress)
         try:
             stages = run(replace(program, plan=plan))
             plan.check_made(stages[-1].program.plan)
         except UnfitPlan as error:
-            if not layouts or plan == plan.only_parameters():
+            if not held.parameters or plan == plan.only_parameters():
                 raise
             warnings.warn(f"Of the plan, another program takes the layouts of parameters alone. {error}", stacklevel=2)
             stages = run(replace(program, plan=plan.only_parameters()))
-            plan.only_parameters().check_made(stages[-1].program.plan)
+            held.check_made(stages[-1].program.plan)
         return stages
 
     def compile_for(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept:

@@ -36,10 +36,10 @@ _VIEWS: dict[View, tuple[str, ...]] = {"attention": ATTENTION, "moe": MOE}
 _ALL = ATTENTION + MOE[1:]
 # Axes of other tools, and what there is here.
 _ELSEWHERE = {
-    "fsdp": "dp, over which weights are replicated: storing them divided is not supported yet",
-    "efsdp": "edp, which is derived; expert weights are replicated over it",
+    "fsdp": "dp, and parallelize(zero=3), which stores weights divided over it",
+    "efsdp": "edp, which is derived, and parallelize(zero=3), which stores expert weights divided over it",
     "dp_replicate": "dp",
-    "dp_shard": "dp, over which weights are replicated: storing them divided is not supported yet",
+    "dp_shard": "dp, and parallelize(zero=3), which stores weights divided over it",
     "sp": "tp, which divides the sequence between its products",
 }
 

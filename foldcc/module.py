@@ -144,7 +144,7 @@ class FoldedModule(nn.Module):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with _COMPILES:
-            made, replaced = self._compiler.compile(call, self, self._places.layouts, self._programs.kept.values())
+            made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
             with compiling():
                 made = self._proved(made)
                 self._places.take(self, made.executable.program)

@@ -16,6 +16,7 @@ from foldcc.passes.recompute import Recompute
 from foldcc.passes.shard import ShardPass
 from foldcc.passes.simplify import Simplify
 from foldcc.passes.split import Split
+from foldcc.passes.store import Store
 from foldcc.types.check import check_types
 
 PIPELINE: tuple[Pass, ...] = (
@@ -23,6 +24,7 @@ PIPELINE: tuple[Pass, ...] = (
     Annotate(),
     ShardPass(),
     Dispatch(),
+    Store(),
     Localize(),
     Differentiate(),
     Split(),

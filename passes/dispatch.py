@@ -89,6 +89,8 @@ class _Dispatcher:
         kept = ("nn_module_stack", "stack_trace", "source")
         new.meta = {k: v for k, v in self.node.meta.items() if k in kept}
         new.meta |= {"layout": layout, "dtype": dtype or self.node.meta["val"].dtype, "grad": dtype is None}
+        if target in (cross_fold, reshard) and "val" in args[0].meta:
+            new.meta["val"] = args[0].meta["val"]  # of the same global shape
         if layout is not None:
             new.meta["dims"] = layout.dims
         return new

@@ -33,7 +33,7 @@ _SIZED |= {f"aten.{n}": "size" for n in ("zeros", "ones", "full", "empty", "new_
 
 @dataclass(frozen=True, kw_only=True)
 class Localize(Pass):
-    requires = frozenset({"dispatched"})
+    requires = frozenset({"stored"})
     provides = frozenset({"localized"})
 
     def run(self, program: Program) -> Program:

@@ -3,7 +3,8 @@
     y, (dx, dw) = block(x, w, dy)       becomes       y, saved = block_forward(x, w)       dx, dw = block_backward(saved, dy)
 
 What the results need runs forward, the rest runs backward. The plan says which values are kept in between; what else is read
-is computed again (`passes/recompute.py`). Where the plan does not say it, all that is read is kept.
+is computed again (`passes/recompute.py`). Where the plan does not say it, all that is read is kept. With ZeRO-3 parameters that
+were unsharded for a block are not kept for its backward pass, nor what is computed of them alone; they are unsharded again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -35,12 +35,24 @@ class Split(Pass):
     in_place = False
 
     def run(self, program: Program) -> Program:
-        said = program.plan.kept
-        kept = {name: said[name] if name in said else _read(block) for name, block in program.blocks.items()}
-        halves = {name: _halves(name, block, kept[name]) for name, block in program.blocks.items()}
+        anew = {name: _unsharded(program, name) if program.plan.zero == 3 else set() for name in program.blocks}
+        halves = {name: _halves(name, block, program.plan.kept.get(name), anew[name]) for name, block in program.blocks.items()}
         backward = _backward(program, halves) if any(n.meta["grad"] for n in program.placeholders) else None
-        plan = replace(program.plan, kept=kept)
+        plan = replace(program.plan, kept={name: half.kept for name, half in halves.items()})
         return replace(program, graph=_forward(program, halves), backward=backward, plan=plan)
+
+
+def _unsharded(program: Program, name: str) -> set[int]:
+    """The arguments of a block that other blocks unshard; all of such a block itself, which is called again."""
+    calls = [call for call in program.calls if call.target == name]
+    itself = name.startswith("unshard")
+    return {i for call in calls for i, a in enumerate(call.args) if itself or _unshard_call(a) is not None}
+
+
+def _unshard_call(value: Any) -> fx.Node | None:
+    """The call of a block that unshards parameters, of which this is a result."""
+    made = value.op == "call_function" and value.args[0].op == "call_module"
+    return value.args[0] if made and str(value.args[0].target).startswith("unshard") else None
 
 
 @dataclass(frozen=True)
@@ -49,44 +61,69 @@ class Halves:
 
     Attributes:
         forward: formals -> (results, saved values); results alone where none has a gradient.
-        backward: (saved values, gradients of the results that have one) -> gradients of the formals, None without one.
+        backward: (saved values, formals that are given anew, gradients of the results that have one) -> gradients of the
+            formals, None without one.
+        again: formals -> results, of a block that is called again in the backward pass.
         grads: the results that have a gradient, by number.
-        saved: how many values are saved.
+        kept: the saved values, by name.
+        anew: the formals that are unsharded again instead of saved, by number.
     """
 
     forward: fx.GraphModule
-    backward: fx.GraphModule | None
-    grads: tuple[int, ...]
-    saved: int
+    backward: fx.GraphModule | None = None
+    again: fx.GraphModule | None = None
+    grads: tuple[int, ...] = ()
+    kept: Names = ()
+    anew: tuple[int, ...] = ()
 
 
-def _read(block: fx.GraphModule) -> Names:
-    """What the backward pass reads of the forward pass, by name."""
-    return tuple(n.name for n in Joint.of(block).read)
-
-
-def _halves(name: str, block: fx.GraphModule, kept: Names) -> Halves:
+def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]) -> Halves:
     joint = Joint.of(block)
     output = block.graph.output_node()
     left, asked = output.meta["returns"]
     if not joint.tangents:
-        return Halves(_extract(joint.formals, joint.early, joint.results, left), None, (), 0)
+        return Halves(_extract(joint.formals, joint.early, joint.results, left))
     there = {n.name: n for n in (*joint.formals, *joint.early)}
-    saved = [there[x] for x in kept if x in there]
-    again = between(saved, joint.read)
-    if missing := [x for x in kept if x not in there] + [n.name for n in again if n.op == "placeholder"]:
+    given = [joint.formals[i] for i in sorted(anew)]
+    of_parameters = _of(given, joint.early)
+    wanted = [n.name for n in joint.read] if said is None else list(said)
+    again_itself = name.startswith("unshard") and bool(anew)
+    if again_itself:
+        saved, given = given, []
+    else:
+        saved = [there[x] for x in wanted if x in there and there[x] not in of_parameters]
+    again = between([*saved, *given], joint.read)
+    if missing := [x for x in wanted if x not in there] + [n.name for n in again if n.op == "placeholder"]:
         raise UnfitPlan(
-            f"The backward pass of {name} cannot be computed of what the plan says is kept: {' '.join(kept)}.",
+            f"The backward pass of {name} cannot be computed of what the plan says is kept: {' '.join(wanted)}.",
             missing=" ".join(missing),
             valid=f"for example {' '.join(n.name for n in joint.read)}",
         )
+    read = {x for n in (*again, *joint.late) for x in n.all_input_nodes}
+    given = [n for n in given if n in read or n in joint.gradients]
     forward = _extract(joint.formals, joint.early, (joint.results, tuple(saved)), left)
-    backward = _extract([*saved, *joint.tangents], [*again, *joint.late], joint.gradients, asked)
+    backward = _extract([*saved, *given, *joint.tangents], [*again, *joint.late], joint.gradients, asked)
     computed = {n.name for n in again}
     for node in backward.graph.nodes:
         if node.op == "call_function" and node.name in computed:
             node.meta["again"] = True
-    return Halves(forward, backward, tuple(t.meta["result"] for t in joint.tangents), len(saved))
+    return Halves(
+        forward,
+        backward,
+        _extract(joint.formals, joint.early, joint.results, left) if again_itself else None,
+        tuple(t.meta["result"] for t in joint.tangents),
+        tuple(n.name for n in saved),
+        tuple(joint.formals.index(n) for n in given),
+    )
+
+
+def _of(sources: Collection[fx.Node], nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some values, and what is computed of them alone."""
+    found = set(sources)
+    for node in nodes:
+        if node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def between(saved: Collection[fx.Node], wanted: Iterable[fx.Node]) -> list[fx.Node]:
@@ -164,8 +201,11 @@ def _backward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
         if not hasattr(root, name):
             setattr(root, name, _variant(both, there))
         block = getattr(root, name).graph
-        formals = islice(block.find_nodes(op="placeholder"), both.saved)
-        values = [_item(graph, saved[call], i, formal) for i, formal in enumerate(formals)]
+        formals = list(block.find_nodes(op="placeholder"))
+        values = [_item(graph, saved[call], i, formal) for i, formal in enumerate(formals[: len(both.kept)])]
+        sources = {i: _unshard_call(call.args[i]) for i in both.anew}
+        fresh = {c: _again(root, graph, halves[str(c.target)], saved[c], c) for c in dict.fromkeys(sources.values())}
+        values += [_item(graph, fresh[c], call.args[i].args[1], call.args[i]) for i, c in sources.items()]
         result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
         (output,) = block.find_nodes(op="output")
         for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
@@ -173,6 +213,15 @@ def _backward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
                 _accumulate(graph, grads, actual, _item(graph, result, i, gradient))
     graph.output(tuple(grads.get(n) for n in program.placeholders))
     return _LazyGraphModule(root, graph)
+
+
+def _again(root: torch.nn.Module, graph: fx.Graph, both: Halves, saved: fx.Node, call: fx.Node) -> fx.Node:
+    """A call of a block that unshards parameters once more, of what it has saved."""
+    assert both.again is not None
+    name = f"{call.target}_again"
+    setattr(root, name, both.again)
+    formals = both.again.graph.find_nodes(op="placeholder")
+    return graph.call_module(name, tuple(_item(graph, saved, i, formal) for i, formal in enumerate(formals)))
 
 
 def _item(graph: fx.Graph, several: fx.Node, i: int, like: fx.Node) -> fx.Node:

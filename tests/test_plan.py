@@ -80,12 +80,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     [
         ("parameters", "up.weight [w, hidden] I(tp)"),
         ("parameters", "up.weight [w, hidden@tp]"),
+        ("stored", "up.weight [w@tp, hidden@dp]"),
+        ("stored", "down.bias [hidden@dp]"),
         ("parameters", "down.bias [hidden@tp]"),
         ("block0", "relu [batch, w] I(tp) -> [batch, w] I(tp)"),
         ("block0", "relu [batch, w] R(tp) -> [batch, w] R(tp)"),
         ("block0", "linear_1 [batch, w] R(tp), [hidden, w] R(tp), [hidden] R(tp) -> [batch, hidden] R(tp)"),
         ("kept", "block0 x p_up_weight p_up_bias p_down_weight p_down_bias"),
-        ("together", "block0 -"),
+        ("together", "unshard0 -"),
     ],
 )
 def test_a_plan_of_one_line_decides_one_thing(section: str, line: str) -> None:
@@ -104,7 +106,7 @@ def test_what_a_plan_does_not_keep_is_computed_again() -> None:
         folded_mlp(),
         folded_mlp(plan=f"plan dp=2,tp=2\n{FORMALS}"),
     )
-    assert again.plan.kept == {"block0": ("x", "p_up_weight", "p_up_bias", "p_down_weight", "p_down_bias")}
+    assert again.plan.kept["block0"] == ("x", "p_up_weight", "p_up_bias", "p_down_weight", "p_down_bias")
     block = again.stages["split"].program.backward.block0
     assert sum(bool(n.meta.get("again")) for n in block.graph.nodes) > 5
     for name, gradient in gradients(again).items():
@@ -118,9 +120,9 @@ def test_a_reduced_proof_has_the_choices_of_the_plan() -> None:
         for n in planned("llama").stages["differentiate"].program.blocks["block1"].graph.find_nodes(op="placeholder")
         if "result" not in n.meta
     )
-    folded = foldcc.parallelize(model, MESH, example_inputs=BATCH, plan=f"{HEAD}{kept}\ntogether\n  block1 -")
+    folded = foldcc.parallelize(model, MESH, example_inputs=BATCH, plan=f"{HEAD}{kept}\ntogether\n  unshard1 -")
     proof = foldcc.verify(folded, reduced=True)
-    assert proof.ok and folded.plan.together["block1"] == ()
+    assert proof.ok and folded.plan.together["unshard1"] == ()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,10 @@ def test_text_that_is_no_plan_is_refused_with_its_line(text: str, said: str) -> 
         ("plan dp=2,tp=2\nblock0\n  relu [b, w@tp] -> [b, w@tp], [b, w@tp]", "relu is not what the program has"),
         ("plan dp=2,tp=2\nkept\n  block0 y", "block0 cannot be computed of what the plan says is kept: y"),
         ("plan dp=2,tp=2\nkept\n  block0 x", "block0 cannot be computed of what the plan says is kept: x"),
-        ("plan dp=2,tp=2\ntogether\n  block0 x y", "x y of block0 travel together, which are not alike"),
+        ("plan dp=2,tp=2\ntogether\n  unshard0 x y", "x y of unshard0 travel together, which are not alike"),
+        ("plan dp=2,tp=2\nstored\n  up.weight [w@tp, hidden@tp]", "up.weight cannot be stored so on tp=2"),
+        ("plan dp=2,tp=2\nstored\n  up.weight [w, hidden] P(dp)", "up.weight cannot be stored so on dp=2"),
+        ("plan dp=2,tp=2\nstored\n  up.wait [w, hidden@dp]", "says something of up.wait"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(text: str, said: str) -> None:

@@ -5,6 +5,8 @@
 
     parameters
       lm_head.weight    [vocab@tp, hidden] I(dp)
+    stored
+      lm_head.weight    [vocab@tp, hidden@dp]
     values
       getitem           [batch@dp, seq@tp, hidden]
     block1
@@ -21,7 +23,7 @@ for all of it, and a plan of two lines decides two things.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,9 +34,9 @@ from foldcc.layout import Layout, split_outside
 from foldcc.mesh import FoldedMesh
 
 Names = tuple[str, ...]
-_HEAD = re.compile(r"plan(?: (?P<model>\S+) ·)? (?P<mesh>\S+)")
+_HEAD = re.compile(r"plan(?: (?P<model>\S+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>[0-3]))?")
 _ABSENT = "-"
-_PARTS = ("parameters", "values", "blocks", "kept", "together")
+_PARTS = ("parameters", "stored", "values", "blocks", "kept", "together")
 
 
 class UnfitPlan(FoldError):
@@ -65,7 +67,10 @@ class Plan:
     Attributes:
         mesh: as text; empty for a plan of any.
         model: the name of its class; empty for a plan of any.
-        parameters: the layout of each parameter, by its first name.
+        zero: how far parameters that data parallelism replicates are divided instead: 0 not at all, 1 and 2 where they are
+            stored, so that their gradients and the optimizer's state are divided too, 3 also between forward and backward.
+        parameters: the layout in which each parameter is used, by its first name.
+        stored: the layout in which a rank holds it, where that is another one.
         values: the layout of what else enters the main graph or passes between blocks, by its name in the main graph.
         blocks: by block and node, how an operator runs.
         kept: by block, the values that its backward pass reads of the forward pass.
@@ -74,7 +79,9 @@ class Plan:
 
     mesh: str = ""
     model: str = ""
+    zero: int = 0
     parameters: Mapping[str, Layout] = field(default_factory=dict)
+    stored: Mapping[str, Layout] = field(default_factory=dict)
     values: Mapping[str, Layout] = field(default_factory=dict)
     blocks: Mapping[str, Mapping[str, OpLayouts]] = field(default_factory=dict)
     kept: Mapping[str, Names] = field(default_factory=dict)
@@ -82,11 +89,13 @@ class Plan:
 
     def __str__(self) -> str:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
-        lines = [f"plan {self.model} · {self.mesh}" if self.model else f"plan {self.mesh}"]
+        lines = [" · ".join([f"plan {self.model}", self.mesh] if self.model else [f"plan {self.mesh}"])]
+        lines[0] += f" · zero={self.zero}" if self.zero else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
         together = {block: ", ".join(" ".join(names) for names in groups) or _ABSENT for block, groups in self.together.items()}
-        sections = {"parameters": self.parameters, "values": self.values, **self.blocks, "kept": kept, "together": together}
+        held = {"parameters": self.parameters, "stored": self.stored, "values": self.values}
+        sections = {**held, **self.blocks, "kept": kept, "together": together}
         for head, entries in sections.items():
             if entries:
                 width = max(map(len, entries))
@@ -94,8 +103,7 @@ class Plan:
         return "\n".join(lines)
 
     def _layouts(self) -> Iterator[Layout]:
-        yield from self.parameters.values()
-        yield from self.values.values()
+        yield from (*self.parameters.values(), *self.stored.values(), *self.values.values())
         for block in self.blocks.values():
             for op in block.values():
                 yield from (x for x in (*op.operands, *op.results) if x is not None)
@@ -110,7 +118,10 @@ class Plan:
         lines = list(enumerate(text.strip().splitlines(), start=1))
         head = _HEAD.fullmatch(lines[0][1].strip()) if lines else None
         if head is None:
-            raise FoldError("A plan begins with its mesh.", valid="plan <name of the model> · <mesh>, or plan <mesh>")
+            raise FoldError(
+                "A plan begins with its mesh.",
+                valid="plan <name of the model> · <mesh>, or plan <mesh>, and · zero=1 behind it",
+            )
         mesh = FoldedMesh.parse(head["mesh"])
         reader = _Reader(mesh)
         for number, line in lines[1:]:
@@ -118,11 +129,19 @@ class Plan:
                 reader.read(line)
             except ValueError as error:
                 raise FoldError(f"Line {number} of a plan is not understood: {error}", line=line.strip()) from None
-        return cls(mesh=str(mesh), model=head["model"] or "", **reader.found)
+        return cls(mesh=str(mesh), model=head["model"] or "", zero=int(head["zero"] or 0), **reader.found)
 
     def only_parameters(self) -> Plan:
-        """The layouts of parameters alone, which all programs of a model share."""
-        return Plan(mesh=self.mesh, model=self.model, parameters=self.parameters)
+        """What is said of parameters alone, which all programs of a model share."""
+        return Plan(mesh=self.mesh, model=self.model, zero=self.zero, parameters=self.parameters, stored=self.stored)
+
+    def with_parameters(self, other: Plan, names: Collection[str] | None = None) -> Plan:
+        """This plan, with what another one says of parameters, or of those of these names."""
+        both = ((self.parameters, other.parameters), (self.stored, other.stored))
+        parameters, stored = (
+            {**mine, **{n: x for n, x in theirs.items() if names is None or n in names}} for mine, theirs in both
+        )
+        return replace(self, parameters=parameters, stored=stored)
 
     def check_for(self, model: str, mesh: str) -> None:
         """That the plan is for this model on this mesh.
@@ -189,7 +208,7 @@ class _Reader:
                 self.sizes = {sympy.Symbol(name, integer=True, positive=True): int(n) for name, _, n in pairs}
             return
         name, _, entry = line.strip().partition(" ")
-        if self.section in ("parameters", "values"):
+        if self.section in ("parameters", "stored", "values"):
             self.found.setdefault(self.section, {})[name] = self._layout(entry)
         elif self.section == "kept":
             self.found.setdefault("kept", {})[name] = _names(entry)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.fx import GraphModule
 
 from foldcc.errors import FoldError, listed
+from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
@@ -23,25 +24,35 @@ from foldcc.tree import unsaved_buffers
 
 @dataclass
 class Places:
-    """The layout of each parameter, by its first name, and the placements that it has on a real mesh."""
+    """The layout of each parameter, by its first name, and the placements that it has on a real mesh.
+
+    Attributes:
+        plan: what programs have decided of parameters.
+    """
 
     mesh: FoldedMesh
     layouts: dict[str, Layout] = field(default_factory=dict)
     placements: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
+    plan: Plan = Plan()
 
     def __deepcopy__(self, memo: object) -> Places:
-        return Places(self.mesh, dict(self.layouts), dict(self.placements))
+        return Places(self.mesh, dict(self.layouts), dict(self.placements), self.plan)
 
     def take(self, tree: nn.Module, program: Program) -> None:
         """Puts each parameter into its layout, the first time that it has one."""
         for slot, node in zip(program.slots, program.placeholders, strict=True):
             name, layout = slot.names[0], node.meta["layout"]
-            if slot.kind != "parameter" or name in self.layouts:
+            if slot.kind != "parameter":
+                continue
+            there = tuple(placements(layout, self.mesh))
+            if self.placements.setdefault(name, there) != there:
+                raise FoldError(f"Parameter {name} is held as {self.layouts[name]}, and another program holds it as {layout}.")
+            if name in self.layouts:
                 continue
             self.layouts[name] = layout
-            self.placements[name] = tuple(placements(layout, self.mesh))
             if not self.mesh.is_virtual:
                 self._distribute(tree.get_parameter(name), layout, self.placements[name])
+        self.plan = self.plan.with_parameters(program.plan)
         if not self.mesh.is_virtual:
             create_groups(self.mesh, _axes_used(program))
 

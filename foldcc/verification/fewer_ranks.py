@@ -53,7 +53,8 @@ def on_mesh(program: Program, mesh: FoldedMesh) -> Program:
         if node.target is reshard:
             wanted: Any = node.args[1]
             node.args = (node.args[0], _over(wanted, mesh))
-    return program
+    stored = {name: _over(layout, mesh) for name, layout in program.plan.stored.items()}
+    return replace(program, plan=replace(program.plan, stored=stored))
 
 
 def _over(layout: Layout, mesh: FoldedMesh) -> Layout:

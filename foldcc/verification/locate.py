@@ -23,7 +23,8 @@ from foldcc.verification.proof import Difference
 
 def locate_forward(stages: Stages, folded: Folded, difference: Difference) -> Difference:
     """Adds the place to a difference of outputs."""
-    calls = list(zip(stages["outline"].program.calls, folded.program.calls, strict=True))
+    outlined = stages["outline"].program
+    calls = list(zip(outlined.calls, _of_blocks(folded.program.calls, outlined), strict=True))
     entering: dict[fx.Node, list[Ranked]] = {}
     seen: dict[fx.Node, Ranked] = {}
 
@@ -85,21 +86,24 @@ def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> D
     assert backward is not None and program.wanted is not None
     contributions: dict[fx.Node, Ranked] = {}
     folded.gradients(contributions.__setitem__)
-    calls = [n for n in backward.graph.nodes if n.op == "call_module"]
-    outlined = list(reversed(stages["outline"].program.calls))
+    outlined = stages["outline"].program
+    calls = [n for n in backward.graph.nodes if n.op == "call_module" and not str(n.target).endswith("_again")]
     forward = list(reversed(program.calls))
-    pairs = _matched(calls, list(zip(outlined, forward, strict=True)))
+    captured = dict(zip(_of_blocks(forward, outlined), reversed(outlined.calls), strict=True))
     slots = {n.name: s for n, s in zip(program.placeholders, program.slots, strict=True)}
-    for call, (captured, ahead) in pairs:
+    for call, ahead in _matched(calls, forward):
         results = {u.args[1]: u for u in call.users}
         block = getattr(backward, str(call.target))
         (output,) = block.graph.find_nodes(op="output")
-        names = [_name(stages, a) for a in captured.args]
+        actuals = [_unsharded(a) for a in ahead.args]
+        names = [_name(stages, a) for a in captured[ahead].args] if ahead in captured else [a.name for a in actuals]
         wanted = reference.gradients([n for n in dict.fromkeys(names) if n is not None], program.wanted)
         # Parameters first, for they have names, and those that are used last, whose gradients are made first.
-        for i in sorted(range(len(names)), key=lambda i: (ahead.args[i].op != "placeholder", -i)):
-            name, actual = names[i], ahead.args[i]
-            if i not in results or name not in wanted or _uses(program, actual) > 1 or _read_inside(stages, captured.args[i]):
+        for i in sorted(range(len(names)), key=lambda i: (actuals[i].op != "placeholder", -i)):
+            name, actual = names[i], actuals[i]
+            if i not in results or name not in wanted or max(_uses(program, x) for x in (actual, ahead.args[i])) > 1:
+                continue
+            if ahead in captured and _read_inside(stages, captured[ahead].args[i]):
                 continue
             layout = _layout(program, ahead, i).transposed
             values = contributions[results[i]]
@@ -115,13 +119,27 @@ def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> D
     return difference
 
 
-def _matched(calls: Sequence[fx.Node], forward: Sequence[tuple[fx.Node, fx.Node]]) -> list[tuple[fx.Node, Any]]:
+def _of_blocks(calls: Sequence[fx.Node], captured: Program) -> list[fx.Node]:
+    """Those calls whose blocks are captured ones, and not steps of parameters alone."""
+    return [c for c in calls if str(c.target) in captured.blocks]
+
+
+def _unsharded(value: Any) -> Any:
+    """The parameter that an argument of a block is made of, where it is made in the main graph; else the argument."""
+    if value.op == "placeholder" or value.args[0].op != "call_module":
+        return value
+    call, position = value.args
+    source = call.args[position] if str(call.target).startswith("unshard") else value
+    return source
+
+
+def _matched(calls: Sequence[fx.Node], forward: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """Each call of the backward pass with the call of the forward pass that it belongs to."""
     found, left = [], iter(forward)
     for call in calls:
-        for captured, ahead in left:
+        for ahead in left:
             if str(call.target) == str(ahead.target) or str(call.target).startswith(f"{ahead.target}_"):
-                found.append((call, (captured, ahead)))
+                found.append((call, ahead))
                 break
     return found
 

@@ -49,14 +49,14 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
     Raises:
         FoldError: an operator's sizes cannot be told from its operands' factors.
     """
+    made = stages[-1].program.plan  # what depends on sizes is chosen as in the actual program
     sharded: Program = stages["shard"].program
+    sharded = replace(sharded, plan=replace(sharded.plan, stored=made.stored, kept=made.kept, together=made.together))
     degrees = _degrees(sharded)
     alone = {f for f, n in sharded.sizes.items() if n == degrees.get(f, 1)}
     sharded = sharded if mesh is None else on_mesh(sharded, mesh)
     captured, sizes = _smallest(_shortened(stages["annotate"].program), sharded, alone)
-    made = stages[-1].program.plan  # what depends on sizes is chosen as in the actual program
-    plan = replace(sharded.plan, kept=made.kept, together=made.together)
-    start = replace(_resized(_shortened(sharded), sizes), plan=plan)
+    start = _resized(_shortened(sharded), sizes)
     later = run_passes(start, stages.lowered.passes(after="shard"))
     names = ("capture", "outline", "annotate")
     return Stages([*(Stage(n, 0.0, 0, 0, captured) for n in names), Stage("shard", 0.0, 0, 0, start), *list(later)[1:]])
@@ -146,8 +146,7 @@ def _degrees(program: Program) -> Counter[Symbol]:
     """Over how many ranks each factor is divided, anywhere."""
     found: Counter[Symbol] = Counter()
     nodes = [*program.placeholders, *(n for _, n in program.nodes())]
-    for node in nodes:
-        layout = node.meta.get("layout")
+    for layout in [*(n.meta.get("layout") for n in nodes), *program.plan.stored.values()]:
         if isinstance(layout, Layout):
             whole, local = _by_factor(layout, False), _by_factor(layout, True)
             for f, n in whole.items():
@@ -332,6 +331,8 @@ class _Resizer:
         elif name in ("aten.slice", "aten.slice_scatter"):
             first = 3 if name == "aten.slice_scatter" else 2
             args[first : first + 2] = [self._scaled(node, a) for a in args[first : first + 2]]
+        elif name in ("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm"):
+            args[1] = list(node.all_input_nodes[0].meta["val"].shape[-len(args[1]) :])
         elif node.target is ops.attention and args[-1]:
             args[-1] = self._window(node, args[-1])
         elif name in ("aten.split", "aten.split_with_sizes"):

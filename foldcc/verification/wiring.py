@@ -3,12 +3,13 @@
 A block stands for a function of which nothing is known: its results are hashes of its name and its arguments, and the
 derivative of a result by an argument is a hash as well. What the backward main graph returns must be what the chain rule
 makes of the captured main graph: a call that is left out, a value that is passed on wrongly, and a gradient that is
-counted twice or not at all show as different numbers. Every value is one number, so depth costs next to nothing.
+counted twice or not at all show as different numbers. Every value is one number, so depth costs next to nothing. A block that
+the captured graph does not call, such as one that unshards parameters, stands for the identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -27,14 +28,14 @@ def wired_alike(stages: Stages, stage: str) -> bool:
     """Whether the main graphs of a differentiated stage are those that differentiating the captured one gives."""
     captured, local, program = (stages[name].program for name in ("annotate", "localize", stage))
     slots = {node.name: _hash("slot", node.name) for node in captured.placeholders}
-    values = _run(captured.graph, slots)
-    outputs, saved = _run(program.graph, slots)[program.output]
+    values = _run(captured.graph, slots, captured.blocks)
+    outputs, saved = _run(program.graph, slots, captured.blocks)[program.output]
     if _flat(outputs) != _flat(values[captured.output]):
         return False
     if program.backward is None:
         return True
     tangents = [_hash("tangent", i) for i, _ in enumerate(program.objectives)]
-    found = _backward(program.backward, local, [*saved, *tangents])
+    found = _backward(program.backward, local, [*saved, *tangents], captured.blocks)
     wanted = _chain_rule(captured, local, values, tangents)
     return all((g or 0) == wanted.get(n, 0) for g, n in zip(found, captured.placeholders, strict=True))
 
@@ -47,14 +48,14 @@ def _flat(x: Any) -> list[Any]:
     return [leaf for item in x for leaf in _flat(item)] if isinstance(x, (tuple, list)) else [x]
 
 
-def _run(main: fx.GraphModule, slots: Mapping[str, int]) -> Values:
+def _run(main: fx.GraphModule, slots: Mapping[str, int], known: Collection[str]) -> Values:
     """The value of each node of a main graph, forward; what a call saves says which call it was."""
     values: Values = {}
     for node in main.graph.nodes:
         if node.op == "placeholder":
             values[node] = slots[node.name]
         elif node.op == "call_module":
-            values[node] = _call(main.get_submodule(str(node.target)), str(node.target), [values[a] for a in node.args])
+            values[node] = _call(main.get_submodule(str(node.target)), str(node.target), [values[a] for a in node.args], known)
         elif node.op == "call_function":
             values[node] = node.target(*fx.map_arg(node.args, values.__getitem__))
         else:
@@ -62,13 +63,13 @@ def _run(main: fx.GraphModule, slots: Mapping[str, int]) -> Values:
     return values
 
 
-def _call(block: Any, name: str, arguments: list[int]) -> Any:
+def _call(block: Any, name: str, arguments: list[int], known: Collection[str]) -> Any:
     (output,) = block.graph.find_nodes(op="output")
-    returned = output.args[0]
+    returned, saved = output.args[0], None
     if len(returned) == 2 and isinstance(returned[0], (tuple, list)):  # a differentiated block: results, and what it saves
-        results, saved = returned
-        return [_hash(name, arguments, i) for i in range(len(results))], [(name, arguments, i) for i in range(len(saved))]
-    return [_hash(name, arguments, i) for i in range(len(returned))]
+        returned, saved = returned
+    results = arguments if name not in known else [_hash(name, arguments, i) for i in range(len(returned))]
+    return results if saved is None else (results, [(name, arguments, i) for i in range(len(saved))])
 
 
 def _derivative(local: Program, call: tuple[str, list[int]], gradients: Mapping[int, int], position: int) -> int:
@@ -84,7 +85,7 @@ def _interface(local: Program, name: str) -> tuple[list[int], list[int]]:
     return [i for i, n in enumerate(output.args[0]) if n.meta["grad"]], [i for i, n in enumerate(arguments) if n.meta["grad"]]
 
 
-def _backward(main: fx.GraphModule, local: Program, given: list[Any]) -> list[Any]:
+def _backward(main: fx.GraphModule, local: Program, given: list[Any], known: Collection[str]) -> list[Any]:
     """What a backward main graph returns. A call must be given all that one call saved, in order."""
     values: Values = {}
     entering = iter(given)
@@ -92,7 +93,7 @@ def _backward(main: fx.GraphModule, local: Program, given: list[Any]) -> list[An
         if node.op == "placeholder":
             values[node] = next(entering)
         elif node.op == "call_module":
-            values[node] = _transposed(local, str(node.target), [values[a] for a in node.args])
+            values[node] = _transposed(local, str(node.target), [values[a] for a in node.args], known)
         elif node.target is aten.add.Tensor:
             values[node] = sum(values[a] for a in node.args) % MERSENNE
         elif node.op == "call_function":
@@ -101,16 +102,26 @@ def _backward(main: fx.GraphModule, local: Program, given: list[Any]) -> list[An
     return list(fx.map_arg(output.args[0], values.__getitem__))
 
 
-def _transposed(local: Program, target: str, arguments: list[Any]) -> list[Any]:
+def _transposed(local: Program, target: str, arguments: list[Any], known: Collection[str]) -> list[Any]:
     name, *missing = target.split("_")
-    saved = [a for a in arguments if isinstance(a, tuple)]
+    saved = [a for a in arguments if isinstance(a, tuple) and a[0] != "anew"]
+    anew = [a[1] for a in arguments if isinstance(a, tuple) and a[0] == "anew"]
     tangents = iter(a for a in arguments if not isinstance(a, tuple))
     results, positions = _interface(local, name)
-    there = {i: next(tangents) for k, i in enumerate(results) if str(k) not in missing}
+    there = {i: next(tangents, 0) for k, i in enumerate(results) if str(k) not in missing}
+    if name not in known:
+        return [("anew", x) for x in saved[0][1]] if "again" in missing else [there.get(i) for i in range(len(results))]
     in_order = bool(saved) and [s[2] for s in saved] == list(range(len(saved))) and all(s[:2] == saved[0][:2] for s in saved)
-    call = saved[0][:2] if in_order and saved[0][0] == name else ("", [])
+    right = in_order and saved[0][0] == name and _in_order(anew, saved[0][1])
+    call = saved[0][:2] if right else ("", [])
     count = len(list(local.blocks[name].graph.find_nodes(op="placeholder")))
     return [_derivative(local, call, there, i) if i in positions else None for i in range(count)]
+
+
+def _in_order(some: list[Any], every: list[Any]) -> bool:
+    """Whether some values stand among others in this order."""
+    left = iter(every)
+    return all(x in left for x in some)
 
 
 def _chain_rule(captured: Program, local: Program, values: Values, tangents: list[int]) -> Values:

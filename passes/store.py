@@ -1,0 +1,205 @@
+"""Store: parameters are unsharded into what a block uses in a block of their own, whose transpose reduces their gradients.
+
+    y = block1(x, w)        w [h, i@tp] I(dp)        becomes        v = unshard1(w)        v [h, i@tp] R(dp)
+                                                                    y = block1(x, v)
+
+Backward, `unshard1` is the reduction: it is given terms of a sum over dp, as its results are R, and leaves the sum. So what a
+rank keeps of a parameter is said in one place; when it is unsharded, and when its gradient is reduced, is when a block runs:
+right before the block that uses it, and right behind its backward pass. A parameter that several calls use is unsharded for
+the first of them, and its gradient is reduced once.
+
+With ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), or where the plan says how a parameter is stored, it is kept divided over
+the axis that replicates it otherwise: `w [h@dp, i@tp]`. `unshard1` is then an all-gather, and its transpose a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from foldcc.ir.pipeline import Pass
+from foldcc.ir.plan import UnfitPlan
+from foldcc.ir.program import Program
+from foldcc.layout import INVARIANT, Layout, Shard
+from foldcc.ops.layout import reshard
+from foldcc.plan.strategies import runs
+
+DATA = {"attention": "dp", "moe": "edp"}  # the axis that replicates parameters, by view
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a parameter comes to a block.
+
+    Attributes:
+        parameter: a placeholder of the main graph.
+        stored, used: its layouts there and in the block.
+        like: what in the block it is instead of: the reshard that all of the block reads it by, or the argument itself.
+    """
+
+    parameter: fx.Node
+    stored: Layout
+    used: Layout
+    like: fx.Node
+
+    @property
+    def kind(self) -> tuple[Layout, Layout, fx.Node]:
+        """What is the same for all calls of a block that are given other parameters."""
+        return self.stored, self.used, self.like
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(Pass):
+    requires = frozenset({"dispatched"})
+    provides = frozenset({"stored"})
+
+    def run(self, program: Program) -> Program:
+        stored = _stored(program)
+        steps = {call: _steps(program, call, stored) for call in program.calls}
+        unshard = _Unshard(program.graph, Counter((s.parameter, s.used) for found in steps.values() for s in found.values()))
+        for call, found in steps.items():
+            unshard.before(call, list(found.values()))
+            args = {i: unshard.made[s.parameter, s.used] for i, s in found.items()}
+            call.args = tuple(args.get(i, a) for i, a in enumerate(call.args))
+        for like in dict.fromkeys(s.like for found in steps.values() for s in found.values()):
+            _use(like)
+        for node, layout in stored.items():
+            node.meta["layout"] = layout
+        names = {program.slot(n.name).names[0]: layout for n, layout in stored.items()}
+        kept = {name: layout for name, layout in names.items() if layout != program.plan.parameters[name]}
+        return replace(program, plan=replace(program.plan, stored=kept))
+
+
+def _stored(program: Program) -> dict[fx.Node, Layout]:
+    """The layout in which a rank holds each parameter: as the plan says, else divided with ZeRO, else as it is used."""
+    found = {}
+    for node in program.placeholders:
+        slot, used = program.slot(node.name), node.meta["layout"]
+        if slot.kind == "parameter":
+            said = program.plan.stored.get(slot.names[0])
+            if said is not None:
+                _check(slot.names[0], said, used)
+            states = said.states if said is not None else _divided(used) if program.plan.zero else {}
+            found[node] = replace(used, states={**used.states, **states})
+    return found
+
+
+def _divided(used: Layout) -> dict[str, Any]:
+    """The first part of a parameter that its data axis divides, of dimensions that no other axis does if it can be."""
+    axis = DATA[used.view]
+    taken = {s.dim for s in used.states.values() if isinstance(s, Shard)}
+    there = sorted(_possible(used, axis), key=lambda s: s.dim in taken)
+    return {axis: there[0]} if there else {}
+
+
+def _possible(used: Layout, axis: str) -> list[Shard]:
+    """The parts of a parameter that an axis divides, which holds it whole otherwise, and that no other axis divides."""
+    if used.states.get(axis) != INVARIANT:
+        return []
+    sizes: list[Any] = [used._local(dim) for dim in range(len(used.dims))]
+    found = [Shard(dim, start, stop) for dim, each in enumerate(sizes) for start, stop in runs(each, used.ranks[axis])]
+    others = [s for s in used.states.values() if isinstance(s, Shard)]
+    return [s for s in found if not any(s.dim == o.dim and s.start < o.stop and o.start < s.stop for o in others)]
+
+
+def _check(name: str, said: Layout, used: Layout) -> None:
+    """That a parameter can be stored as the plan says: as it is used, and divided over axes that replicate it there."""
+    for axis, state in said.states.items():
+        possible = _possible(used, axis)
+        if state != used.states.get(axis) and state not in possible:
+            raise UnfitPlan(
+                f"The plan's {name} cannot be stored so on {axis}={used.ranks.get(axis, 1)}.",
+                plan=said,
+                used=used,
+                valid="\n".join(str(used.with_state(axis, s)) for s in possible) or used,
+            )
+
+
+def _steps(program: Program, call: fx.Node, stored: dict[fx.Node, Layout]) -> dict[int, Step]:
+    """By the position of an argument of a call, how a parameter comes to it, where it is not used as it is stored."""
+    found = {}
+    block = program.blocks[str(call.target)]
+    for i, (actual, formal) in enumerate(zip(call.args, block.graph.find_nodes(op="placeholder"), strict=True)):
+        if actual in stored:
+            like = _like(program, str(call.target), i, formal)
+            used: Any = formal.meta["layout"] if like is formal else like.args[1]
+            if stored[actual] != used:
+                found[i] = Step(actual, stored[actual], used, like)
+    return found
+
+
+def _like(program: Program, block: str, position: int, formal: fx.Node) -> fx.Node:
+    """The one reshard by which a block reads an argument that is a parameter in each call, else the argument."""
+    readers = list(formal.users)
+    given: list[Any] = [call.args[position] for call in program.calls if call.target == block]
+    parameters = all(x.op == "placeholder" and program.slot(x.name).kind == "parameter" for x in given)
+    once = parameters and formal.meta["grad"] and len(readers) == 1 and readers[0].target is reshard
+    return readers[0] if once else formal
+
+
+def _use(like: fx.Node) -> None:
+    """The argument of a block comes in the layout that its reshard would bring it to."""
+    if like.op != "placeholder":
+        formal: Any = like.args[0]
+        formal.meta["layout"] = like.args[1]
+        like.replace_all_uses_with(formal)
+        like.graph.erase_node(like)
+
+
+class _Unshard:
+    """Inserts calls of blocks that bring parameters to the layouts in which they are used.
+
+    Attributes:
+        readers: by parameter and layout, how many calls use it so.
+        made: by parameter and layout, the value in the main graph.
+        names: by the kinds of some steps, the block that makes them.
+    """
+
+    def __init__(self, main: fx.GraphModule, readers: Counter[tuple[fx.Node, Layout]]):
+        self.main, self.readers = main, readers
+        self.made: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self.names: dict[tuple[Any, ...], str] = {}
+
+    def before(self, call: fx.Node, steps: list[Step]) -> None:
+        """Makes steps in front of a call, those that later calls use too by a block of their own."""
+        for several in (False, True):
+            new = {(s.parameter, s.used): s for s in steps if (s.parameter, s.used) not in self.made}
+            some = [s for s in new.values() if (self.readers[s.parameter, s.used] > 1) == several]
+            if some:
+                self._call(call, some)
+
+    def _call(self, before: fx.Node, steps: list[Step]) -> None:
+        name = self.names.setdefault(tuple(s.kind for s in steps), f"unshard{len(self.names)}")
+        if not hasattr(self.main, name):
+            setattr(self.main, name, _LazyGraphModule(torch.nn.Module(), _graph(steps)))
+        with self.main.graph.inserting_before(before):
+            call = self.main.graph.call_module(name, tuple(s.parameter for s in steps))
+            call.meta["val"] = tuple(s.like.meta["val"] for s in steps)
+            for k, s in enumerate(steps):
+                item = self.main.graph.call_function(operator.getitem, (call, k))
+                item.meta = {key: s.like.meta[key] for key in ("val", "dims", "grad")} | {"layout": s.used}
+                self.made[s.parameter, s.used] = item
+
+
+def _graph(steps: list[Step]) -> fx.Graph:
+    """The steps alone, each of an argument."""
+    graph = fx.Graph()
+    formals = []
+    for s in steps:
+        source: Any = s.like if s.like.op == "placeholder" else s.like.args[0]
+        formals.append(graph.placeholder(source.name))
+        formals[-1].meta = {**source.meta, "layout": s.stored}
+    left = []
+    for s, formal in zip(steps, formals, strict=True):
+        left.append(graph.call_function(reshard, (formal, s.used)))
+        reader = s.like if s.like.op != "placeholder" else next(iter(s.like.users), s.like)
+        provenance = {k: x for k, x in reader.meta.items() if k in ("nn_module_stack", "stack_trace", "source")}
+        left[-1].meta = {**{k: s.like.meta[k] for k in ("val", "dims", "grad")}, **provenance, "layout": s.used}
+    graph.output(tuple(left))
+    return graph

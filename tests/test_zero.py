@@ -1,0 +1,199 @@
+"""ZeRO: parameters that ranks hold divided train as whole ones do, and nobody keeps them whole between two passes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+import foldcc
+from foldcc import FoldError
+from foldcc.testing import in_float64, run_distributed
+from foldcc.testing.equivalence import relative_error
+from tests.models import FAMILIES, tiny_model, token_batch
+
+MESHES = ["dp=2,tp=2|ep=4", "dp=4|ep=2", "dp=3,tp=2|ep=2"]
+
+
+class Mlp(nn.Module):
+    """Sizes that two ranks divide, and a bias of 7 that they do not."""
+
+    def __init__(self, out: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))).square().mean()
+
+
+X = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    result = model(*args, **kwargs)
+    (result if isinstance(result, Tensor) else result.loss).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(family: str, mesh: str, zero: int, **options: Any) -> foldcc.FoldedModule:
+    aux = {"aux_loss": True} if family in ("mixtral", "gpt_oss") else {}
+    batch = token_batch(6 if "dp=3" in mesh else 4)
+    plain = tiny_model(family, **aux, **options).double()
+    with in_float64():
+        model = foldcc.parallelize(copy.deepcopy(plain), mesh, example_inputs=batch, zero=zero, verify=True)
+        assert model.proof.ok and not model.proof.impossible
+        if hasattr(plain.config, "_experts_implementation"):
+            plain.config._experts_implementation = "eager"
+        wanted = gradients(plain, **batch)
+        for _ in range(2):
+            for name, gradient in gradients(model, **batch).items():
+                assert relative_error(gradient, wanted[name]) < 1e-10, name
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "zero"), [("mixtral", MESHES[0], 3), ("deepseek_v3", MESHES[1], 2), ("llama", MESHES[2], 3)]
+)
+def test_gradients_are_those_of_one_process(family: str, mesh: str, zero: int) -> None:
+    compare(family, mesh, zero)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_every_family_are_those_of_one_process(family: str, mesh: str, zero: int) -> None:
+    compare(family, mesh, zero)
+
+
+def test_a_rank_holds_its_part_and_what_no_size_divides_whole() -> None:
+    model = foldcc.parallelize(Mlp(), "dp=4", example_inputs=(X,), zero=2)
+    told = {name: str(layout) for name, layout in model.plan.stored.items()}
+    assert set(told) == {"up.weight", "up.bias", "down.weight"} and all("@dp" in text for text in told.values())
+    assert model.summary().parameters_per_rank == (8 * 32 + 32 + 32 * 7) // 4 + 7
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_what_is_kept_between_the_passes(zero: int) -> None:
+    model = foldcc.parallelize(Mlp(), "dp=4", example_inputs=(X,), zero=zero)
+    whole = {tuple(p.shape) for p in model.parameters() if p.dim() == 2} | {
+        tuple(p.t().shape) for p in model.parameters() if p.dim() == 2
+    }
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        model(X)
+    assert any(shape in whole for shape in saved) == (zero == 2)
+    times = {n: sum(c.calls for c in model.collectives() if c.operator == n) for n in ("all_gather", "reduce_scatter")}
+    assert times["reduce_scatter"] > 0 and times["all_gather"] > 0
+
+
+def test_what_is_sent_over_dp() -> None:
+    sent: dict[int, Counter[tuple[str, str]]] = {}
+    for zero in (0, 2, 3):
+        model = foldcc.parallelize(Mlp(8), "dp=4", example_inputs=(X,), zero=zero)
+        sent[zero] = Counter()
+        for c in model.collectives():
+            sent[zero][c.operator, c.direction] += c.bytes
+    share = 3 / 4 * 4 * (8 * 32 + 32 + 32 * 8 + 8)  # of what ranks do not hold themselves
+    loss = sent[0]["all_reduce", "forward"]
+    gathered, again, scattered = ("all_gather", "forward"), ("all_gather", "backward"), ("reduce_scatter", "backward")
+    assert sent[0] == {("all_reduce", "forward"): loss, ("all_reduce", "backward"): 2 * share}
+    assert sent[2] == {("all_reduce", "forward"): loss, gathered: share, scattered: share}
+    assert sent[3] == {**sent[2], again: share}
+
+
+def test_evaluation_autocast_frozen_weights_and_another_shape() -> None:
+    plain = Mlp()
+    plain.down.bias.requires_grad_(False)
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", zero=3)
+    with torch.no_grad():
+        assert torch.allclose(model(X), plain(X))
+    for x in (X, torch.cat([X, X])):
+        found, wanted = gradients(model, x), gradients(plain, x)
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = gradients(model, X), gradients(plain, X)
+    assert all(relative_error(found[n], wanted[n]) < 0.02 for n in wanted)
+    assert len(model.programs) == 4
+
+
+def test_bf16_and_kernels() -> None:
+    usual = foldcc.parallelize(tiny_model("mixtral", num_hidden_layers=1), MESHES[0], example_inputs=token_batch(4))
+    kernels = foldcc.parallelize(
+        tiny_model("mixtral", num_hidden_layers=1), MESHES[0], example_inputs=token_batch(4), zero=3, kernels="triton"
+    )
+    wanted, found = gradients(usual, **token_batch(4)), gradients(kernels, **token_batch(4))
+    assert all(relative_error(found[n], wanted[n]) < 1e-5 for n in wanted)
+    narrow = foldcc.parallelize(
+        tiny_model("mixtral", num_hidden_layers=1).bfloat16(), MESHES[0], example_inputs=token_batch(4), zero=3
+    )
+    whole = foldcc.parallelize(tiny_model("mixtral", num_hidden_layers=1).bfloat16(), MESHES[0], example_inputs=token_batch(4))
+    wanted, found = gradients(whole, **token_batch(4)), gradients(narrow, **token_batch(4))
+    assert all(relative_error(found[n].float(), wanted[n].float()) < 0.05 for n in wanted)
+
+
+def test_a_stage_that_there_is_not() -> None:
+    with pytest.raises(FoldError, match="zero=4 is no stage"):
+        foldcc.parallelize(Mlp(), "dp=2", example_inputs=(X,), zero=4)
+
+
+def trained(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, optimizer: Any = None) -> list[float]:
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        norm = foldcc.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses += [loss.item(), float(norm)]
+    return losses
+
+
+def on_processes(folder: str, wanted: list[float]) -> None:
+    mesh = foldcc.FoldedMesh.parse(MESHES[0], device_type="cpu")
+    own = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(4).items()}
+    with in_float64():
+        model = foldcc.parallelize(tiny_model("mixtral", aux_loss=True).double(), mesh, example_inputs=own, zero=3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        found = trained(model, own, 3, optimizer)
+        assert found == pytest.approx(wanted[:6], rel=1e-9)
+        held = sum(p.to_local().numel() for p in model.parameters())
+        moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
+        whole = sum(p.numel() for p in model.parameters())
+        assert held == moments == model.summary().parameters_per_rank < 0.3 * whole
+        state, moments = get_state_dict(model, optimizer)
+        checkpoint.save({"model": state, "optimizer": moments}, checkpoint_id=folder)
+        other = foldcc.parallelize(tiny_model("mixtral", aux_loss=True, seed=1).double(), mesh, example_inputs=own)
+        second = torch.optim.AdamW(other.parameters(), lr=1e-2)
+        state, moments = get_state_dict(other, second)
+        checkpoint.load({"model": state, "optimizer": moments}, checkpoint_id=folder)
+        set_state_dict(other, second, model_state_dict=state, optim_state_dict=moments)
+        for name, p in get_model_state_dict(model).items():
+            there = get_model_state_dict(other)[name]
+            assert torch.equal(p.full_tensor(), there.full_tensor() if isinstance(there, DTensor) else there), name
+        assert trained(other, own, 1, second) == pytest.approx(wanted[6:], rel=1e-9)
+
+
+def test_training_on_processes_and_a_checkpoint_that_another_storage_resumes() -> None:
+    with in_float64():
+        plain = tiny_model("mixtral", aux_loss=True).double()
+        plain.config._experts_implementation = "eager"
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+        wanted = trained(plain, token_batch(4), 4, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        run_distributed(on_processes, 4, folder, wanted)
+    assert math.isfinite(sum(wanted))
