@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foldcc import ops
 from foldcc.errors import FoldError, listed
 from foldcc.ir.node import argument
 from foldcc.ir.program import Program
+from foldcc.ops.captured import captured_record
 
 
 def sample_dims(
@@ -61,8 +61,8 @@ def refuse_attention_over_samples(program: Program) -> None:
         for f in n.meta["dims"][d]
     }
     for _, node in program.nodes():
-        if node.target is ops.attention:
-            sequence = argument(node, "q").meta["dims"][2]
+        if (known := captured_record(node.target)) is not None and (positions := known.positions) is not None:
+            sequence = argument(node, positions.queries).meta["dims"][positions.dim]
             if sequence and set(sequence) <= samples:
                 raise FoldError(
                     "The first dimension of the inputs, which is taken for samples, is the sequence of an attention.",

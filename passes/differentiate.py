@@ -20,12 +20,12 @@ from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.joint import read_sizes
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
+from foldcc.ops.captured import captured_records
 from foldcc.ops.groups import active
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Differentiate(Pass):
     in_pieces: bool = False
 
     def run(self, program: Program) -> Program:
-        instead = {ops.local_token_loss: ops.token_loss_in_pieces} if self.in_pieces else {}
+        instead = {r.local: r.in_pieces for r in captured_records() if r.in_pieces is not None} if self.in_pieces else {}
         with active(program.mesh):
             joints = {name: _named(block, _trace(block, instead)) for name, block in program.blocks.items()}
         graph, new = fx.Graph(), dict[fx.Node, fx.Node]()

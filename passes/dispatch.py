@@ -25,7 +25,7 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError, divides
-from foldcc.ir.node import argument
+from foldcc.ir.node import argument, operands
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, State
@@ -109,14 +109,15 @@ class _Dispatcher:
         folded.meta["dtype"] = x.meta["dtype"] if "dtype" in x.meta else x.meta["val"].dtype
         return folded
 
-    def _weight(self, name: str, **factors: str) -> fx.Node | None:
-        """An expert weight, each named factor divided over its axis."""
+    def _weight(self, name: str) -> fx.Node | None:
+        """An expert weight, each letter that the experts' record places divided over its axis."""
         w = argument(self.node, name)
         if w is None:
             return None
+        pattern = self.node.meta["rule"].operands[operands(self.node).index(w)]
         states: dict[str, State] = dict.fromkeys(self.ranks, INVARIANT)
-        for axis, letter in factors.items():
-            if axis in self.ranks:
+        for letter, axis in ops.experts_record.placed.items():
+            if axis in self.ranks and any(letter in dim for dim in pattern):
                 wanted = self.node.meta["letters"][letter]
                 states[axis] = self._place(w, wanted, axis, letter)
         layout = self.layout(w.meta["dims"], **states)
@@ -171,11 +172,7 @@ class _Dispatcher:
         ep, etp = self.mesh.size("ep"), self.mesh.size("etp")
         x, ids, weights = (argument(node, name) for name in ("x", "ids", "weights"))
         act, transposed = argument(node, "act"), argument(node, "transposed")
-        width = "expert_width"
-        w_up = self._weight("w_up", ep="experts", etp=width)
-        w_down = self._weight("w_down", ep="experts", etp=width)
-        b_up = self._weight("b_up", ep="experts", etp=width)
-        b_down = self._weight("b_down", ep="experts")
+        w_up, w_down, b_up, b_down = (self._weight(name) for name in ("w_up", "w_down", "b_up", "b_down"))
         assert w_up is not None and w_down is not None
         experts = node.meta["letters"]["experts"]
         expert_count = 1

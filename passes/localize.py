@@ -21,10 +21,12 @@ from foldcc import ops
 from foldcc.ir.node import argument, argument_or, name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
-from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
+from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, letter
 from foldcc.ops import record
+from foldcc.ops.captured import Captured, captured_record
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
+from foldcc.plan.strategies import divided
 
 aten = torch.ops.aten
 _SIZED = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size"}
@@ -70,6 +72,8 @@ def _localize(node: fx.Node) -> None:
         node.args = node.args[:1]
     elif node.target is reshard:
         _replace(node, lambda emit: _moved(emit, node))
+    elif (known := captured_record(node.target)) is not None:
+        _become(node, known)
     elif node.target in LOWERINGS:
         LOWERINGS[node.target](node)
     elif "rule" in node.meta and name_of(node.target) in _SIZED:
@@ -98,6 +102,17 @@ def _replace(node: fx.Node, build: Callable[[Callable[..., fx.Node]], fx.Node]) 
     new.meta["layout"] = node.meta["layout"]
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def _become(node: fx.Node, known: Captured) -> None:
+    """What stands in a captured node's place, on this rank, under its name."""
+    new = known.lowered(emitter(node), node, divided(node))
+    if new is None:
+        node.target = known.local
+        return
+    node.target, node.args, node.kwargs = new.target, new.args, new.kwargs
+    del node.meta["rule"]
+    node.graph.erase_node(new)
 
 
 # --- changes of layout -------------------------------------------------------------------------------------------------
@@ -177,122 +192,6 @@ def _mean(node: fx.Node) -> None:
     _replace(node, build)
 
 
-def _embedding(node: fx.Node) -> None:
-    """A rank looks up the rows that it has; the others' rows are zero."""
-    w, ids = node.args[:2]
-    padding = argument(node, "padding_idx")
-    rows = _axes_of(w.meta["layout"], 0)
-    if not rows:
-        return
-    axes, local = ",".join(rows), w.meta["layout"].shape[0]
-    like: Layout = ids.meta["layout"]
-
-    def build(emit: Callable[..., fx.Node]) -> fx.Node:
-        column = replace(like, dims=(*like.dims, ()))
-        mine = _own_ids(emit, node, ids, axes, local, like)
-        inside = _inside(emit, mine, local, like)
-        safe = emit(aten.mul.Tensor, (mine, inside), like)
-        looked = emit(aten.embedding.default, (w, safe), node.meta["layout"])
-        if padding >= 0:
-            # The row of the padding token is read, and gets no gradient.
-            told = emit(aten.unsqueeze.default, (emit(aten.ne.Scalar, (ids, padding), like), -1), column)
-            fixed = emit(aten.detach.default, (looked,), node.meta["layout"])
-            looked = emit(aten.where.self, (told, looked, fixed), node.meta["layout"])
-        mask = emit(aten.unsqueeze.default, (inside, -1), column)
-        return emit(aten.mul.Tensor, (looked, mask), node.meta["layout"])
-
-    _replace(node, build)
-
-
-def _own_ids(emit: Callable[..., fx.Node], node: fx.Node, ids: Any, axes: str, local: int, like: Layout) -> fx.Node:
-    """Ids counted from the first row that this rank has."""
-    device = node.meta["val"].device
-    scalar = _scalar(like, axes)
-    first = emit(aten.mul.Tensor, (emit(ops.axis_index, (axes, device), scalar), local), scalar)
-    return emit(aten.sub.Tensor, (ids, first), like)
-
-
-def _scalar(like: Layout, axes: str) -> Layout:
-    """One number for each rank of the axes."""
-    return replace(like, dims=(), states={a: VARYING if a in axes.split(",") else INVARIANT for a in like.states})
-
-
-def _inside(emit: Callable[..., fx.Node], ids: fx.Node, local: int, like: Layout) -> fx.Node:
-    above = emit(aten.ge.Scalar, (ids, 0), like)
-    return emit(aten.logical_and.default, (above, emit(aten.lt.Scalar, (ids, local), like)), like)
-
-
-def _token_loss(node: fx.Node) -> None:
-    """The loss over a divided vocabulary: the largest logit, the sum of exponentials and the target's logit are joined."""
-    logits, target, ignore = node.args
-    vocab = _axes_of(logits.meta["layout"], 1)
-    layout: Layout = node.meta["layout"]
-    partial = replace(layout, states={**layout.states, **dict.fromkeys(vocab, PARTIAL)})
-    if not vocab:
-        node.target = ops.local_token_loss
-        return
-    axes, local = ",".join(vocab), logits.meta["layout"].shape[1]
-
-    def build(emit: Callable[..., fx.Node]) -> fx.Node:
-        wide: Layout = logits.meta["layout"]
-        fixed = emit(aten.detach.default, (logits,), wide)
-        column = replace(layout, dims=(*layout.dims, ()))
-        own = replace(column, states={**column.states, **dict.fromkeys(vocab, VARYING)})
-        largest = emit(ops.all_reduce_max, (emit(aten.amax.default, (fixed, [-1], True), own), axes), column)
-        shifted = emit(aten.sub.Tensor, (logits, largest), wide)
-        powers = emit(aten.sum.dim_IntList, (emit(aten.exp.default, (shifted,), wide), [-1]), partial)
-        total = emit(ops.all_reduce, (powers, axes, INVARIANT), layout)
-        mine = _own_ids(emit, node, target, axes, local, layout)
-        inside = _inside(emit, mine, local, layout)
-        index = emit(aten.unsqueeze.default, (emit(aten.mul.Tensor, (mine, inside), layout), -1), own)
-        varying = replace(layout, states=own.states)
-        picked = emit(aten.squeeze.dim, (emit(aten.gather.default, (shifted, -1, index), own), -1), varying)
-        picked = emit(aten.mul.Tensor, (picked, inside), partial)
-        picked = emit(ops.all_reduce, (picked, axes, INVARIANT), layout)
-        each = emit(aten.sub.Tensor, (emit(aten.log.default, (total,), layout), picked), layout)
-        valid = emit(aten.ne.Scalar, (target, ignore), layout)
-        return emit(aten.mul.Tensor, (each, valid), layout)
-
-    _replace(node, build)
-
-
-def _attention(node: fx.Node) -> None:
-    """Attention on the heads of this rank, with the key/value heads that they use."""
-    q, k, v = node.args[:3]
-    heads = {a: q.meta["layout"].states[a] for a in _axes_of(q.meta["layout"], 1)}
-    # An axis that divides only the queries within each group leaves every rank a use for all key/value heads.
-    across = [a for a, state in heads.items() if state.start < len(k.meta["layout"].dims[1])]
-    whole = [a for a in across if not isinstance(k.meta["layout"].states[a], Shard)]
-    if whole:
-        layout: Layout = k.meta["layout"]
-        mine, shared = q.meta["layout"].shape[1], layout.shape[1]
-        axes = ",".join(whole)
-        ranks = 1
-        for a in whole:
-            ranks *= layout.ranks[a]
-        group = mine * ranks // shared  # query heads for each key/value head
-        emit = emitter(node)
-        device = node.meta["val"].device
-        queries: Layout = q.meta["layout"]
-        scalar, dim = _scalar(layout, axes), queries.dims[1]
-        divided: dict[str, Any] = {a: queries.states[a] for a in whole}
-        states = {**scalar.states, **{a: replace(s, dim=0) for a, s in divided.items()}}
-        each = replace(scalar, dims=(dim,), states=states)
-        first = emit(aten.mul.Tensor, (emit(ops.axis_index, (axes, device), scalar), mine), scalar)
-        own = emit(aten.arange.default, (mine,), each, device=device)
-        used = emit(aten.add.Tensor, (own, first), each)
-        used = emit(aten.div.Tensor_mode, (used, group), each, rounding_mode="floor")
-        kept = tuple(emit(aten.index_select.default, (x, 1, used), _with_heads(x, dim, divided)) for x in (k, v))
-        node.args = (q, *kept, *node.args[3:])
-    node.target = ops.local_attention
-
-
-def _with_heads(x: Any, dim: tuple[Any, ...], divided: dict[str, Any]) -> Layout:
-    """The layout of keys or values that are repeated for each query head of a rank."""
-    layout: Layout = x.meta["layout"]
-    return replace(layout, dims=(layout.dims[0], dim, *layout.dims[2:]), states={**layout.states, **divided})
-
-
 def _slice(node: fx.Node) -> None:
     """A piece of a product of pieces, when the piece is divided."""
     x: fx.Node = node.args[0]
@@ -323,9 +222,6 @@ def _split(node: fx.Node) -> None:
 LOWERINGS: dict[Any, Callable[[fx.Node], None]] = {
     aten.mean.dim: _mean,
     aten.mean.default: _mean,
-    aten.embedding.default: _embedding,
-    ops.token_loss: _token_loss,
-    ops.attention: _attention,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foldcc.capture import masks
 from foldcc.capture.masks import Pattern, as_patterns
 from foldcc.errors import FoldError
-from foldcc.ops import attention
+from foldcc.ops import attention, captured_record
 from foldcc.testing import check_equivalence
 
 _SIZES = {
@@ -95,8 +95,7 @@ def test_a_query_attends_to_what_it_attends_to_in_the_model(name: str, implement
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_a_query_that_may_attend_to_nothing_gets_zeros_and_no_gradient(dtype: torch.dtype, sinks: bool) -> None:
-    from foldcc.ops import local_attention
-
+    local_attention = captured_record(attention).local
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 6, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
     valid = torch.tensor([[0, 0, 1, 1, 1, 0], [0] * 6], dtype=torch.bool)

@@ -108,7 +108,8 @@ def test_a_loss_in_pieces_is_cross_entropy(dtype: torch.dtype) -> None:
     target = torch.randint(20, (12,), generator=random).index_fill_(0, torch.tensor([3, 7]), -100)
     weights = torch.randn(12, generator=random, dtype=torch.float64).to(dtype)
     limit = 1e-12 if dtype == torch.float64 else 1e-2
-    found, wanted = foldcc.ops.token_loss_in_pieces(logits, target, -100), foldcc.ops.local_token_loss(logits, target, -100)
+    loss = foldcc.ops.captured_record(foldcc.ops.token_loss)
+    found, wanted = loss.in_pieces(logits, target, -100), loss.local(logits, target, -100)
     assert found.dtype == wanted.dtype and (found - wanted).norm() <= limit * wanted.norm()
     grads = [torch.autograd.grad((x * weights).sum(), logits)[0] for x in (found, wanted)]
     assert (grads[0] - grads[1]).norm() <= limit * grads[1].norm() and not grads[0][[3, 7]].any()

@@ -20,10 +20,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from foldcc import ops
-from foldcc.ir.node import operands
+from foldcc.ir.node import name_of, operands
 from foldcc.ir.program import Program, Slot
-from foldcc.layout import INVARIANT, PARTIAL, Layout, State
+from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.captured import _CAPTURED, Division, Site
 from foldcc.ops.experts import activation
 from foldcc.ops.groups import active
 from foldcc.passes.localize import Localize
@@ -409,8 +410,32 @@ def test_gradients_flow_through_what_autograd_lets_them(name: str) -> None:
     assert flows(node, through) == expected
 
 
+def attending(causal: bool, lengths: int = 4) -> Trial:
+    heads = real(2, 2, lengths, 3)
+    return Trial((ops.attention, heads, torch.randn_like(heads), torch.randn_like(heads), None, None, 0.5, causal, 0), 2, False)
+
+
+def test_a_record_divides_what_its_rule_calls_whole_and_says_what_runs_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = []
+
+    def first_queries_see_less(at: Site, q: fx.Node, **rest: Any) -> fx.Node:
+        lowered.append(at.axes)
+        return at.local(q=q, **{**rest, "causal": False})
+
+    known = ops.captured_record(ops.attention)
+    assert known is not None
+    way = Division(("q",), lower=first_queries_see_less)
+    monkeypatch.setitem(_CAPTURED, ops.attention, replace(known, divisions=(*known.divisions, way)))
+    (queries,) = (s for s in attending(False).strategies() if s.operands[0] == Shard(2, 0, 1))
+    assert queries.operands[1:3] == (REPLICATED, REPLICATED) and queries.results == (Shard(1, 0, 1),)
+    attending(False).check(queries)
+    assert lowered == ["tp"]
+    with pytest.raises(AssertionError):
+        attending(True).check(queries)
+
+
 def test_every_rule_is_tested() -> None:
-    named = {*rules.TABLE, *rules.DERIVED, *rules._LIKE, *rules._CASTS}
+    named = {*rules.TABLE, *rules.DERIVED, *rules._LIKE, *rules._CASTS, *(name_of(r.overload) for r in ops.captured_records())}
     assert named <= BUILDERS.keys(), f"no call is built for {sorted(named - BUILDERS.keys())}"
 
 

@@ -21,6 +21,7 @@ from foldcc.ir.node import argument, argument_or, name_of, operands
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes
 from foldcc.ir.walk import module_of, parts
+from foldcc.ops.captured import captured_record
 from foldcc.ops.experts import grouped_outer
 
 aten = torch.ops.aten
@@ -56,17 +57,11 @@ def local_flops(program: Program) -> Counter[str]:
 
 
 def _global(node: fx.Node) -> int:
-    if node.target is ops.experts_node:
-        # The weights are [experts, outputs, inputs], in either order of the last two.
-        rows = argument(node, "ids").meta["val"].numel()
-        products = [argument(node, name) for name in ("w_up", "w_down")]
-        forward = [2 * rows * math.prod(w.meta["val"].shape[1:]) for w in products]
-        given = [argument(node, "x"), *products]
-        graded = [1 + sum(bool(n.meta["grad"]) for n in (given[0], w)) for w in products]
-        return int(sum(f * g for f, g in zip(forward, graded, strict=True)))
-    if node.target is ops.attention:
-        q, v = argument(node, "q").meta["val"], argument(node, "v").meta["val"]
-        return _pairs(q.shape, v.shape, 3 if node.meta["grad"] else 1)
+    if (known := captured_record(node.target)) is not None:
+        given = {k: x for k, x in known.arguments(node).items() if isinstance(x, fx.Node)}
+        graded = {name for name, x in given.items() if x.meta["grad"]}
+        products = known.products(**{name: x.meta["val"].shape for name, x in given.items()}) if known.products else ()
+        return int(sum(flops * (1 + sum(not graded.isdisjoint(f) for f in factors)) for flops, *factors in products))
     if name_of(node.target) in _CONVOLUTIONS:
         passes = 1 + sum(bool(n.meta["grad"]) for n in operands(node)[:2] if n is not None)
         return int(_convolution(node, node, lambda n: n.meta["val"].shape) * passes)

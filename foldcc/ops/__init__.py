@@ -1,6 +1,7 @@
 """foldcc's own operators, one record each."""
 
-from foldcc.ops.attention import attention, local_attention
+from foldcc.ops.attention import attention
+from foldcc.ops.captured import Captured, captured_record, captured_records
 from foldcc.ops.collectives import (
     all_gather,
     all_gather_v,
@@ -16,22 +17,25 @@ from foldcc.ops.collectives import (
     retype,
     shard,
 )
+from foldcc.ops.embedding import embedding
 from foldcc.ops.experts import (
     by_expert,
     count,
     each_expert,
     experts,
     experts_node,
+    experts_record,
     gather_rows,
     grouped_linear,
     permute,
     splits,
     unpermute,
 )
-from foldcc.ops.loss import local_token_loss, token_loss, token_loss_in_pieces
+from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
 
 __all__ = [
+    "Captured",
     "Operator",
     "all_gather",
     "all_gather_v",
@@ -42,14 +46,16 @@ __all__ = [
     "attention",
     "axis_index",
     "by_expert",
+    "captured_record",
+    "captured_records",
     "count",
     "each_expert",
+    "embedding",
     "experts",
     "experts_node",
+    "experts_record",
     "gather_rows",
     "grouped_linear",
-    "local_attention",
-    "local_token_loss",
     "once",
     "pad",
     "permute",
@@ -61,6 +67,5 @@ __all__ = [
     "shard",
     "splits",
     "token_loss",
-    "token_loss_in_pieces",
     "unpermute",
 ]

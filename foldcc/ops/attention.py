@@ -7,14 +7,20 @@ Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k] 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from foldcc.ops.autocast import computes_in_autocast_dtype
-from foldcc.ops.operator import LIBRARY, without_gradient
+from foldcc.layout import Layout
+from foldcc.ops.captured import Division, Positions, Site, captured
+from foldcc.ops.positions import first, scalar
+
+aten = torch.ops.aten
 
 
 def _allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int) -> Tensor | None:
@@ -59,20 +65,47 @@ def _attend(
     return (weights @ v).transpose(1, 2)
 
 
-# The captured node must stay one node and the local one must dissolve into ATen, so the same meaning is registered twice.
-_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window) -> Tensor"
-LIBRARY.define("attention" + _ARGUMENTS)
-LIBRARY.define("local_attention" + _ARGUMENTS)
-LIBRARY.impl("attention", _attend, "CompositeExplicitAutograd")
-LIBRARY.impl("local_attention", _attend, "CompositeImplicitAutograd")
+def _selected(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
+    """Key/value heads are fewer than parts of the queries: each rank takes, of all, those that its query heads use."""
+    layout: Layout = k.meta["layout"]
+    queries: Layout = q.meta["layout"]
+    axes = at.axes.split(",")
+    mine, shared, dim = queries.shape[1], layout.shape[1], queries.dims[1]
+    group = mine * prod(layout.ranks[a] for a in axes) // shared  # query heads for each key/value head
+    divided: dict[str, Any] = {a: queries.states[a] for a in axes}
+    one = scalar(layout, at.axes)
+    each = replace(one, dims=(dim,), states={**one.states, **{a: replace(s, dim=0) for a, s in divided.items()}})
+    start = first(at.emit, at.axes, mine, k)
+    own = at.emit(aten.arange.default, (mine,), each, device=k.meta["val"].device)
+    used = at.emit(aten.add.Tensor, (own, start), each)
+    used = at.emit(aten.div.Tensor_mode, (used, group), each, rounding_mode="floor")
+
+    def repeated(x: Node) -> Node:
+        whole: Layout = x.meta["layout"]
+        heads = replace(whole, dims=(whole.dims[0], dim, *whole.dims[2:]), states={**whole.states, **divided})
+        return at.emit(aten.index_select.default, (x, 1, used), heads)
+
+    return at.local(q=q, k=repeated(k), v=repeated(v), **rest)
 
 
-@torch.library.register_fake("foldcc::attention", lib=LIBRARY)
-def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]:
+    pairs = 2 * prod(q[:3]) * k[2]
+    return (pairs * q[3], ("q",), ("k",)), (pairs * v[3], ("q", "k"), ("v",))
 
 
-without_gradient("attention")
-attention = torch.ops.foldcc.attention.default
-computes_in_autocast_dtype(attention, {"q", "k", "v"})
-local_attention = torch.ops.foldcc.local_attention.default
+attention = captured(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window) -> Tensor",
+    meaning="scaled_dot_product_attention over grouped heads",
+    eager=_attend,
+    shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
+    autocast={"q", "k", "v"},
+    rule=(
+        "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k]"
+        " -> b [q] (kv_heads group) [value_dim] ; linear 2"
+    ),
+    divisions=(Division(("kv_heads", "group"), stretch=True, lower=_selected),),
+    products=_products,
+    degree=lambda read: 1 + max(read),
+    alike=("head_dim", "value_dim"),  # whether queries and values are equally wide decides how it is computed
+    positions=Positions(queries="q", keys="k", dim=2, window="window", valid="valid"),
+).overload

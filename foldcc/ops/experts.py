@@ -8,6 +8,7 @@ other or interleaved.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from types import MethodType
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.fx import Tracer
 
 from foldcc.errors import FoldError
-from foldcc.ops.autocast import computes_in_autocast_dtype
-from foldcc.ops.operator import LIBRARY, Operator, operator, without_gradient
+from foldcc.ops.captured import captured
+from foldcc.ops.operator import Operator, operator
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {}
 
@@ -257,16 +258,61 @@ def _experts(
     return unpermute(rows, order, weights.to(rows.dtype))
 
 
-_ARGUMENTS = (
-    "(Tensor x, Tensor ids, Tensor weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down, "
-    "str act, bool transposed, bool interleaved) -> Tensor"
+def _defined(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    act: str,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    """The same without permuting a row: a sum over all experts of what each makes of its tokens, weighted."""
+    y = torch.zeros_like(x)
+    for e in range(w_up.shape[0]):
+        weight = torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
+        rows = (ids == e).any(-1).nonzero().squeeze(1)
+        up, down = (w_up[e], w_down[e]) if transposed else (w_up[e].t(), w_down[e].t())
+        hidden = x[rows] @ up if b_up is None else x[rows] @ up + b_up[e]
+        out = activate(hidden, act) @ down
+        out = out if b_down is None else out + b_down[e]
+        y = y.index_add(0, rows, out * weight[rows])
+    return y
+
+
+def _rule(transposed: bool, interleaved: bool, **_: Any) -> str:
+    wide = "[expert_width gates]" if interleaved else "[gates expert_width]"
+    up, down = f"[experts] {wide} [hidden]", "[experts] [hidden] [expert_width]"
+    if transposed:
+        up, down = f"[experts] [hidden] {wide}", "[experts] [expert_width] [hidden]"
+    return f"t [hidden], t [k], t [k], {up}, {down}, [experts] {wide}, [experts] [hidden] -> t [hidden]"
+
+
+def _products(ids: Any, w_up: Any, w_down: Any, **_: Any) -> list[tuple[float, tuple[str, ...], tuple[str, ...]]]:
+    weights = {"w_up": w_up, "w_down": w_down}  # [experts, outputs, inputs], in either order of the last two
+    return [(2 * prod(ids) * prod(w[1:]), ("x",), (name,)) for name, w in weights.items()]
+
+
+experts_record = captured(
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down, "
+    "str act, bool transposed, bool interleaved) -> Tensor",
+    meaning="a Mixture-of-Experts layer after its router",
+    eager=_experts,
+    defined=_defined,
+    shape=lambda x, *_: torch.empty_like(x),
+    autocast={"x", "w_up", "w_down", "b_up", "b_down"},
+    returns="x",
+    dissolves=False,  # `dispatch` puts operators in its place that send tokens to where their experts are
+    rule=_rule,
+    placed={"experts": "ep", "expert_width": "etp"},
+    products=_products,
+    degree=lambda read: 2 * (read[0] + 1) + 2 + max(read),
+    pinned=("experts",),
 )
-LIBRARY.define("experts" + _ARGUMENTS)
-LIBRARY.impl("experts", _experts, "CompositeExplicitAutograd")
-torch.library.register_fake("foldcc::experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
-without_gradient("experts")
-experts_node = torch.ops.foldcc.experts.default
-computes_in_autocast_dtype(experts_node, {"x", "w_up", "w_down", "b_up", "b_down"}, returns="x")
+experts_node = experts_record.overload
 
 
 def experts(

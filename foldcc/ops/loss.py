@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from foldcc.ops.operator import LIBRARY, without_gradient
+from foldcc.layout import INVARIANT, PARTIAL, VARYING, Layout
+from foldcc.ops.captured import Division, Index, Site, captured
+from foldcc.ops.collectives import all_reduce, all_reduce_max
+from foldcc.ops.positions import within
+
+aten = torch.ops.aten
 
 
 def _token_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
 
 
-def token_loss_in_pieces(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _in_pieces(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The same in operators that kernels join with what is around them: of each token, two numbers are kept."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shifted = wide - wide.detach().amax(-1, True)
@@ -21,14 +29,38 @@ def token_loss_in_pieces(logits: Tensor, target: Tensor, ignore_index: int) -> T
     return ((shifted.exp().sum(-1).log() - picked) * valid).to(logits.dtype)
 
 
-# As for attention: the captured node stays one node, the local one dissolves into ATen.
-LIBRARY.define("token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor")
-LIBRARY.define("local_token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor")
-LIBRARY.impl("local_token_loss", _token_loss, "CompositeImplicitAutograd")
-LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "foldcc::token_loss", lambda logits, target, ignore_index: logits.new_empty(target.shape), lib=LIBRARY
-)
-without_gradient("token_loss")
-token_loss = torch.ops.foldcc.token_loss.default
-local_token_loss = torch.ops.foldcc.local_token_loss.default
+def _vocabulary(at: Site, logits: Node, target: Node, ignore_index: int) -> Node:
+    """Over a divided vocabulary: the largest logit, the sum of exponentials and the target's logit are joined."""
+    emit, axes, layout = at.emit, at.axes, at.layout
+    vocab = axes.split(",")
+    wide: Layout = logits.meta["layout"]
+    partial = replace(layout, states={**layout.states, **dict.fromkeys(vocab, PARTIAL)})
+    fixed = emit(aten.detach.default, (logits,), wide)
+    column = replace(layout, dims=(*layout.dims, ()))
+    own = replace(column, states={**column.states, **dict.fromkeys(vocab, VARYING)})
+    largest = emit(all_reduce_max, (emit(aten.amax.default, (fixed, [-1], True), own), axes), column)
+    shifted = emit(aten.sub.Tensor, (logits, largest), wide)
+    powers = emit(aten.sum.dim_IntList, (emit(aten.exp.default, (shifted,), wide), [-1]), partial)
+    total = emit(all_reduce, (powers, axes, INVARIANT), layout)
+    mine, inside = within(emit, axes, wide.shape[1], target, layout)
+    index = emit(aten.unsqueeze.default, (emit(aten.mul.Tensor, (mine, inside), layout), -1), own)
+    varying = replace(layout, states=own.states)
+    picked = emit(aten.squeeze.dim, (emit(aten.gather.default, (shifted, -1, index), own), -1), varying)
+    picked = emit(aten.mul.Tensor, (picked, inside), partial)
+    picked = emit(all_reduce, (picked, axes, INVARIANT), layout)
+    each = emit(aten.sub.Tensor, (emit(aten.log.default, (total,), layout), picked), layout)
+    valid = emit(aten.ne.Scalar, (target, ignore_index), layout)
+    return emit(aten.mul.Tensor, (each, valid), layout)
+
+
+token_loss = captured(
+    "token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor",
+    meaning="the cross entropy of each token",
+    eager=_token_loss,
+    shape=lambda logits, target, ignore_index: logits.new_empty(target.shape),
+    in_pieces=_in_pieces,
+    rule="t vocab, t -> t",
+    divisions=(Division(("vocab",), stretch=True, ends_sum=True, lower=_vocabulary),),
+    degree=lambda read: max(read),
+    index=Index(operand="target", table="logits", dim=1, ignored="ignore_index"),
+).overload

@@ -8,7 +8,7 @@ ordinary operator of the namespace `foldcc`; the simulator and the reports read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,7 @@ class Operator:
 
     def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name, defaults filled in."""
-        named = {}
-        for position, argument in enumerate(self.overload._schema.arguments):
-            if position < len(args):
-                named[argument.name] = args[position]
-            else:
-                named[argument.name] = kwargs.get(argument.name, argument.default_value)
-        return named
+        return by_name(self.overload, args, kwargs)
 
 
 def operator(
@@ -111,6 +105,12 @@ def operator(
     )
     _RECORDS[found.overload] = found
     return found
+
+
+def by_name(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in."""
+    given = dict(zip((a.name for a in overload._schema.arguments), args, strict=False)) | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in overload._schema.arguments}
 
 
 def without_gradient(name: str) -> None:

@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import fx
 
-from foldcc import ops
 from foldcc.errors import FoldError, divides, divisors, listed
 from foldcc.ir.node import name_of, operands
 from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
+from foldcc.ops.captured import captured_record
 from foldcc.plan import costs
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
-from foldcc.plan.strategies import Strategist, Strategy, results_of, runs
+from foldcc.plan.strategies import Strategist, Strategy, product_of, results_of, runs
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class _AxisProblem:
         return count
 
     def work(self, node: fx.Node) -> float:
-        rule = node.meta["rule"]
+        rule, known = node.meta["rule"], captured_record(node.target)
         passes = 3.0 if node.meta["grad"] else 1.0
         results = [r for r in results_of(node) if r is not None]
         traffic = costs.TRAFFIC * sum(self.elements(r) for r in results)
         flops = 0.0
-        if rule is not None and node.target is not ops.experts_node and node.target is not ops.token_loss:
+        if rule is not None and (known is None or (known.products and not known.placed)):  # what is placed elsewhere runs there
             contracted = [x for x in rule.letters() if rule.summed(x) and len(rule.operands) > 1]
-            if contracted and name_of(node.target) != "aten.embedding":
+            if contracted:
                 product = float(np.prod([rule.sizes[x] for x in contracted]))
                 flops = 2 * product * sum(self.elements(r) for r in results)
         return passes * (traffic + costs.FLOPS * flops / self.hidden)
@@ -409,9 +409,8 @@ def _take(
     for pattern, state in patterns:
         if pattern is None or not isinstance(state, Shard):
             continue
-        flat = [(x, i) for x in pattern[state.dim] for i in range(len(node.meta["letters"].get(x, ())))]
         left = ranks
-        for key in flat[state.start : state.stop]:
+        for key in product_of(pattern, state, node.meta["letters"]):
             size = sizes[node.meta["letters"][key[0]][key[1]]] // taken[node].get(key, 1)
             share = min(left, size)
             taken[node][key] = taken[node].get(key, 1) * share

@@ -20,18 +20,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from foldcc import ops
 from foldcc.ir.node import operands
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Shard, State, Symbol
+from foldcc.ops.captured import Division, captured_record
 from foldcc.rules.notation import Pattern, Rule
 
 Dims = tuple[tuple[Symbol, ...], ...]
-# Operators that find their rows of a replicated operand themselves, when another operand's product is cut more finely.
-SELECTS = {ops.attention}
-# Operators that end their own sum over a sharded letter, on every rank.
-COMPLETES = {ops.token_loss}
-# Letters that an operator counts along: a rank's part of them must be one stretch, so the outermost factor is divided.
-COUNTED = {torch.ops.aten.embedding.default: "vocab", ops.token_loss: "vocab"}
 
 
 @dataclass(frozen=True)
@@ -97,51 +91,34 @@ class Strategist:
             found.append(Strategy(given, (state,) * len(results), 1.0))
         if rule is None:
             return found
-        if node.target is ops.experts_node:
-            # A token that stands on several ranks would be sent several times, so each must stand on one.
-            return self._letter(node, rule, "t")
+        known = captured_record(node.target)
+        if known is not None and known.placed:
+            found = []  # a token that stands on several ranks would be sent several times, so each must stand on one
         for group in rule.linear:
             if all(i < len(tensors) and tensors[i] is not None for i in group):
                 partial = {*group, *rule.add}
                 given = tuple(None if x is None else PARTIAL if i in partial else REPLICATED for i, x in enumerate(tensors))
                 found.append(Strategy(given, (PARTIAL,) * len(results), 1.0))
-        for x in rule.letters():
-            if x not in rule.whole:
-                found += self._letter(node, rule, x)
-        if node.target in SELECTS:
-            found += self._selected(node, rule)
+        for division in divisions(node):
+            found += self._divided(node, rule, division)
         return found
 
-    def _letter(self, node: fx.Node, rule: Rule, x: str) -> list[Strategy]:
-        letters = node.meta["letters"]
-        if x not in letters:
+    def _divided(self, node: fx.Node, rule: Rule, division: Division) -> list[Strategy]:
+        letters, taken = node.meta["letters"], self.taken.get(node, {})
+        if any(x not in letters for x in division.letters):
             return []
-        taken = self.taken.get(node, {})
-        sizes = [self.sizes[f] // taken.get((x, i), 1) for i, f in enumerate(letters[x])]
+        product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
         found = []
-        for start, stop in runs(sizes, self.ranks):
-            if not self.takes.issuperset(letters[x][start:stop]):
-                continue
-            if start and COUNTED.get(node.target) == x:
-                continue
-            strategy = self._run(node, rule, (x,), start, stop)
-            if strategy is not None:
-                found.append(strategy)
+        for start, stop in runs([self.sizes[f] // taken.get((x, i), 1) for x, i, f in product], self.ranks):
+            each = {x for x, _, _ in product[start:stop]} == set(division.letters)
+            allowed = self.takes.issuperset(f for _, _, f in product[start:stop])
+            if each and allowed and not (start and division.stretch):
+                strategy = self._run(node, rule, division, start, stop)
+                found += [] if strategy is None else [strategy]
         return found
 
-    def _selected(self, node: fx.Node, rule: Rule) -> list[Strategy]:
-        """Heads cut more finely than key/value heads: each rank takes the key/value heads that its queries use."""
-        letters = node.meta["letters"]
-        pair = ("kv_heads", "group")
-        if any(x not in letters for x in pair):
-            return []
-        first = [self.sizes[f] for f in letters["kv_heads"]]
-        both = first + [self.sizes[f] for f in letters["group"]]
-        spanning = [(a, b) for a, b in runs(both, self.ranks) if a == 0 and b > len(first)]
-        return [s for a, b in spanning if (s := self._run(node, rule, pair, a, b)) is not None]
-
-    def _run(self, node: fx.Node, rule: Rule, product: tuple[str, ...], start: int, stop: int) -> Strategy | None:
-        letters = node.meta["letters"]
+    def _run(self, node: fx.Node, rule: Rule, division: Division, start: int, stop: int) -> Strategy | None:
+        letters, product = node.meta["letters"], division.letters
         summed = all(rule.summed(x) for x in product)
 
         def state(pattern: Pattern | None, absent: State) -> State | None:
@@ -157,19 +134,58 @@ class Strategist:
             before = sum(len(letters.get(y, ())) for y in pattern[d][:at])
             return Shard(d, before + start, before + stop)
 
+        placed = placed_operands(node)
+        absent = [
+            INVARIANT if i in placed else PARTIAL if summed and i in rule.add else REPLICATED for i in range(len(rule.operands))
+        ]
         try:
-            given = [state(p, PARTIAL if summed and i in rule.add else REPLICATED) for i, p in enumerate(rule.operands)]
+            given = tuple(state(p, other) for p, other in zip(rule.operands, absent, strict=True))
             left = [state(p, PARTIAL) for p in rule.results]
         except _Ambiguous:
             return None
-        if node.target is ops.experts_node:
-            given[3:] = [None if g is None else INVARIANT for g in given[3:]]
         if not summed and any(s == PARTIAL for s in left):
             return None
-        if summed and node.target in COMPLETES:
+        if division.ends_sum:
             left = [INVARIANT for _ in left]
-        states = tuple(s if s is not None else PARTIAL for s in left)
-        return Strategy(tuple(given), states, 1 / self.ranks)
+        return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), 1 / self.ranks)
+
+
+def divisions(node: fx.Node) -> list[Division]:
+    """How a node may be divided: along each letter that need not be whole, and in the other ways that its record lists."""
+    rule, known = node.meta["rule"], captured_record(node.target)
+    own = {d.letters: d for d in known.divisions} if known is not None else {}
+    return [*(own.pop((x,), Division((x,))) for x in rule.letters() if x not in rule.whole), *own.values()]
+
+
+def divided(node: fx.Node) -> dict[Division, str]:
+    """How a node whose values have layouts is divided, and on which axes."""
+    rule, letters = node.meta.get("rule"), node.meta.get("letters", {})
+    values = zip(
+        [*operands(node), *results_of(node)], [*rule.operands, *rule.results] if rule is not None else [], strict=False
+    )
+    touched: dict[str, set[str]] = {}
+    for x, pattern in values:
+        for axis, state in x.meta["layout"].states.items() if x is not None and pattern is not None else ():
+            if isinstance(state, Shard):
+                touched.setdefault(axis, {y for y, _ in product_of(pattern, state, letters)})
+    found = (
+        {d: ",".join(a for a, there in touched.items() if there == set(d.letters)) for d in divisions(node)} if touched else {}
+    )
+    return {d: axes for d, axes in found.items() if axes}
+
+
+def product_of(pattern: Pattern, state: Shard, letters: Mapping[str, Sequence[Any]]) -> list[tuple[str, int]]:
+    """The letters that a state divides in a value of this pattern, and which of each one's factors."""
+    flat = [(x, i) for x in pattern[state.dim] for i in range(len(letters.get(x, ())))]
+    return flat[state.start : state.stop]
+
+
+def placed_operands(node: fx.Node) -> set[int]:
+    """The operands that hold a letter which the experts' side divides; their layouts are dispatch's to give."""
+    known, rule = captured_record(node.target), node.meta.get("rule")
+    if known is None or rule is None:
+        return set()
+    return {i for i, p in enumerate(rule.operands) if p is not None and any(x in known.placed for dim in p for x in dim)}
 
 
 class _Ambiguous(Exception):

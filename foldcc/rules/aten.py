@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from foldcc.ir.node import argument, argument_or, name_of, operands
+from foldcc.ops.captured import captured_record
 from foldcc.rules.notation import Letters, Pattern, Rule, notation
 
 aten = torch.ops.aten
@@ -26,22 +27,11 @@ TABLE = {
         "aten.bmm": "b m k, b k n -> b m n ; linear 0 | 1",
         "aten.addmm": "n, m k, k n -> m n ; add 0",
         "aten.linear": "... k, n k, n -> ... n ; linear 0 | 1 ; add 2",
-        "aten.embedding": "vocab hidden, ... -> ... hidden ; linear 0",
         "aten.histc": "... -> [experts]",
         "aten.rms_norm": "... [h], [h] -> ... [h]",
         "aten.layer_norm": "... [h], [h], [h] -> ... [h]",
         "aten.native_layer_norm": "... [h], [h], [h] -> ... [h], ... one, ... one",
-        "foldcc.attention": (
-            "b (kv_heads group) q head_dim, b kv_heads k head_dim, b kv_heads k value_dim, (kv_heads group), b k"
-            " -> b q (kv_heads group) value_dim ; linear 2"
-        ),
-        "foldcc.token_loss": "t vocab, t -> t",
     }.items()
-}
-
-# Letters of these operators that a local program cannot shard, because the operator is not linear in them.
-WHOLE = {
-    "foldcc.attention": ("q", "k", "head_dim", "value_dim"),
 }
 
 _CASTS = ("aten._to_copy", "aten.neg", "aten.mul", "aten.div", "aten.add", "aten.sub", "aten.where", "aten.masked_fill")
@@ -79,16 +69,12 @@ def mixes_by_argument(node: Node) -> bool:
 
 
 def _rule_for(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
-    name = name_of(node.target)
-    if name in TABLE and name.startswith("aten.") and mixes_by_argument(node):
-        return None
-    if name in TABLE:
-        while inputs and inputs[-1] is None and len(inputs) > len(TABLE[name].operands):
+    name, known = name_of(node.target), captured_record(node.target)
+    table = TABLE.get(name) if known is None else notation(known.rule_of(node))
+    if table is not None:
+        while inputs and inputs[-1] is None and len(inputs) > len(table.operands):
             inputs.pop()
-        rule = TABLE[name].rule(inputs, outputs)
-        if rule is not None and name in WHOLE:
-            rule = Rule(**{**vars(rule), "whole": rule.whole | frozenset(WHOLE[name])})
-        return rule
+        return None if mixes_by_argument(node) else table.rule(inputs, outputs)
     if name in DERIVED:
         return DERIVED[name](node, inputs, outputs)
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
@@ -509,21 +495,6 @@ def _masked_attention(node: Node, inputs: list[Shape | None], outputs: list[Shap
     return Rule(**{**vars(rule), "operands": operands_, "whole": frozenset("qkde")})
 
 
-def _experts(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
-    up, down = inputs[3], inputs[4]
-    transposed, interleaved = argument(node, "transposed"), argument(node, "interleaved")
-    assert up is not None and down is not None
-    wide = "(expert_width gates)" if interleaved else "(gates expert_width)"
-    first, second = (f"[experts] [hidden] {wide}", "[experts] expert_width hidden")
-    if not transposed:
-        first, second = (f"[experts] {wide} [hidden]", "[experts] hidden expert_width")
-    text = f"t hidden, t [k], t [k], {first}, {second}, [experts] {wide}, [experts] hidden -> t hidden"
-    rule = notation(text).rule(inputs, outputs)
-    if rule is None:
-        return None
-    return Rule(**{**vars(rule), "whole": frozenset(x for x in rule.letters() if x != "t")})
-
-
 def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield from ((n, _fill) for n in (*_FILLS, "aten.new_empty", "aten.scalar_tensor"))
     yield "aten.reshape", _view
@@ -554,7 +525,6 @@ def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
     yield "aten.select_scatter", _select_scatter
     convolutions = "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
     yield from ((f"aten.{n}", _convolution) for n in convolutions.split())
-    yield "foldcc.experts", _experts
 
 
 DERIVED = dict(_tables())

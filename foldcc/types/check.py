@@ -18,14 +18,13 @@ import operator
 import torch
 from torch import fx
 
-from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.node import operands
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, letter
-from foldcc.ops import record
+from foldcc.ops import captured_record, record
 from foldcc.ops.layout import cross_fold, reshard
-from foldcc.plan.strategies import COMPLETES
+from foldcc.plan.strategies import placed_operands
 from foldcc.rules.notation import Rule
 from foldcc.types.joint import check_directions, check_joint
 
@@ -58,8 +57,8 @@ def _check(node: fx.Node) -> None:
     sources = [x for x in read.all_input_nodes if isinstance(x.meta.get("layout"), Layout)]
     if not _differentiable(node) or node.target in (reshard, cross_fold):
         return
-    if node.target is ops.experts_node:
-        sources = sources[:3]  # the weights' layouts are dispatch's to give
+    given = operands(node)
+    sources = [x for x in sources if x not in {given[i] for i in placed_operands(node)}]
     for axis in result.states:
         if not _legal(node, axis, sources):
             raise _ill_typed(node, axis, sources)
@@ -91,7 +90,7 @@ def _legal(node: fx.Node, axis: str, sources: list[fx.Node]) -> bool:
         return False
     if PARTIAL in mixed:
         return result == PARTIAL and _linear(node, axis)
-    if node.target in COMPLETES:
+    if (captured := captured_record(node.target)) is not None and any(d.ends_sum for d in captured.divisions):
         return result in (VARYING, INVARIANT)
     return result in ((VARYING, PARTIAL) if VARYING in mixed else (REPLICATED, VARYING))
 

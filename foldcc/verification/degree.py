@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from foldcc import ops
 from foldcc.ir.program import Program
+from foldcc.ops.captured import captured_record
 from foldcc.verification.functions import HASHED
 from foldcc.verification.meanings import MOVES
 
@@ -78,10 +78,8 @@ class _Count:
             return largest * node.args[0].meta["val"].numel()
         if name == "pow":
             return largest * max(1, round(abs(float(node.args[1]))))
-        if node.target is ops.attention:
-            return 1 + largest
-        if node.target is ops.experts_node:
-            return 2 * (read[0] + 1) + 2 + largest
-        if node.target is ops.token_loss or not isinstance(value, Tensor):
+        if (known := captured_record(node.target)) is not None and known.degree is not None:
+            return known.degree(read)
+        if not isinstance(value, Tensor):
             return largest
         return largest if name in _SUMS or name in MOVES else sum(read)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from foldcc import ops
 from foldcc.ir.node import argument
 from foldcc.ir.program import Program
+from foldcc.ops.captured import captured_record
 from foldcc.verification.field import Field
 from foldcc.verification.meanings import MOVES
 from foldcc.verification.steps import plain_name, steps
@@ -72,8 +72,12 @@ def random_inputs(
 
 def _masking(node: fx.Node) -> list[int]:
     """The windows, or all positions where there is none, of attention that an input is the padding mask of."""
-    readers = [user for user, x in _uses(node, _integral) if user.target is ops.attention and argument(user, "valid") is x]
-    return [argument(user, "window") or argument(user, "k").meta["val"].shape[2] for user in readers]
+    found = []
+    for user, x in _uses(node, _integral):
+        known = captured_record(user.target)
+        if known is not None and (p := known.positions) is not None and argument(user, p.valid) is x:
+            found.append(argument(user, p.window) or argument(user, p.keys).meta["val"].shape[p.dim])
+    return found
 
 
 def _seeded(values: Tensor, special: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,14 +161,13 @@ def _range(node: fx.Node, data: Mapping[fx.Node, Tensor]) -> tuple[int | None, i
     bounds: list[int] = []
     ignored, compared = None, set()
     for user, x in _uses(node, _each):
-        if user.target is aten.embedding.default and user.args[1] is x:
-            rows = user.args[0].meta["val"].shape[0]
+        known = captured_record(user.target)
+        if known is not None and (index := known.index) is not None and argument(user, index.operand) is x:
+            rows = argument(user, index.table).meta["val"].shape[index.dim]
             bounds.append(rows)
-            padding = argument(user, "padding_idx")
-            compared |= {padding % rows} if padding is not None and padding != -1 else set()
-        elif user.target is ops.token_loss and argument(user, "target") is x:
-            bounds.append(argument(user, "logits").meta["val"].shape[1])
-            ignored = argument(user, "ignore_index")
+            if index.padding and (padding := argument(user, index.padding)) not in (None, -1):
+                compared.add(padding % rows)
+            ignored = argument(user, index.ignored) if index.ignored else ignored
         elif plain_name(user) in _EQUAL | _BOUNDED:
             numbers = [int(y) for y in pytree.tree_leaves((user.args, user.kwargs)) if type(y) in (int, float) and y == y // 1]
             compared |= {c + step for c in numbers for step in ((0,) if plain_name(user) in _EQUAL else (-1, 0, 1))}

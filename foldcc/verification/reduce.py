@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from sympy import Symbol
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.node import argument, name_of, operands
 from foldcc.ir.pipeline import Stage, Stages, run_passes
 from foldcc.ir.program import Program, where
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.captured import Positions, captured_record, positional
 from foldcc.ops.layout import reshard
 from foldcc.verification.fewer_ranks import on_mesh
 
@@ -152,9 +152,14 @@ def _degrees(program: Program) -> Counter[Symbol]:
             for f, n in whole.items():
                 found[f] = max(found[f], n // local[f])
     for _, node in program.nodes():
-        if node.target is ops.experts_node:
-            found |= dict.fromkeys(node.meta["letters"].get("expert_width", ()), program.mesh.size("etp"))
+        for letter, axis in known.placed.items() if (known := captured_record(node.target)) is not None else ():
+            found |= dict.fromkeys(node.meta["letters"].get(letter, ()), program.mesh.size(axis))
     return found
+
+
+def _factors(node: fx.Node, letters: Collection[str]) -> list[tuple[Symbol, ...]]:
+    """The factors of each letter of a node's rule."""
+    return [node.meta.get("letters", {}).get(x, ()) for x in letters]
 
 
 def _by_factor(layout: Layout, local: bool) -> dict[Symbol, int]:
@@ -170,11 +175,11 @@ def _pinned(program: Program) -> set[Symbol]:
     """Factors that keep their sizes. Of most, positions are data: experts, what is chosen from, what constants are made for."""
     found = {f for n in program.placeholders if program.slot(n.name).kind == "constant" for dim in n.meta["dims"] for f in dim}
     for _, node in program.nodes():
-        if node.target is ops.experts_node:
-            found |= set(argument(node, "w_up").meta["dims"][0])
-        elif node.target is ops.attention:  # heads whose queries are too narrow to shrink with their values
-            widths = [x.meta["dims"][3] for x in node.all_input_nodes[:3]]
-            found |= {f for dim in widths for f in dim if any(all(program.sizes[g] <= 2 for g in d) for d in widths)}
+        if (known := captured_record(node.target)) is not None:
+            widths = _factors(node, known.alike)
+            found = found.union(*_factors(node, known.pinned))
+            if any(all(program.sizes[f] <= 2 for f in width) for width in widths):  # too narrow to shrink with the others
+                found = found.union(*widths)
         elif node.op == "call_function" and name_of(node.target) in _CHOSEN:
             source = operands(node)[0]
             if source is not None and source.meta["dims"]:
@@ -187,10 +192,9 @@ def _coupled(program: Program) -> list[set[Symbol]]:
     """Factors that operators cut from, or join to, one dimension in unequal pieces."""
     groups: list[set[Symbol]] = []
     for _, node in program.nodes():
-        members: set[Symbol] = set()
-        if node.target is ops.attention:  # whether queries and values are equally wide decides how it is computed
-            members = {f for x in node.all_input_nodes[:3] for f in x.meta["dims"][3]}
-        elif node.op == "call_function" and name_of(node.target) in _PIECES:
+        known = captured_record(node.target)
+        members: set[Symbol] = set().union(*_factors(node, known.alike if known is not None else ()))
+        if node.op == "call_function" and name_of(node.target) in _PIECES:
             members = _pieces(node)
         if members:
             near = [g for g in groups if g & members]
@@ -333,8 +337,8 @@ class _Resizer:
             args[first : first + 2] = [self._scaled(node, a) for a in args[first : first + 2]]
         elif name in ("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm"):
             args[1] = list(node.all_input_nodes[0].meta["val"].shape[-len(args[1]) :])
-        elif node.target is ops.attention and args[-1]:
-            args[-1] = self._window(node, args[-1])
+        elif (known := captured_record(node.target)) is not None and known.positions is not None:
+            args = list(positional(node.target, self._windowed(node, known.arguments(node), known.positions)))
         elif name in ("aten.split", "aten.split_with_sizes"):
             args[1] = self._scaled(node, args[1]) if isinstance(args[1], int) else [self._scaled(node, n) for n in args[1]]
         node.args = tuple(args)
@@ -345,11 +349,12 @@ class _Resizer:
         new = [math.prod(self.sizes.get(f, 1) for f in dim) for dim in node.meta["dims"]]
         return [n if k and given != -1 else given for given, k, n in zip(old, known, new, strict=True)]
 
-    def _window(self, node: fx.Node, window: int) -> int:
+    def _windowed(self, node: fx.Node, arguments: dict[str, Any], positions: Positions) -> dict[str, Any]:
         """A window that is shorter than the sequence stays shorter than it, and one that is not does not matter."""
-        keys = node.all_input_nodes[1]
-        old, new = int(self.before[keys][2]), int(keys.meta["val"].shape[2])
-        return max(1, min(window * new // old, new - 1)) if window < old else new
+        window, keys = arguments[positions.window], arguments[positions.keys]
+        old, new = (int(shape[positions.dim]) for shape in (self.before[keys], keys.meta["val"].shape))
+        less = max(1, min(window * new // old, new - 1)) if window < old else new
+        return {**arguments, positions.window: less if window else 0}
 
     def _length(self, node: fx.Node) -> int:
         """The length of the dimension that is cut, before it was made smaller."""

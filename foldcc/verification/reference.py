@@ -1,7 +1,7 @@
 """The captured program over a field, in one process, with the gradients that autograd gives it.
 
-The three nodes of our own have their definitions here: experts are a sum over all experts of what each makes of its
-tokens, weighted by the router, so that no code of dispatch is on both sides of a proof.
+Captured nodes are what their records define: experts are a sum over all experts of what each makes of its tokens, weighted
+by the router, so that no code of dispatch is on both sides of a proof.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import cross_entropy
 
-from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program, where
-from foldcc.ops.attention import _attend
-from foldcc.ops.experts import activate
+from foldcc.ops.captured import captured_record
 from foldcc.verification.field import Field
 from foldcc.verification.lockstep import leaves
 from foldcc.verification.mode import FieldMode, NoMeaning
@@ -137,7 +134,8 @@ def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """A node's result by its definition, where it has one of ours; what its type decides is decided by its real type."""
     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
         args = (*args[:2], args[2] if len(args) > 2 else None, least(node.meta["val"].dtype))
-    return DEFINITIONS.get(node.target, node.target)(*args, **kwargs)
+    known = captured_record(node.target)
+    return (node.target if known is None or known.defined is None else known.defined)(*args, **kwargs)
 
 
 def least(dtype: torch.dtype) -> float:
@@ -147,34 +145,3 @@ def least(dtype: torch.dtype) -> float:
 
 def _place(node: fx.Node) -> str | None:
     return " ".join(str(x) for x in (where(node), node.meta.get("source")) if x) or None
-
-
-def _experts(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    act: str,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
-    y = torch.zeros_like(x)
-    for e in range(w_up.shape[0]):
-        weight = torch.where(ids == e, weights, 0.0).sum(-1, keepdim=True)
-        rows = (ids == e).any(-1).nonzero().squeeze(1)
-        up, down = (w_up[e], w_down[e]) if transposed else (w_up[e].t(), w_down[e].t())
-        hidden = x[rows] @ up if b_up is None else x[rows] @ up + b_up[e]
-        out = activate(hidden, act) @ down
-        out = out if b_down is None else out + b_down[e]
-        y = y.index_add(0, rows, out * weight[rows])
-    return y
-
-
-def _token_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    return cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
-
-
-DEFINITIONS = {ops.experts_node: _experts, ops.attention: _attend, ops.token_loss: _token_loss}

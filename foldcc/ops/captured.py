@@ -1,0 +1,213 @@
+"""One record for each operator that stands in captured programs and runs as something else on the ranks.
+
+    token_loss = captured("token_loss(Tensor logits, Tensor target, int ignore_index) -> Tensor", rule="t vocab, t -> t", ...)
+
+Such a node stays one node until `localize`, so that layouts are chosen for what it means. Its record says where its
+dimensions go, in which ways it can be divided, and what runs in its place for each; nobody else asks which operator it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from foldcc.layout import Layout
+from foldcc.ops.autocast import computes_in_autocast_dtype
+from foldcc.ops.operator import LIBRARY, by_name, without_gradient
+
+Emit = Callable[..., Node]  # (operator, arguments, layout of the result) -> the call, which is inserted
+_CAPTURED: dict[Any, Captured] = {}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a node is lowered.
+
+    Attributes:
+        emit: inserts a call.
+        axes: those on which the letters of the division are divided, comma separated, in the order of the mesh.
+        layout: of the result.
+        local: the operator on what a rank has, given by the arguments' names.
+    """
+
+    emit: Emit
+    axes: str
+    layout: Layout
+    local: Callable[..., Node]
+
+
+@dataclass(frozen=True)
+class Division:
+    """One way to run an operator on the ranks of an axis: each takes a part of a product of letters of the rule.
+
+    An operand that does not hold the product is whole on every rank; a result that does not hold it is a term of a sum.
+    Every letter that a rule does not call whole can be divided alone. A record lists what else can be, or needs more.
+
+    Attributes:
+        letters: of which each is divided, outermost first.
+        stretch: a rank's part must be one stretch, so that the outermost factor is divided.
+        ends_sum: the operator ends its own sum, on every rank.
+        lower: `(site, **arguments) -> what stands in the node's place`; None where the local operator is enough.
+    """
+
+    letters: tuple[str, ...]
+    stretch: bool = False
+    ends_sum: bool = False
+    lower: Callable[..., Node] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """An operand that counts along a dimension of another.
+
+    Attributes:
+        operand: the indices; table, dim: along what they count.
+        padding: the argument that is an index of its own, none if it is -1; ignored: one that need not be an index.
+    """
+
+    operand: str
+    table: str
+    dim: int
+    padding: str = ""
+    ignored: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Positions of a sequence that see each other.
+
+    Attributes:
+        queries, keys: operands of what sees, and is seen; dim: of each, the one along which they stand.
+        window: the argument that says how far, 0 for no limit; valid: the operand that says which keys are there.
+    """
+
+    queries: str
+    keys: str
+    dim: int
+    window: str
+    valid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What is known about one operator of captured programs.
+
+    Attributes:
+        overload: the operator; local: what runs on a rank in its place.
+        meaning: one sentence.
+        defined: what it computes, in plain PyTorch; None for an operator of PyTorch's.
+        rule: where dimensions go, in the notation of `foldcc/rules/notation.py`; or `(**arguments) -> that`.
+        divisions: those that need more than the rule says.
+        placed: letters that are divided over an axis of the experts' side, whatever attention's side does. Then each token
+            must stand on one rank, and operands that hold such a letter are left as they are stored.
+        products: `(shapes of the operands by name) -> (FLOPs, names of the first factor, of the second)` of each product.
+        degree: `(degrees of the operands) -> degree of the result`, as a rational function whose hashes are new variables.
+        pinned: letters of which positions are data, so that a smaller program keeps their sizes.
+        alike: letters that a smaller program shrinks together.
+        index, positions: see there.
+        in_pieces: what is traced in place of `local` where kernels are written.
+    """
+
+    overload: Any
+    local: Any
+    meaning: str
+    defined: Callable[..., Any] | None
+    rule: str | Callable[..., str]
+    divisions: tuple[Division, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
+    products: Callable[..., Sequence[tuple[float, Sequence[str], Sequence[str]]]] | None = None
+    degree: Callable[[Sequence[int]], int] | None = None
+    pinned: Collection[str] = ()
+    alike: Collection[str] = ()
+    index: Index | None = None
+    positions: Positions | None = None
+    in_pieces: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        _CAPTURED[self.overload] = self
+
+    def arguments(self, node: Node) -> dict[str, Any]:
+        """The arguments of a call by name, defaults filled in."""
+        return by_name(self.overload, node.args, node.kwargs)
+
+    def rule_of(self, node: Node) -> str:
+        """The rule of a call, as text."""
+        return self.rule if isinstance(self.rule, str) else self.rule(**self.arguments(node))
+
+    def lowered(self, emit: Emit, node: Node, divided: Mapping[Division, str]) -> Node | None:
+        """What stands in a node's place on a rank, None if that is the local operator on the same arguments.
+
+        Args:
+            divided: the axes on which each division was chosen.
+        """
+        ways = [(d, axes) for d, axes in divided.items() if d.lower is not None]
+        layout: Layout = node.meta["layout"]
+
+        def local(**arguments: Any) -> Node:
+            return emit(self.local, positional(self.local, arguments), layout)
+
+        for division, axes in ways:
+            local = _through(division, Site(emit, axes, layout, local))
+        return local(**self.arguments(node)) if ways else None
+
+
+def positional(overload: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments by name as those of a call, as few as need be said."""
+    schema = overload._schema.arguments
+    given = [arguments.get(a.name, a.default_value) for a in schema]
+    while given and given[-1] == schema[len(given) - 1].default_value and schema[len(given) - 1].has_default_value():
+        given.pop()
+    return tuple(given)
+
+
+def _through(division: Division, site: Site) -> Callable[..., Node]:
+    assert division.lower is not None
+    lower = division.lower
+    return lambda **arguments: lower(site, **arguments)
+
+
+def captured(
+    schema: str,
+    *,
+    eager: Callable[..., Any],
+    shape: Callable[..., Any],
+    autocast: Collection[str] = (),
+    returns: str | None = None,
+    dissolves: bool = True,
+    defined: Callable[..., Any] | None = None,
+    **known: Any,
+) -> Captured:
+    """Registers `foldcc::<schema>`, which captured programs keep as one node, and returns its record.
+
+    Args:
+        eager: what it computes, in plain PyTorch; `shape` on fake tensors.
+        autocast: the arguments that autocast casts; returns: the one whose dtype the result is cast back to.
+        dissolves: registers `foldcc::local_<schema>` as well, which on a rank becomes the ATen operators of `eager`.
+        defined: another way to compute the same, so that no proof has one code on both sides.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"foldcc::{name}", shape, lib=LIBRARY)
+    without_gradient(name)
+    overload = local = getattr(torch.ops.foldcc, name).default
+    if autocast:
+        computes_in_autocast_dtype(overload, autocast, returns=returns)
+    if dissolves:
+        LIBRARY.define(f"local_{schema}")
+        LIBRARY.impl(f"local_{name}", eager, "CompositeImplicitAutograd")
+        local = getattr(torch.ops.foldcc, f"local_{name}").default
+    return Captured(overload=overload, local=local, defined=defined or eager, **known)
+
+
+def captured_record(target: Any) -> Captured | None:
+    """The record of an fx node's target, None if it is no such operator."""
+    return _CAPTURED.get(target)
+
+
+def captured_records() -> tuple[Captured, ...]:
+    return tuple(_CAPTURED.values())
