@@ -19,6 +19,7 @@ from sympy import Expr, Integer, Symbol
 from torch import fx
 
 from foldcc.ir.node import argument, name_of
+from foldcc.rules.kinds import RESHAPES, SAME, TRANSPOSES, UNITS, named
 
 Index = tuple[Expr, ...]
 
@@ -163,11 +164,7 @@ def dimension(node: fx.Node, name: str, rank: int) -> int:
 
 # --- operators that only move elements ---
 
-MOVES = frozenset(
-    f"aten.{name}"
-    for name in """reshape view _unsafe_view transpose t permute unsqueeze squeeze expand slice select alias detach clone
-    contiguous lift_fresh_copy""".split()
-)
+MOVES = SAME | RESHAPES | UNITS | TRANSPOSES | named("expand slice select")
 
 
 def source_index(node: fx.Node, index: Index, ranges: Ranges) -> Index:
@@ -176,9 +173,9 @@ def source_index(node: fx.Node, index: Index, ranges: Ranges) -> Index:
     operand: Any = node.args[0]
     source = value_sizes(operand)
     rank = len(source)
-    if name in ("aten.reshape", "aten.view", "aten._unsafe_view"):
+    if name in RESHAPES:
         return reshaped(index, value_sizes(node), source, ranges)
-    if name in ("aten.transpose", "aten.t", "aten.permute"):
+    if name in TRANSPOSES:
         order = list(range(rank))
         if name == "aten.permute":
             order = [d % rank for d in argument(node, "dims")]

@@ -22,12 +22,12 @@ from foldcc.codegen.index import value_sizes
 from foldcc.codegen.regions import Region, is_free, region
 from foldcc.codegen.values import NoText
 from foldcc.ir.node import argument, name_of
+from foldcc.rules.kinds import RESHAPES, SAME
 
 _BLOCK = 128  # ids of a block; each is compared with each
 _SCAN = 512  # blocks that are added up at once
 _TILE = 4096  # elements of a tile of rows and experts
 _MOST = 4096  # experts
-_IN_ORDER = [f"aten.{name}" for name in ("reshape", "view", "_unsafe_view", "alias", "detach", "clone")]  # of elements
 
 _COUNTED = """
 @triton.jit
@@ -244,7 +244,7 @@ def _sorted(sort: fx.Node) -> set[fx.Node]:
 def _root(node: Any) -> tuple[fx.Node, set[fx.Node]]:
     """Where a node's elements come from in the same order, and what is on the way there."""
     path = set()
-    while node.op == "call_function" and name_of(node.target) in _IN_ORDER:
+    while node.op == "call_function" and name_of(node.target) in SAME | RESHAPES:
         path.add(node)
         node = node.args[0]
     return node, path

@@ -23,11 +23,10 @@ from foldcc.codegen.index import MOVES
 from foldcc.codegen.pointwise import ANY, FLOATS, expression
 from foldcc.codegen.values import REDUCTIONS, SPECIAL, NoText
 from foldcc.ir.node import name_of
+from foldcc.rules.kinds import FILLS, named
 
 aten = torch.ops.aten
-_MADE = {"aten.zeros", "aten.ones", "aten.full", "aten.arange", "aten.scalar_tensor"}
-_MADE |= {"aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.zeros_like", "aten.ones_like", "aten.full_like"}
-_FREE = (MOVES - {"aten.clone"}) | {"aten.split", "aten.split_with_sizes"} | _MADE
+_FREE = (MOVES - {"aten.clone"}) | named("split split_with_sizes arange") | set(FILLS)
 MOST = 48  # tensors that a kernel reads and writes
 Text = Callable[[str, Sequence[fx.Node], Sequence[fx.Node], Sequence[fx.Node]], str]
 

@@ -27,14 +27,11 @@ from foldcc.codegen.pointwise import expression, number
 from foldcc.codegen.regions import Region, is_computed, is_free, region
 from foldcc.codegen.values import REDUCTIONS, NoText, Values, computed
 from foldcc.ir.node import argument, argument_or, name_of
+from foldcc.rules.kinds import FILLS, RESHAPES, SAME, UNITS, filled_with
 
 _WIDEST = 1024  # elements of a row that top-k searches
 _TILE = 2048  # elements of the largest tile, at best
 _MOST = 1 << 15  # and at most
-_SAME = {"aten.alias", "aten.detach", "aten.clone", "aten.contiguous", "aten.lift_fresh_copy", "aten._to_copy"}
-_RESHAPES = {"aten.reshape", "aten.view", "aten._unsafe_view", "aten.unsqueeze", "aten.squeeze"}
-_FILLS = {"zeros": 0, "ones": 1, "full": None, "scalar_tensor": None}
-_FILL = {f"aten.{p}{f}{s}": x for f, x in _FILLS.items() for p in ("", "new_") for s in ("", "_like")}
 
 
 @dataclass
@@ -216,9 +213,7 @@ class Tiles:
         return self.converted(node.args[0], lead, node)
 
     def _filled(self, node: Any, lead: int) -> str:
-        value: Any = _FILL[name_of(node.target)]
-        value = value if value is not None else argument_or(node, "fill_value")
-        value = argument(node, "s") if value is None else value
+        value = filled_with(node)
         dtype = node.meta["val"].dtype
         if dtype == torch.bool:
             return f"tl.full({self.shape(node, lead)}, {int(value)}, tl.int32) != 0"
@@ -359,9 +354,9 @@ class Tiles:
 
 
 SPECIAL: dict[str, Callable[[Tiles, Any, int], str]] = {
-    **dict.fromkeys(_SAME, Tiles._same),
-    **dict.fromkeys(_RESHAPES, Tiles._reshaped),
-    **dict.fromkeys(_FILL, Tiles._filled),
+    **dict.fromkeys({*SAME, "aten._to_copy"}, Tiles._same),
+    **dict.fromkeys(RESHAPES | UNITS, Tiles._reshaped),
+    **dict.fromkeys(FILLS, Tiles._filled),
     **dict.fromkeys(REDUCTIONS, Tiles._reduced),
     "aten.expand": Tiles._expanded,
     "aten._softmax": Tiles._softmax,

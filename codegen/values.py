@@ -36,12 +36,12 @@ from foldcc.codegen.index import (
 )
 from foldcc.codegen.pointwise import FLOATS, SLOW, expression, number
 from foldcc.ir.node import argument, argument_or, name_of
+from foldcc.rules.kinds import FILLS, filled_with
 
 aten = torch.ops.aten
 R, C = Symbol("r", integer=True, nonnegative=True), Symbol("c", integer=True, nonnegative=True)
 _FEW = 16  # places that a scatter writes to in a row, each compared with every column
 REDUCTIONS = {"aten.sum": "sum", "aten.mean": "sum", "aten.amax": "max", "aten.amin": "min"}
-_FILLS = {"aten.zeros": 0, "aten.ones": 1, "aten.new_zeros": 0, "aten.new_ones": 1, "aten.zeros_like": 0, "aten.ones_like": 1}
 _NEUTRAL = {"sum": "0", "max": "float('-inf')", "min": "float('inf')"}
 
 
@@ -318,12 +318,7 @@ class Values:
         return self._keep(node.name, text, (node, index, self._masks), self._depends(index))
 
     def _filled(self, node: fx.Node, index: Index) -> str:
-        name = name_of(node.target)
-        if name in _FILLS:
-            return _number_of(node, _FILLS[name])
-        if name == "aten.scalar_tensor":
-            return number(node.args[0])
-        return _number_of(node, argument(node, "fill_value"))
+        return _number_of(node, filled_with(node))
 
     def _arange(self, node: fx.Node, index: Index) -> str:
         start = argument_or(node, "start") or 0
@@ -475,11 +470,7 @@ SPECIAL: dict[str, Callable[[Values, Any, Index], str]] = {
     "aten.scatter_add": Values._scattered,
     "aten._softmax": Values._softmax,
     "aten._softmax_backward_data": Values._softmax_backward,
-    "aten.scalar_tensor": Values._filled,
-    "aten.full": Values._filled,
-    "aten.new_full": Values._filled,
-    "aten.full_like": Values._filled,
-    **dict.fromkeys(_FILLS, Values._filled),
+    **dict.fromkeys(FILLS, Values._filled),
 }
 
 

@@ -27,10 +27,9 @@ from foldcc.ops.captured import Captured, captured_record
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
 from foldcc.plan.strategies import divided
+from foldcc.rules.kinds import shape_argument
 
 aten = torch.ops.aten
-_SIZED = {"aten.reshape": "shape", "aten.view": "size", "aten.expand": "size", "aten.new_empty": "size"}
-_SIZED |= {f"aten.{n}": "size" for n in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,8 @@ def _localize(node: fx.Node) -> None:
         _become(node, known)
     elif node.target in LOWERINGS:
         LOWERINGS[node.target](node)
-    elif "rule" in node.meta and name_of(node.target) in _SIZED:
-        _resize(node)
+    elif "rule" in node.meta and (position := shape_argument(node.target)) is not None:
+        node.args = (*node.args[:position], list(node.meta["layout"].shape), *node.args[position + 1 :])
 
 
 def emitter(node: fx.Node) -> Callable[..., fx.Node]:
@@ -158,15 +157,6 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
 
 
 # --- operators whose local form differs ---------------------------------------------------------------------------------
-
-
-def _resize(node: fx.Node) -> None:
-    """The size argument becomes the local shape."""
-    name = _SIZED[name_of(node.target)]
-    position = [a.name for a in node.target._schema.arguments].index(name)
-    args = list(node.args)
-    args[position] = list(node.meta["layout"].shape)
-    node.args = tuple(args)
 
 
 def _axes_of(layout: Layout, dim: int) -> list[str]:

@@ -21,16 +21,13 @@ import networkx
 import torch
 from torch import Tensor, fx
 
+from foldcc import ops
 from foldcc.ir.joint import Joint
 from foldcc.ir.node import name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
+from foldcc.rules.kinds import is_pointwise, is_view
 
-_VIEWS = frozenset(
-    f"aten.{name}"
-    for name in """_unsafe_view alias detach expand permute reshape select slice split split_with_sizes squeeze t transpose
-    unsqueeze view""".split()
-) | {"foldcc.retype"}
 _COPIES = {"aten.cat", "aten.clone", "aten._to_copy", "aten.index", "aten.index_select", "foldcc.permute"}
 _SLOW = {"aten.sin", "aten.cos"}  # in a table of positions, which is small
 _KERNELS = {"aten.sum", "foldcc.grouped_linear", "foldcc.grouped_outer"}  # beside pointwise operators
@@ -93,14 +90,12 @@ def _base(node: fx.Node) -> fx.Node:
 
 def _is_view(node: fx.Node) -> bool:
     source: Any = node.args[0] if "getitem" in str(node.target) else node
-    return node.op == "call_function" and _named(source) in _VIEWS
+    return node.op == "call_function" and (is_view(source.target) or source.target is ops.retype.overload)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether a kernel can compute a node wherever it is read."""
-    tags = getattr(node.target, "tags", ())
-    quick = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and _named(node) not in _SLOW
-    return quick or _named(node) in _COPIES
+    return is_pointwise(node.target) and _named(node) not in _SLOW or _named(node) in _COPIES
 
 
 def _in_kernel(node: fx.Node) -> bool:

@@ -149,7 +149,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield from each("tril triu", "default", lambda f, n: (f, real(n(), n(), n()), n() - 3))
     yield from each("add sub mul div", "Tensor", lambda f, n: (f, *_broadcast(n)))
     yield from each("neg exp silu gelu sigmoid rsqrt tanh cos", "default", lambda f, n: (f, real(n(), n()).abs() + 1))
-    yield from each("clone alias detach lift_fresh_copy", "default", lambda f, n: (f, real(n(), n())))
+    yield from each("clone alias detach contiguous lift_fresh_copy", "default", lambda f, n: (f, real(n(), n())))
     yield from each("eq lt ge", "Tensor", lambda f, n: (f, ids(3, n(), b := n()), ids(3, b)))
     yield "aten.where", lambda n: (aten.where.self, ids(2, a := n(), 1).bool(), real(a, b := n()), real(b))
     yield "aten.masked_fill", lambda n: (aten.masked_fill.Scalar, real(a := n(), b := n()), ids(2, a, b).bool(), 2.0)
@@ -435,7 +435,7 @@ def test_a_record_divides_what_its_rule_calls_whole_and_says_what_runs_then(monk
 
 
 def test_every_rule_is_tested() -> None:
-    named = {*rules.TABLE, *rules.DERIVED, *rules._LIKE, *rules._CASTS, *(name_of(r.overload) for r in ops.captured_records())}
+    named = {*rules.RULES, *(name_of(r.overload) for r in ops.captured_records())}
     assert named <= BUILDERS.keys(), f"no call is built for {sorted(named - BUILDERS.keys())}"
 
 
@@ -453,18 +453,18 @@ def linear(rule: Callable[..., Rule | None]) -> Callable[..., Rule | None]:
 
 
 WRONG = [
-    ("aten.softmax", rules.DERIVED, widened(rules.DERIVED["aten.softmax"])),
-    ("aten.cumsum", rules.DERIVED, widened(rules.DERIVED["aten.cumsum"])),
-    ("aten.topk", rules.DERIVED, widened(rules.DERIVED["aten.topk"])),
-    ("aten.tril", rules.DERIVED, widened(rules.DERIVED["aten.tril"])),
-    ("aten.gather", rules.DERIVED, widened(rules.DERIVED["aten.gather"])),
-    ("aten.scaled_dot_product_attention", rules.DERIVED, widened(rules.DERIVED["aten.scaled_dot_product_attention"])),
-    ("aten.amax", rules.DERIVED, linear(rules.DERIVED["aten.amax"])),
-    ("aten.mm", rules.TABLE, notation("m k, k n -> m n ; linear 0 1")),
-    ("aten.linear", rules.TABLE, notation("... k, n k, n -> ... n ; linear 0 | 1")),
-    ("aten.addmm", rules.TABLE, notation("n, m k, k n -> m n")),
-    ("aten.rms_norm", rules.TABLE, notation("... h, h -> ... h")),
-    ("aten.bmm", rules.TABLE, notation("b m k, c k n -> b m n ; linear 0 | 1")),
+    ("aten.softmax", rules.RULES, widened(rules.RULES["aten.softmax"])),
+    ("aten.cumsum", rules.RULES, widened(rules.RULES["aten.cumsum"])),
+    ("aten.topk", rules.RULES, widened(rules.RULES["aten.topk"])),
+    ("aten.tril", rules.RULES, widened(rules.RULES["aten.tril"])),
+    ("aten.gather", rules.RULES, widened(rules.RULES["aten.gather"])),
+    ("aten.scaled_dot_product_attention", rules.RULES, widened(rules.RULES["aten.scaled_dot_product_attention"])),
+    ("aten.amax", rules.RULES, linear(rules.RULES["aten.amax"])),
+    ("aten.mm", rules.RULES, notation("m k, k n -> m n ; linear 0 1")),
+    ("aten.linear", rules.RULES, notation("... k, n k, n -> ... n ; linear 0 | 1")),
+    ("aten.addmm", rules.RULES, notation("n, m k, k n -> m n")),
+    ("aten.rms_norm", rules.RULES, notation("... h, h -> ... h")),
+    ("aten.bmm", rules.RULES, notation("b m k, c k n -> b m n ; linear 0 | 1")),
 ]
 
 
@@ -492,7 +492,7 @@ def by_size(node: fx.Node, inputs: list[Any], outputs: list[Any]) -> Rule:
 
 
 def test_a_rule_that_looks_at_sizes_is_found_within_200_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.DERIVED, "aten.constant_pad_nd", by_size)
+    monkeypatch.setitem(rules.RULES, "aten.constant_pad_nd", by_size)
 
     @settings(max_examples=200, phases=[Phase.generate], deadline=None, derandomize=True)
     @given(data=st.data())

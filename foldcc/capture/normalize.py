@@ -15,13 +15,13 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError
-from foldcc.ir.node import argument
+from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit
+from foldcc.rules.kinds import RESHAPES, SAME
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
-_SAME = {aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.detach_.default}
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+_DROPPED = SAME - {"aten.detach"} | {"aten.detach_"}  # what detach cuts off stays cut off; nobody reads what detach_ leaves
 
 
 def normalize(graph: fx.GraphModule) -> None:
@@ -29,9 +29,9 @@ def normalize(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.target in REWRITES:
             _replace(node, REWRITES[node.target](node))
-        elif node.target in _SAME:
+        elif name_of(node.target) in _DROPPED:
             _replace(node, node.args[0])
-        elif node.target in _RESHAPES:
+        elif name_of(node.target) in RESHAPES - {"aten.reshape"}:
             node.target, node.args = aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
@@ -128,17 +128,11 @@ def _histc(node: fx.Node) -> fx.Node:
     return _cast(node, counted, to)
 
 
-def _contiguous(node: fx.Node) -> fx.Node:
-    found: fx.Node = node.args[0]
-    return found
-
-
 REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.scaled_dot_product_attention.default: _attention,
     aten.dropout.default: _dropout,
     aten.native_dropout.default: _dropout,
-    aten.contiguous.default: _contiguous,
     aten.copy.default: _copy,
     aten.histc.default: _histc,
     aten.type_as.default: _type_as,

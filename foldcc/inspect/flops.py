@@ -23,6 +23,7 @@ from foldcc.ir.sizes import Sizes
 from foldcc.ir.walk import module_of, parts
 from foldcc.ops.captured import captured_record
 from foldcc.ops.experts import grouped_outer
+from foldcc.rules.kinds import CONVOLUTIONS
 
 aten = torch.ops.aten
 # Position of the operand whose last dimension is contracted.
@@ -31,7 +32,6 @@ _PRODUCTS = {
     "aten.baddbmm": 1,
 }  # fmt: skip
 _ATTENTION = "aten._scaled_dot_product"
-_CONVOLUTIONS = {"aten.convolution", *(f"aten.conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 
 def global_flops(program: Program) -> Counter[str]:
@@ -62,7 +62,7 @@ def _global(node: fx.Node) -> int:
         graded = {name for name, x in given.items() if x.meta["grad"]}
         products = known.products(**{name: x.meta["val"].shape for name, x in given.items()}) if known.products else ()
         return int(sum(flops * (1 + sum(not graded.isdisjoint(f) for f in factors)) for flops, *factors in products))
-    if name_of(node.target) in _CONVOLUTIONS:
+    if name_of(node.target) in CONVOLUTIONS:
         passes = 1 + sum(bool(n.meta["grad"]) for n in operands(node)[:2] if n is not None)
         return int(_convolution(node, node, lambda n: n.meta["val"].shape) * passes)
     if name_of(node.target) not in _PRODUCTS:
@@ -100,7 +100,7 @@ def _local(node: fx.Node, sizes: Sizes) -> float:
         names = [a.name for a in node.target._schema.arguments]
         q, v = (shape(node.args[names.index(x)]) for x in ("query", "value"))
         return _pairs(q, v, 2 if name.endswith("_backward") else 1)
-    if name in _CONVOLUTIONS:
+    if name in CONVOLUTIONS:
         return _convolution(node, node, shape)
     if name == "aten.convolution_backward":
         return _convolution(node, argument(node, "grad_output"), shape) * sum(argument(node, "output_mask")[:2])

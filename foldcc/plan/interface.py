@@ -9,10 +9,10 @@ from torch import fx
 
 from foldcc.ir.node import name_of
 from foldcc.ir.program import Program
-from foldcc.rules.joint import CREATORS
+from foldcc.rules.kinds import CREATORS
 
 # Operators that read floating-point numbers and whose results have no gradient: what they make is new, counted or cut off.
-_STOPS = CREATORS - {"aten.fill"} | {"aten.detach", "aten.histc"}
+_STOPS = CREATORS | {"aten.detach", "aten.histc"}
 
 
 def find_gradients(program: Program) -> None:

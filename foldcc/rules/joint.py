@@ -10,7 +10,7 @@ divided over ep with the experts, and over edp as rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from torch.fx import Node
 
 from foldcc.ir.node import argument, argument_or, name_of, operands
-from foldcc.rules.aten import convolved, mixes_by_argument, rule_for
-from foldcc.rules.notation import Letters, Notation, Pattern, Rule, dimensions, notation
+from foldcc.rules.aten import mixes_by_argument, rule_for
+from foldcc.rules.kinds import COUNTED, FILLS, RESHAPES, filled_with, named
+from foldcc.rules.kinds import CREATORS as ALWAYS
+from foldcc.rules.notation import Derived, Letters, Notation, Pattern, Rule, Shape, dimensions, names, notation
 from foldcc.rules.observed import observed_linear, observed_reads
+from foldcc.rules.products import convolved
 
-Shape = tuple[int, ...]
 # A letter with this mark is followed only by a factor that has size 1 on a rank, so that its place in a view is not certain.
 UNIT = "'"
 
@@ -71,10 +73,9 @@ _TRANSPOSED = {
 GROUPED = {name: tuple(map(notation, texts)) for name, texts in _TRANSPOSED.items()}
 
 # Results that do not depend on the numbers of any operand.
-CREATORS = {f"aten.{n}" for n in "zeros ones full empty arange eye scalar_tensor new_zeros new_ones new_full new_empty".split()}
-CREATORS |= {f"aten.{n}_like" for n in ("zeros", "ones", "full", "empty")} | {"aten.fill"}
+CREATORS = ALWAYS | {"aten.fill"}
 # Linear, and so passing on terms of a sum, with dimensions that nothing follows.
-_OPAQUE = {f"aten.{n}" for n in "repeat as_strided diagonal diagonal_backward unfold unfold_backward".split()}
+_OPAQUE = named("repeat as_strided diagonal diagonal_backward unfold unfold_backward")
 # Groups of operands in which an operator is linear, where the rule that it has does not say so.
 _LINEAR: dict[str, tuple[frozenset[int], ...]] = {
     "aten.scatter_add": (frozenset({0, 2}),),
@@ -126,10 +127,7 @@ def _adds(name: str, node: Node, inputs: list[Shape | None]) -> bool:
 def is_zero(node: Node) -> bool:
     """Whether a call makes nothing but zeros, which are terms of any sum and parts of any value."""
     name = name_of(node.target)
-    if name in ("aten.zeros", "aten.zeros_like", "aten.new_zeros"):
-        return True
-    filled = {"aten.full", "aten.full_like", "aten.new_full", "aten.scalar_tensor", "aten.fill"}
-    return name in filled and any(argument_or(node, a) == 0 for a in ("fill_value", "s", "value"))
+    return filled_with(node) == 0 if name in FILLS else name == "aten.fill" and argument(node, "value") == 0
 
 
 def shape_of(value: Any) -> Shape | None:
@@ -167,9 +165,8 @@ def _pattern(text: str | None, rank: int | None, whole: set[str]) -> Pattern | N
 
 
 def _created(name: str, outputs: list[Shape | None]) -> Rule:
-    letters = _letters(outputs[0] or ())
-    counted = name in ("aten.arange", "aten.eye")  # not the same number everywhere
-    return Rule((), (letters,), {}, frozenset(x for (x,) in letters) if counted else frozenset())
+    letters = names("d", len(outputs[0] or ()))
+    return Rule((), (letters,), {}, frozenset(x for (x,) in letters if name in COUNTED))  # not one number everywhere
 
 
 def _view(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
@@ -209,7 +206,7 @@ def _index(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     source = inputs[0]
     if source is None or len(given) != 1 or len(inputs[1 + given[0]] or ()) != 1:
         return None
-    letters = _letters(source)
+    letters = names("d", len(source))
     row = (letters[given[0]],)
     others = tuple(row if d == given[0] else None for d in range(len(indices)))
     return Rule((letters, *others), (letters,), {}, frozenset(), (frozenset({0}),))
@@ -218,7 +215,7 @@ def _index(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
 def _index_select(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     source = inputs[0]
     assert source is not None
-    letters = _letters(source)
+    letters = names("d", len(source))
     return Rule((letters, (letters[argument(node, "dim")],)), (letters,), {}, frozenset(), (frozenset({0}),))
 
 
@@ -226,7 +223,7 @@ def _index_add(node: Node, inputs: list[Shape | None], outputs: list[Shape | Non
     """Rows are added where they belong: each is one of several `r` of an `e`."""
     base = inputs[0]
     assert base is not None
-    letters, dim = _letters(base), argument(node, "dim") % len(base)
+    letters, dim = names("d", len(base)), argument(node, "dim") % len(base)
     rows = tuple((*x, "r") if d == dim else x for d, x in enumerate(letters))
     return Rule((letters, (rows[dim],), rows), (letters,), {}, frozenset(), (frozenset({0, 2}),))
 
@@ -237,7 +234,7 @@ def _index_put(node: Node, inputs: list[Shape | None], outputs: list[Shape | Non
     linear = (frozenset({0, len(inputs) - 1}),)
     if base is None or len(given) != 1 or len(inputs[1 + given[0]] or ()) != 1:
         return replace(_unknown(inputs, outputs), linear=linear)
-    letters = _letters(base)
+    letters = names("d", len(base))
     rows = tuple((*x, "r") if d == given[0] else x for d, x in enumerate(letters))
     others = tuple((rows[d],) if d == given[0] else None for d in range(len(indices)))
     return Rule((letters, *others, rows), (letters,), {}, frozenset(), linear)
@@ -247,14 +244,14 @@ def _slice(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     """A slice, or its gradient in its place and zero elsewhere. What is divided was sliced in each of its blocks."""
     part = inputs[0]
     assert part is not None
-    return Rule((_letters(part),), (_letters(part),), {}, linear=(frozenset({0}),))
+    return Rule((names("d", len(part)),), (names("d", len(part)),), {}, linear=(frozenset({0}),))
 
 
 def _softmax(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     """What a softmax mixes is whole, in its derivative too, which is linear in the gradient."""
     source = inputs[0]
     assert source is not None
-    letters = _letters(source)
+    letters = names("d", len(source))
     linear = (frozenset({0}),) if name_of(node.target).endswith("_backward_data") else ()
     mixed = frozenset(letters[argument(node, "dim")] if letters else ())
     return Rule(tuple(letters for _ in inputs), (letters,), {}, mixed, linear)
@@ -276,7 +273,7 @@ def _convolution_backward(node: Node, inputs: list[Shape | None], outputs: list[
 def _select_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     part, out = inputs[0], outputs[0]
     assert part is not None and out is not None
-    letters, dim = _letters(part), argument(node, "dim") % len(out)
+    letters, dim = names("d", len(part)), argument(node, "dim") % len(out)
     return Rule((letters,), ((*letters[:dim], ("new",), *letters[dim:]),), {}, frozenset({"new"}), (frozenset({0}),))
 
 
@@ -284,28 +281,21 @@ def _turned(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
     """flip, roll and cumsum: linear, and mixing the entries of the given dimensions, or of all."""
     source = inputs[0]
     assert source is not None
-    letters, dims = _letters(source), argument_or(node, "dims") or range(len(source))
+    letters, dims = names("d", len(source)), argument_or(node, "dims") or range(len(source))
     if name_of(node.target) == "aten.cumsum":
         dims = [argument(node, "dim")]
     return Rule((letters,), (letters,), {}, frozenset(x for d in dims for x in letters[d]), (frozenset({0}),))
 
 
-def _letters(shape: Shape) -> Pattern:
-    return tuple((f"d{i}",) for i in range(len(shape)))
-
-
-def _tables() -> Iterator[tuple[str, Callable[..., Rule | None]]]:
-    yield from ((f"aten.{n}", _view) for n in ("view", "_unsafe_view", "reshape"))
-    yield "aten.index", _index
-    yield "aten.index_select", _index_select
-    yield "aten.index_add", _index_add
-    yield from ((f"aten.{n}", _index_put) for n in ("index_put", "_unsafe_index_put"))
-    yield from ((f"aten.{n}", _turned) for n in ("flip", "roll", "cumsum"))
-    yield from ((name, _slice) for name in ("aten.slice", "aten.slice_backward"))
-    yield "aten.select_backward", _select_backward
-    softmaxes = "_safe_softmax _softmax_backward_data _log_softmax_backward_data"
-    yield from ((f"aten.{n}", _softmax) for n in softmaxes.split())
-    yield "aten.convolution_backward", _convolution_backward
-
-
-DERIVED = dict(_tables())
+DERIVED: dict[str, Derived] = {
+    **dict.fromkeys(RESHAPES, _view),
+    "aten.index": _index,
+    "aten.index_select": _index_select,
+    "aten.index_add": _index_add,
+    **dict.fromkeys(named("index_put _unsafe_index_put"), _index_put),
+    **dict.fromkeys(named("flip roll cumsum"), _turned),
+    **dict.fromkeys(named("slice slice_backward"), _slice),
+    "aten.select_backward": _select_backward,
+    **dict.fromkeys(named("_safe_softmax _softmax_backward_data _log_softmax_backward_data"), _softmax),
+    "aten.convolution_backward": _convolution_backward,
+}

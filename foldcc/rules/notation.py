@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch.fx import Node
 
 Letters = tuple[str, ...]
 Pattern = tuple[Letters, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ def dimensions(text: str, rank: int, whole: set[str]) -> Pattern | None:
     return tuple(dims)
 
 
+# (call, shapes of its operands, of its results) -> its rule, None if it has none
+Derived = Callable[[Node, list[Shape | None], list[Shape | None]], Rule | None]
+
+
 def notation(text: str) -> Notation:
     """Parses one line of a table of rules."""
     body, *flags = (part.strip() for part in text.split(";"))
@@ -130,3 +137,27 @@ def notation(text: str) -> Notation:
             raise ValueError(f"unknown flag {word!r} in rule {text!r}")
     operands = tuple(part.strip() for part in left.split(","))
     return Notation(text, operands, tuple(part.strip() for part in right.split(",")), linear, add)
+
+
+def names(prefix: str, count: int) -> Pattern:
+    """A pattern of letters of its own for each dimension."""
+    return tuple((f"{prefix}{i}",) for i in range(count))
+
+
+def build(
+    inputs: Sequence[Pattern | None],
+    outputs: Sequence[Pattern | None],
+    shapes: Sequence[Shape | None],
+    *,
+    whole: set[str] | frozenset[str] = frozenset(),
+    linear: Sequence[Sequence[int]] = (),
+    wishes: dict[str, str] | None = None,
+    sizes: dict[str, int] | None = None,
+) -> Rule:
+    """The rule of these patterns; a letter that stands alone has the size of its dimension."""
+    sizes = dict(sizes or {})
+    for pattern, shape in zip([*inputs, *outputs], shapes, strict=True):
+        for dim, size in zip(pattern or (), shape or (), strict=True):
+            if len(dim) == 1:
+                sizes.setdefault(dim[0], size)
+    return Rule(tuple(inputs), tuple(outputs), sizes, frozenset(whole), tuple(map(frozenset, linear)), wishes=wishes or {})

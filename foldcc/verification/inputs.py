@@ -12,7 +12,7 @@ from foldcc.ir.node import argument
 from foldcc.ir.program import Program
 from foldcc.ops.captured import captured_record
 from foldcc.verification.field import Field
-from foldcc.verification.meanings import MOVES
+from foldcc.verification.meanings import REARRANGES
 from foldcc.verification.steps import plain_name, steps
 
 aten = torch.ops.aten
@@ -205,4 +205,4 @@ def _each(node: fx.Node) -> bool:
 
 
 def _moved(node: fx.Node) -> bool:
-    return plain_name(node) in MOVES or plain_name(node) in ("_to_copy", "to", "view", "_unsafe_view")
+    return plain_name(node) in REARRANGES | {"_to_copy", "to"}

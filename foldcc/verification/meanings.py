@@ -28,6 +28,8 @@ MOVES = frozenset(
     sym_stride t tile transpose tril triu unbind unflatten unfold unsafe_split unsafe_split_with_sizes unsqueeze view_as
     zero zeros zeros_like""".split()
 )
+# They and those of which a meaning says how: strides are not those of the program.
+REARRANGES = MOVES | {"view", "_unsafe_view"}
 
 
 def meaning(*names: str) -> Callable[[Meaning], Meaning]:

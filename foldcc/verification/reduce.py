@@ -28,6 +28,7 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.captured import Positions, captured_record, positional
 from foldcc.ops.layout import reshard
+from foldcc.rules.kinds import shape_argument
 from foldcc.verification.fewer_ranks import on_mesh
 
 aten = torch.ops.aten
@@ -36,8 +37,6 @@ CALLS = 2  # of a block that repeats: one may feed the next
 _SMALL = 4  # factors up to here, and offsets such as the label's shift by one, are part of the program's structure
 _PIECES = {"aten.slice", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.cat", "aten.slice_scatter", "aten.narrow"}
 _CHOSEN = {"aten.topk", "aten.sort", "aten.argsort", "aten.one_hot", "aten.histc", "aten.scatter", "aten.gather"}
-_SIZED = {"aten.reshape": 1, "aten.view": 1, "aten.expand": 1, "aten.new_empty": 1, "aten.new_zeros": 1, "aten.new_ones": 1}
-_SIZED |= {"aten.new_full": 1, "aten.zeros": 0, "aten.ones": 0, "aten.full": 0, "aten.empty": 0}
 
 
 def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
@@ -324,8 +323,8 @@ class _Resizer:
         """The arguments of an operator that are sizes and offsets."""
         name = name_of(node.target) if hasattr(node.target, "_schema") else ""
         args: list[Any] = list(node.args)
-        if name in _SIZED:
-            args[_SIZED[name]] = self._shape(node, args[_SIZED[name]])
+        if (position := shape_argument(node.target)) is not None:
+            args[position] = self._shape(node, args[position])
         elif name == "aten.arange" and sum(isinstance(a, int) for a in args) == 1:
             args = [self._shape(node, [a])[0] if isinstance(a, int) else a for a in args]
         elif name == "aten.slice" and _shifts(node, self._length(node)):

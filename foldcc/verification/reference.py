@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program, where
 from foldcc.ops.captured import captured_record
+from foldcc.rules.kinds import is_view
 from foldcc.verification.field import Field
 from foldcc.verification.lockstep import leaves
 from foldcc.verification.mode import FieldMode, NoMeaning
@@ -114,7 +115,7 @@ class _Defined(fx.Interpreter):
         except (RuntimeError, IndexError) as error:
             raise Undefined(f"The captured program does not run at {n.name} = {n.target}: {error}", at=_place(n)) from None
         if n.op == "call_function" and self.noted is not None and isinstance(result, Tensor):
-            if result.dtype == torch.bool and not _is_view(n):
+            if result.dtype == torch.bool and not is_view(n.target):
                 self.noted.decisions.pop(at[-1], None)  # how it came about is nobody's branch
                 self.noted.decided(result)
             elif not result.is_floating_point() and getattr(n.target, "overloadpacket", None) in _BOUNDS:
@@ -123,11 +124,6 @@ class _Defined(fx.Interpreter):
         if name is not None:
             self.kept[name] = result
         return result
-
-
-def _is_view(node: fx.Node) -> bool:
-    returned = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(x.alias_info is not None for x in returned)
 
 
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:

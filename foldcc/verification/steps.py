@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from foldcc.verification.meanings import MOVES
+from foldcc.verification.meanings import REARRANGES
 
 _UNBOUNDED = (-256, 4096)  # what is tried of an input whose range no use says
 _SEARCHED = 2**20  # of how many values at most
@@ -79,7 +79,7 @@ class _Steps:
 
 
 def _moves(node: fx.Node) -> bool:
-    return len(node.all_input_nodes) == 1 and plain_name(node) in {*MOVES, "view", "_unsafe_view", "reshape"}
+    return len(node.all_input_nodes) == 1 and plain_name(node) in REARRANGES
 
 
 def _made(node: fx.Node, made: Mapping[fx.Node, Tensor], data: Mapping[fx.Node, Tensor]) -> Tensor | None:

@@ -23,13 +23,9 @@ from foldcc.layout import INVARIANT, REPLICATED, Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.operator import Operator
+from foldcc.rules.kinds import is_view, named
 
 aten = torch.ops.aten
-_MOVES = frozenset(
-    f"aten.{name}"
-    for name in """_unsafe_view cat clone expand permute reshape roll slice split split_with_sizes squeeze t transpose unsqueeze
-    view""".split()
-)
 _MOVING = {ops.all_gather, ops.shard, ops.pad, ops.once, ops.all_to_all}  # collectives that only move elements, or put zeros
 _ADDING = {ops.all_reduce, ops.reduce_scatter}
 ZERO = 0  # the term of the number zero
@@ -41,7 +37,7 @@ def _on_rank(node: fx.Node, values: Mapping[fx.Node, list[Any]], rank: int) -> t
 
 
 def _moves(target: Any) -> bool:
-    return target is operator.getitem or name_of(target) in _MOVES
+    return target is operator.getitem or is_view(target) or name_of(target) in named("cat clone roll")
 
 
 @dataclass(frozen=True)
