@@ -21,11 +21,13 @@ from foldcc import ops
 from foldcc.ir.node import argument, argument_or, name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
-from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, letter
+from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
 from foldcc.ops import record
 from foldcc.ops.captured import Captured, captured_record
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
+from foldcc.ops.moves import MOVES, ORDER
+from foldcc.ops.operator import positional
 from foldcc.plan.strategies import divided
 from foldcc.rules.kinds import shape_argument
 
@@ -121,38 +123,25 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
     """The collectives that bring a value from its layout to the wanted one: make whole, change types, divide."""
     x: fx.Node = node.args[0]
     now, wanted = x.meta["layout"], node.args[1]
-    grad = node.meta["grad"]
-
-    def step(target: Any, states: dict[str, Any], *args: Any) -> None:
-        nonlocal x, now
-        now = replace(now, states={**now.states, **states})
-        x = emit(target, (x, *args), now)
-
     changed = [a for a in wanted.states if now.states[a] != wanted.states[a]]
-    for dst in (REPLICATED, INVARIANT):
-        axes = [a for a in changed if now.states[a] == PARTIAL and wanted.states[a] == dst]
-        if axes:
-            step(ops.all_reduce, dict.fromkeys(axes, dst), ",".join(axes), dst)
-    for axis in reversed(changed):
-        state, target = now.states[axis], wanted.states[axis]
-        if isinstance(state, Shard):
-            dst = target if target in (REPLICATED, INVARIANT) else INVARIANT
-            step(ops.all_gather, {axis: dst}, state.dim, now.outer(axis), axis, dst)
-    axes = [a for a in changed if now.states[a] == INVARIANT and wanted.states[a] == REPLICATED]
-    if axes and grad:
-        step(ops.retype, dict.fromkeys(axes, REPLICATED), ",".join(axes), INVARIANT, REPLICATED)
-    for src in (INVARIANT, REPLICATED):
-        axes = [a for a in changed if now.states[a] == src and wanted.states[a] == PARTIAL]
-        if axes:
-            step(ops.once, dict.fromkeys(axes, PARTIAL), ",".join(axes), src)
-    for axis in changed:
-        target = wanted.states[axis]
-        if isinstance(target, Shard) and now.states[axis] != target:
-            outer = now.with_state(axis, target).outer(axis)
-            if now.states[axis] == PARTIAL:
-                step(ops.reduce_scatter, {axis: target}, target.dim, outer, axis)
-            else:
-                step(ops.shard, {axis: target}, target.dim, outer, axis, letter(now.states[axis]))
+    pairs = {a: (letter(now.states[a]), letter(wanted.states[a])) for a in changed}
+    same = set() if node.meta["grad"] else {(REPLICATED, INVARIANT), (INVARIANT, REPLICATED)}
+    left = {a: [] if pair in same else list(MOVES[pair]) for a, pair in pairs.items()}
+    for family in ORDER:
+        groups: dict[Any, list[str]] = {}
+        for axis in reversed(changed) if family == (ops.all_gather,) else changed:
+            if left[axis] and left[axis][0][0] in family:
+                operator, after = left[axis].pop(0)
+                alone = isinstance(now.states[axis], Shard) or after == VARYING  # it is cut or joined along a dimension
+                groups.setdefault((operator, letter(now.states[axis]), after, alone and axis), []).append(axis)
+        for (operator, src, dst, alone), axes in groups.items():
+            before, states = now, {a: wanted.states[a] if dst == VARYING else dst for a in axes}
+            now = replace(now, states={**now.states, **states})
+            told: dict[str, Any] = {"axes": ",".join(axes), "src": src, "dst": dst}
+            if alone:
+                divided = now if dst == VARYING else before
+                told |= {"dim": divided.states[alone].dim, "outer": divided.outer(alone)}
+            x = emit(operator, positional(operator.overload, {"x": x, **told}), now)
     return x
 
 

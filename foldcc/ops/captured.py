@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from foldcc.layout import Layout
 from foldcc.ops.autocast import computes_in_autocast_dtype
-from foldcc.ops.operator import LIBRARY, by_name, without_gradient
+from foldcc.ops.operator import LIBRARY, by_name, positional, without_gradient
 
 Emit = Callable[..., Node]  # (operator, arguments, layout of the result) -> the call, which is inserted
 _CAPTURED: dict[Any, Captured] = {}
@@ -153,15 +153,6 @@ class Captured:
         for division, axes in ways:
             local = _through(division, Site(emit, axes, layout, local))
         return local(**self.arguments(node)) if ways else None
-
-
-def positional(overload: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Arguments by name as those of a call, as few as need be said."""
-    schema = overload._schema.arguments
-    given = [arguments.get(a.name, a.default_value) for a in schema]
-    while given and given[-1] == schema[len(given) - 1].default_value and schema[len(given) - 1].has_default_value():
-        given.pop()
-    return tuple(given)
 
 
 def _through(division: Division, site: Site) -> Callable[..., Node]:

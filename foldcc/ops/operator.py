@@ -113,6 +113,15 @@ def by_name(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
     return {a.name: given.get(a.name, a.default_value) for a in overload._schema.arguments}
 
 
+def positional(overload: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments by name as those of a call, as few as need be said."""
+    schema = overload._schema.arguments
+    given = [arguments.get(a.name, a.default_value) for a in schema]
+    while given and given[-1] == schema[len(given) - 1].default_value and schema[len(given) - 1].has_default_value():
+        given.pop()
+    return tuple(given)
+
+
 def without_gradient(name: str) -> None:
     """Makes a gradient that is asked of an operator an error, where PyTorch would warn and leave it out."""
 

@@ -8,7 +8,20 @@ tokens x width, and only the ratios below matter.
 
 from __future__ import annotations
 
-from foldcc.layout import Shard, State
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foldcc.layout import INVARIANT, REPLICATED, VARYING, State, letter
+from foldcc.mesh import FoldedMesh
+from foldcc.ops import record
+from foldcc.ops.groups import active
+from foldcc.ops.moves import MOVES
+from foldcc.ops.operator import positional
 
 TOKENS = 4.0  # tokens per unit of hidden width on a data-parallel rank: 16 Ki tokens for a width of 4096
 FLOPS = 0.5  # elements that a link moves in the time of `hidden` floating-point operations
@@ -16,24 +29,52 @@ TRAFFIC = 0.25  # elements that a link moves in the time in which memory takes o
 START = 0.25  # what starting a collective costs, in units of tokens x hidden
 HOLDING = 6.0  # elements that holding an H x 1 column of a weight matrix is worth, per token
 
-# Moves between states, in units of the whole value times (ranks - 1) / ranks: forward and backward.
-_MOVES = {
-    ("V", "I"): (1, 0),  # all-gather; the transpose takes a slice
-    ("V", "R"): (1, 1),  # all-gather; reduce-scatter
-    ("V", "V"): (1, 1),  # through I: all-gather and slice; all-gather and slice
-    ("I", "R"): (0, 2),  # nothing; all-reduce
-    ("I", "V"): (0, 1),  # slice; all-gather
-    ("I", "P"): (0, 0),
-    ("R", "V"): (0, 0),
-    ("R", "P"): (0, 0),
-    ("P", "V"): (1, 1),  # reduce-scatter; all-gather
-    ("P", "I"): (2, 0),  # all-reduce; nothing
-    ("P", "R"): (2, 2),  # all-reduce; all-reduce
-}
+
+@dataclass(frozen=True)
+class Price:
+    """What a move costs for each element of the whole value.
+
+    Attributes:
+        forward, backward: what a rank sends, in units of (ranks - 1) / ranks.
+        written: what the steps of the forward pass leave in memory.
+    """
+
+    forward: float
+    backward: float
+    written: float
 
 
-def _letter(state: State) -> str:
-    return "V" if isinstance(state, Shard) else state
+class _Sent(TorchDispatchMode):
+    """Adds up what the records say that a rank sends."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks, self.total = ranks, Fraction(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, known = func(*args, **(kwargs or {})), record(func)
+        if known is not None and known.sent is not None:
+            self.total += known.sent(Fraction(args[0].numel()), Fraction(result.numel()), self.ranks)
+        return result
+
+
+@cache
+def price(source: str, target: str, ranks: int) -> Price | None:
+    """The price of a move between two types, None if there is none: its steps and their transposes, run on a small value."""
+    if (source, target) not in MOVES:
+        return None
+    elements, written = ranks * ranks, Fraction(0)
+    x = torch.empty(elements // ranks if source == VARYING else elements, device="meta", requires_grad=True)
+    with active(FoldedMesh.parse(f"tp={ranks}")), _Sent(ranks) as sent:
+        y, src = x, source
+        for operator, dst in MOVES[source, target]:
+            told = {"x": y, "axes": "tp", "src": src, "dst": dst, "dim": 0, "outer": 1}
+            y, src = operator(*positional(operator.overload, told)), dst
+            written += y.numel()
+        forward = sent.total
+        torch.autograd.grad(y, x, torch.empty_like(y))
+    unit = Fraction(elements * (ranks - 1), ranks)
+    return Price(float(forward / unit), float((sent.total - forward) / unit), float(written / elements))
 
 
 def move(source: State, target: State, elements: float, ranks: int, grad: bool, start: float) -> float | None:
@@ -46,14 +87,13 @@ def move(source: State, target: State, elements: float, ranks: int, grad: bool, 
     """
     if source == target:
         return 0.0
-    pair = (_letter(source), _letter(target))
-    if not grad and pair in (("R", "I"), ("I", "R")):
+    pair = (letter(source), letter(target))
+    if not grad and set(pair) == {REPLICATED, INVARIANT}:
         return 0.0
-    if pair not in _MOVES:
+    found = price(*pair, ranks)
+    if found is None:
         return None
-    forward, backward = _MOVES[pair]
-    held = elements / ranks if isinstance(target, Shard) else elements
-    traffic = TRAFFIC * held * (1 if forward else 0) + (TRAFFIC * elements if pair == ("V", "V") else 0)
-    backward = backward if grad else 0
-    starts = (forward > 0) + (backward > 0)
-    return (forward + backward) * elements * (ranks - 1) / ranks + starts * start + traffic
+    backward = found.backward if grad else 0.0
+    starts = (found.forward > 0) + (backward > 0)
+    traffic = TRAFFIC * elements * found.written if found.forward else 0.0
+    return (found.forward + backward) * elements * (ranks - 1) / ranks + starts * start + traffic

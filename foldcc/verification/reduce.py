@@ -26,8 +26,9 @@ from foldcc.ir.pipeline import Stage, Stages, run_passes
 from foldcc.ir.program import Program, where
 from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
-from foldcc.ops.captured import Positions, captured_record, positional
+from foldcc.ops.captured import Positions, captured_record
 from foldcc.ops.layout import reshard
+from foldcc.ops.operator import positional
 from foldcc.rules.kinds import shape_argument
 from foldcc.verification.fewer_ranks import on_mesh
 
