@@ -285,12 +285,6 @@ def test_a_layer_that_would_not_be_trained(tracer: str) -> None:
 # --- attention options of Transformers --------------------------------------------------------------------------------
 
 
-def _gemma() -> nn.Module:
-    import transformers
-
-    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_SMALL, head_dim=8))
-
-
 def _llama4() -> nn.Module:
     import transformers
 
@@ -310,7 +304,6 @@ MASK_4D = torch.ones(4, 1, 16, 16, dtype=torch.bool)
 POSITIONS = torch.arange(16).expand(4, 16).contiguous()
 
 OPTIONS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
-    "soft capping": (_gemma, {}, r"Gemma2Attention uses softcap=50\.0"),
     "chunks": (_llama4, {}, "attention mask with chunks"),
     "a mask that is read": (_doge, {}, r"computes with its attention mask itself \(mask\.dtype\)"),
     "dropout": (lambda: tiny_model("llama", attention_dropout=0.1).train(), {}, r"LlamaAttention uses dropout=0\.1"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import foldcc
 from foldcc.capture import masks
 from foldcc.capture.masks import Pattern, as_patterns
 from foldcc.errors import FoldError
+from foldcc.ir.node import argument
 from foldcc.ops import attention, captured_record
 from foldcc.testing import check_equivalence
 
@@ -23,6 +26,7 @@ _SIZES = {
     "pad_token_id": 0,
 }
 _DECODER = {"num_hidden_layers": 1, "num_key_value_heads": 2, "use_cache": False}
+_CAPPED = {"head_dim": 4, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _DECODER),
     "window": ("MistralForCausalLM", {**_DECODER, "sliding_window": 3}),
@@ -30,6 +34,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssForCausalLM",
         {**_DECODER, "sliding_window": 3, "head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
+    # Its first layer has a window, its second one none; scores of this size meet the cap.
+    "soft cap": ("Gemma2ForCausalLM", {**_DECODER, **_CAPPED, "num_hidden_layers": 2, "sliding_window": 3}),
     "bidirectional": ("BertForMaskedLM", {"num_hidden_layers": 1}),
     # It does not ask the library for attention, and adds its mask itself.
     "own": (
@@ -76,7 +82,12 @@ def _model(name: str, implementation: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [(n, i) for n in _MODELS for i in ("eager", "sdpa") if (n, i) not in (("sinks", "sdpa"), ("own", "sdpa"))],
+    [
+        (n, i)
+        for n in _MODELS
+        for i in ("eager", "sdpa")
+        if (n, i) not in (("sinks", "sdpa"), ("soft cap", "sdpa"), ("own", "sdpa"))
+    ],
 )
 def test_a_query_attends_to_what_it_attends_to_in_the_model(name: str, implementation: str) -> None:
     """At every position, padding too, with all gradients.
@@ -90,6 +101,23 @@ def test_a_query_attends_to_what_it_attends_to_in_the_model(name: str, implement
     random = torch.randn(*valid.shape, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     given = {"input_ids": ids, "attention_mask": valid, "weight": random * weight[..., None]}
     check_equivalence(_model(name, implementation), "dp=2,tp=2", kwargs=given)
+
+
+def test_a_soft_cap_is_folded_proved_and_runs_in_bfloat16() -> None:
+    ids = torch.randint(1, 32, (4, 12), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids}
+    plain = _model("soft cap", "eager").model
+    check_equivalence(plain, "dp=2,tp=2", kwargs=inputs)
+    folded = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=inputs, verify=False)
+    nodes = [n for _, n in folded.stages["shard"].program.nodes() if n.target is attention]
+    assert [argument(n, "softcap") for n in nodes] == [0.5, 0.5]  # of the layer with a window, and of the other
+    assert foldcc.verify(folded).ok
+    narrow = foldcc.parallelize(copy.deepcopy(plain).to(torch.bfloat16), "dp=2,tp=2", example_inputs=inputs, verify=False)
+    wanted = plain(**inputs).loss
+    assert abs(narrow(**inputs).loss - wanted) < 1e-2 * wanted
+    for layer in plain.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert abs(plain(**inputs).loss - wanted) > 1e-4 * wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

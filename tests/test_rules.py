@@ -222,7 +222,7 @@ def _attention(n: Size) -> Call:
     q, k, v = real(batch, heads * group, length, 4), real(batch, heads, length, 4), real(batch, heads, length, 3)
     sinks = real(heads * group) if n() > 2 else None
     valid = ids(2, batch, length).bool() if n() > 2 else None
-    return ops.attention, q, k, v, sinks, valid, 0.5, n() > 2, 3 if n() > 2 else 0
+    return ops.attention, q, k, v, sinks, valid, 0.5, n() > 2, 3 if n() > 2 else 0, 0.5 if n() > 2 else 0.0
 
 
 def _masked_attention(n: Size) -> Call:

@@ -36,6 +36,7 @@ def _attention(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface of Transformers: [b, h, q, d], [b, g, k, d], [b, g, k, e] -> [b, q, h, e].
@@ -65,12 +66,12 @@ def _attention(
     if given:
         raise FoldError(
             f"{type(module).__name__} uses {', '.join(given)}, which foldcc's attention does not carry.",
-            carries=f"scale, sinks, grouped heads, {CARRIED}",
+            carries=f"scale, softcap, sinks, grouped heads, {CARRIED}",
         )
     if pattern.positions is not None:
         query = at_positions(query, pattern.positions)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    y = attention(query, key, value, s_aux, valid, float(scale), pattern.causal, pattern.window)
+    y = attention(query, key, value, s_aux, valid, float(scale), pattern.causal, pattern.window, softcap or 0.0)
     return y, None
 
 

@@ -1,6 +1,7 @@
 """Attention over grouped heads, as one node. Its meaning is PyTorch's own scaled_dot_product_attention.
 
-A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here.
+A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here. With a `softcap` c,
+scores s become c * tanh(s / c), before the mask.
 
 Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k] -> [b, q, h, e], where h = g * r.
 """
@@ -44,12 +45,13 @@ def _attend(
     scale: float,
     causal: bool,
     window: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     if window >= k.shape[2]:
         window = 0
     allowed = _allowed(q, k, valid, causal, window)
     grouped = q.shape[1] != k.shape[1]
-    if sinks is None:
+    if sinks is None and not softcap:
         y = scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale, enable_gqa=grouped
         )
@@ -59,7 +61,13 @@ def _attend(
         allowed = allowed.tril() if causal else allowed
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is None:
+        weights = torch._safe_softmax(scores.to(torch.promote_types(q.dtype, torch.float32)), -1).to(q.dtype)
+        return (weights @ v).transpose(1, 2)
     sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     return (weights @ v).transpose(1, 2)
@@ -94,7 +102,8 @@ def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str,
 
 
 attention = captured(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window, "
+    "float softcap=0.0) -> Tensor",
     meaning="scaled_dot_product_attention over grouped heads",
     eager=_attend,
     shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
