@@ -56,6 +56,10 @@ def filled(program: Program, plan: Plan) -> Plan:
 
     parameters = {s.names[0]: s.name for s in program.slots if s.kind == "parameter"}
     values = {n.name: entering(n) for n in program.graph.graph.nodes if n.op == "placeholder" or n.target is operator.getitem}
+    for node in program.placeholders:
+        said = plan.parameters.get(program.slot(node.name).names[0])
+        if not node.users and said is not None and said.global_shape == tuple(node.meta["val"].shape):
+            values[node.name] = said  # another program uses it
     return replace(
         plan,
         model=program.name,
