@@ -158,9 +158,8 @@ def _dummy(model: nn.Module, mesh: FoldedMesh) -> dict[str, Any] | None:
 
 
 def _check_axes(mesh: FoldedMesh) -> None:
-    for axis in ("pp", "cp"):
-        if mesh.size(axis) > 1:
-            raise FoldError(f"{axis}={mesh.size(axis)} is not supported yet.", mesh=str(mesh), valid=f"{axis}=1")
+    if mesh.size("pp") > 1:
+        raise FoldError(f"pp={mesh.size('pp')} is not supported yet.", mesh=str(mesh), valid="pp=1")
 
 
 def _chosen_mesh(

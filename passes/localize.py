@@ -123,7 +123,7 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
     """The collectives that bring a value from its layout to the wanted one: make whole, change types, divide."""
     x: fx.Node = node.args[0]
     now, wanted = x.meta["layout"], node.args[1]
-    changed = [a for a in wanted.states if now.states[a] != wanted.states[a]]
+    changed = _changed(now, wanted)
     pairs = {a: (letter(now.states[a]), letter(wanted.states[a])) for a in changed}
     same = set() if node.meta["grad"] else {(REPLICATED, INVARIANT), (INVARIANT, REPLICATED)}
     left = {a: [] if pair in same else list(MOVES[pair]) for a, pair in pairs.items()}
@@ -143,6 +143,21 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
                 told |= {"dim": divided.states[alone].dim, "outer": divided.outer(alone)}
             x = emit(operator, positional(operator.overload, {"x": x, **told}), now)
     return x
+
+
+def _changed(now: Layout, wanted: Layout) -> list[str]:
+    """The axes on which a value moves, slowest first: those that differ, and those whose parts lie within parts of these."""
+    found = {a for a in wanted.states if now.states[a] != wanted.states[a]}
+    axes = list(wanted.states)
+    for outer in [a for a in axes if a in found]:
+        parts = [s for s in (now.states[outer], wanted.states[outer]) if isinstance(s, Shard)]
+        for inner in axes[axes.index(outer) + 1 :]:
+            mine = now.states[inner]
+            if isinstance(mine, Shard) and any(
+                s.dim == mine.dim and s.start < mine.stop and mine.start < s.stop for s in parts
+            ):
+                found.add(inner)
+    return [a for a in axes if a in found]
 
 
 # --- operators whose local form differs ---------------------------------------------------------------------------------

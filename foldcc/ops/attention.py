@@ -1,9 +1,9 @@
 """Attention over grouped heads, as one node. Its meaning is PyTorch's own scaled_dot_product_attention.
 
 A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here. With a `softcap` c,
-scores s become c * tanh(s / c), before the mask.
+scores s become c * tanh(s / c), before the mask. Queries may stand later than keys, from the position `start` on.
 
-Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k] -> [b, q, h, e], where h = g * r.
+Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k], start [] -> [b, q, h, e], where h = g * r.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from foldcc.ops.positions import first, scalar
 aten = torch.ops.aten
 
 
-def _allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int) -> Tensor | None:
-    """Boolean mask of the pairs (query, key) that may attend, None when causality alone decides."""
-    if valid is None and window == 0:
+def _allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int, start: Tensor | None) -> Tensor | None:
+    """Boolean mask of the pairs (query, key) that may attend, None when causality alone decides, or nothing does."""
+    if valid is None and window == 0 and (start is None or not causal):
         return None
-    distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
+    own = torch.arange(q.shape[2], device=q.device)
+    distance = (own if start is None else own + start)[:, None] - torch.arange(k.shape[2], device=q.device)
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
         allowed = allowed & (distance < window) & (distance > -window)
@@ -46,10 +47,11 @@ def _attend(
     causal: bool,
     window: int,
     softcap: float = 0.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     if window >= k.shape[2]:
         window = 0
-    allowed = _allowed(q, k, valid, causal, window)
+    allowed = _allowed(q, k, valid, causal, window, start)
     grouped = q.shape[1] != k.shape[1]
     if sinks is None and not softcap:
         y = scaled_dot_product_attention(
@@ -96,6 +98,11 @@ def _selected(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
     return at.local(q=q, k=repeated(k), v=repeated(v), **rest)
 
 
+def _gathered(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
+    """Each rank attends with its queries to all keys: it has to know how far its first query stands from the first key."""
+    return at.local(q=q, k=k, v=v, **{**rest, "start": first(at.emit, at.axes, q.meta["layout"].shape[2], q)})
+
+
 def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]:
     pairs = 2 * prod(q[:3]) * k[2]
     return (pairs * q[3], ("q",), ("k",)), (pairs * v[3], ("q", "k"), ("v",))
@@ -103,7 +110,7 @@ def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str,
 
 attention = captured(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window, "
-    "float softcap=0.0) -> Tensor",
+    "float softcap=0.0, Tensor? start=None) -> Tensor",
     meaning="scaled_dot_product_attention over grouped heads",
     eager=_attend,
     shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
@@ -112,7 +119,10 @@ attention = captured(
         "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k]"
         " -> b [q] (kv_heads group) [value_dim] ; linear 2"
     ),
-    divisions=(Division(("kv_heads", "group"), stretch=True, lower=_selected),),
+    divisions=(
+        Division(("kv_heads", "group"), stretch=True, lower=_selected),
+        Division(("q",), stretch=True, only="cp", lower=_gathered),
+    ),
     products=_products,
     degree=lambda read: 1 + max(read),
     alike=("head_dim", "value_dim"),  # whether queries and values are equally wide decides how it is computed

@@ -51,12 +51,14 @@ class Division:
         letters: of which each is divided, outermost first.
         stretch: a rank's part must be one stretch, so that the outermost factor is divided.
         ends_sum: the operator ends its own sum, on every rank.
+        only: the axis that it is for; empty for any.
         lower: `(site, **arguments) -> what stands in the node's place`; None where the local operator is enough.
     """
 
     letters: tuple[str, ...]
     stretch: bool = False
     ends_sum: bool = False
+    only: str = ""
     lower: Callable[..., Node] | None = None
 
 

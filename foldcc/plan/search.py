@@ -51,15 +51,32 @@ class _AxisProblem:
         self.said = self._said()
         self.hidden = _hidden(program)
         self.batch = _batch(program)
-        # Samples are dp's, and dp takes nothing else; what the other axes take is a question of cost.
-        self.takes = _factors(program) - {self.batch} if axis != "dp" else {self.batch}
-        self.strategist = Strategist(program.sizes, self.ranks, taken, self.takes)
+        self.takes = self._takes()
+        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes)
         self.scale = self._reference()
         self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
         self.slots: dict[fx.Node, dict[State, int]] = {}
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.
         self.made: dict[fx.Node, dict[State, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.needed: dict[fx.Node, list[dict[State, list[int]]]] = defaultdict(list)
+
+    def _takes(self) -> set[Symbol | None]:
+        """The factors that the axis may divide: samples are dp's, sequences cp's, and what tp takes is a question of cost."""
+        if self.axis == "dp":
+            return {self.batch}
+        if self.axis != "cp":
+            return _factors(self.program) - {self.batch}
+        found = _sequences(self.program) - {self.batch}
+        if not found:
+            raise FoldError(
+                f"No input has a sequence that cp={self.ranks} could divide.",
+                mesh=str(self.program.mesh),
+                valid="cp=1; or inputs with a dimension beside that of their samples which no parameter has",
+            )
+        sizes = sorted({self.program.sizes[f] for f in found})
+        if all(n % self.ranks for n in sizes):
+            divides("positions", sizes[-1], "cp", self.ranks, mesh=str(self.program.mesh), valid=f"multiples of {self.ranks}")
+        return found
 
     def _said(self) -> dict[fx.Node, tuple[str, State]]:
         """What the plan says of values that enter the main graph or pass between blocks: by whose name, and the state."""
@@ -325,7 +342,9 @@ class _AxisProblem:
         heads = shared * each
         taken = self.strategist.taken
         possible = [
-            d for d in divisors(heads) if d > 1 and divided(Strategist(self.program.sizes, d, taken, self.takes).of(node))
+            d
+            for d in divisors(heads)
+            if d > 1 and divided(Strategist(self.axis, self.program.sizes, d, taken, self.takes).of(node))
         ]
         raise FoldError(
             f"{heads} attention heads, {each} to each of {shared} key/value heads, do not divide over tp={self.ranks}.",
@@ -371,6 +390,16 @@ def _factors(program: Program) -> set[Symbol]:
         if program.slot(node.name).kind == "input" or sum(bool(dim) for dim in node.meta["dims"]) > 1:
             found |= {f for dim in node.meta["dims"] for f in dim}
     return found
+
+
+def _sequences(program: Program) -> set[Symbol]:
+    """The factors of inputs that no parameter has."""
+    kinds = {n: program.slot(n.name).kind for n in program.placeholders}
+    inputs, parameters = (
+        {f for n, kind in kinds.items() if kind == wanted for dim in n.meta["dims"] for f in dim}
+        for wanted in ("input", "parameter")
+    )
+    return inputs - parameters
 
 
 def _batch(program: Program) -> Symbol | None:

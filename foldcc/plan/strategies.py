@@ -72,11 +72,13 @@ class Strategist:
 
     def __init__(
         self,
+        axis: str,
         sizes: Mapping[Symbol, int],
         ranks: int,
         taken: Mapping[fx.Node, Mapping[Any, int]],
         takes: set[Symbol],
     ):
+        self.axis = axis
         self.takes = takes
         self.sizes = sizes
         self.ranks = ranks
@@ -105,7 +107,7 @@ class Strategist:
 
     def _divided(self, node: fx.Node, rule: Rule, division: Division) -> list[Strategy]:
         letters, taken = node.meta["letters"], self.taken.get(node, {})
-        if any(x not in letters for x in division.letters):
+        if any(x not in letters for x in division.letters) or division.only not in ("", self.axis):
             return []
         product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
         found = []
@@ -147,6 +149,7 @@ class Strategist:
             return None
         if division.ends_sum:
             left = [INVARIANT for _ in left]
+        given += (None,) * (len(operands(node)) - len(given))  # what only lowering gives it
         return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), 1 / self.ranks)
 
 
