@@ -30,7 +30,7 @@ def computes_in_autocast_dtype(overload: Any, cast: Collection[str], *, returns:
         def call(*args: Any, device: str = device) -> Any:
             dtype = torch.get_autocast_dtype(device)
             with torch._C._DisableAutocast():
-                given = [_cast(x, dtype) if name in cast else x for name, x in zip(names, args, strict=True)]
+                given = [_cast(x, dtype) if name in cast else x for name, x in zip(names, args, strict=False)]
                 result = overload(*given)
                 return result if returns is None else result.to(args[names.index(returns)].dtype)
 
