@@ -58,6 +58,15 @@ class Dispatch(Pass):
         return replace(program, plan=replace(program.plan, parameters=parameters))  # those of experts are on the MoE side
 
 
+def _source(w: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """What a weight is of, through casts and changes of layout, and the casts in their order."""
+    casts: list[fx.Node] = []
+    while w.target in (reshard, aten._to_copy.default):
+        casts = casts if w.target is reshard else [w, *casts]
+        w = w.args[0]
+    return w, casts
+
+
 class _Dispatcher:
     """Rewrites one `experts` node."""
 
@@ -121,7 +130,7 @@ class _Dispatcher:
                 wanted = self.node.meta["letters"][letter]
                 states[axis] = self._place(w, wanted, axis, letter)
         layout = self.layout(w.meta["dims"], **states)
-        source = w.args[0] if w.target is reshard else w
+        source, casts = _source(w)
         if source.op == "placeholder" and self._only_here(source):
             source.meta["layout"] = layout
             for call in self.program.calls:
@@ -130,14 +139,18 @@ class _Dispatcher:
                     call.args[position].meta["layout"] = layout
             w = source
         else:
+            casts = []
             invariant = self.layout(w.meta["dims"], **dict.fromkeys(self.ranks, INVARIANT))
             w = self.emit(cross_fold, (w, invariant), invariant)
             w = self.emit(reshard, (w, layout), layout)
         # Tokens vary over edp and, where the weight is not divided, over the others; the transpose sums its gradient.
-        used = {a: REPLICATED if s == INVARIANT else s for a, s in layout.states.items()}
-        if used == layout.states:
-            return w
-        return self.emit(reshard, (w, self.layout(w.meta["dims"], **used)), self.layout(w.meta["dims"], **used))
+        used = self.layout(w.meta["dims"], **{a: REPLICATED if s == INVARIANT else s for a, s in layout.states.items()})
+        if used != layout:
+            w = self.emit(reshard, (w, used), used)
+        for cast in casts:
+            w = self.emit(cast.target, (w,), used, cast.meta["val"].dtype)
+            w.kwargs, w.meta["grad"] = cast.kwargs, cast.meta["grad"]
+        return w
 
     def _only_here(self, source: fx.Node) -> bool:
         """Whether the placeholder is a parameter that nothing but these experts reads."""
@@ -147,9 +160,13 @@ class _Dispatcher:
         for call in self.program.calls:
             if call.target == self.block and len(call.args[position].users) > 1:
                 return False
-        readers = [u for u in source.users if u.target is not reshard]
-        readers += [v for u in source.users if u.target is reshard for v in u.users]
-        return all(r is self.node or r.target in (reshard, cross_fold) for r in readers)
+        readers: list[fx.Node] = []
+        left = list(source.users)
+        while left:
+            reader = left.pop()
+            passes_on = reader.target in (reshard, cross_fold, aten._to_copy.default)
+            (left if passes_on else readers).extend(reader.users if passes_on else [reader])
+        return all(r is self.node for r in readers)
 
     def _place(self, w: fx.Node, wanted: tuple[Any, ...], axis: str, letter: str) -> Shard:
         ranks = self.mesh.size(axis)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import foldcc
+from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
 
@@ -78,6 +80,25 @@ def test_autocast_around_the_call_casts_what_it_casts_in_one_process(family: str
             assert relative_error(gradient, wanted[name], 0.1 * largest) < 16 * torch.finfo(dtype).eps, name
     plainly = model(**BATCH)
     assert plainly.logits.dtype == torch.float32 and relative_error(plainly.logits, exact.logits) < 1e-5
+
+
+def both_on_processes(wanted: dict[str, torch.Tensor]) -> None:
+    mesh = foldcc.FoldedMesh.parse("dp=2|ep=2", device_type="cpu")
+    own = {name: x.chunk(2)[dist.get_rank()] for name, x in BATCH.items()}
+    model = foldcc.parallelize(tiny_model("mixtral", num_hidden_layers=1), mesh, example_inputs=own)
+    model(**own).loss.backward()
+    for p in model.parameters():
+        p.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**own).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32 and relative_error(p.grad.full_tensor(), wanted[name]) < 0.05, name
+
+
+def test_autocast_finds_experts_where_they_are_held() -> None:
+    plain = tiny_model("mixtral", num_hidden_layers=1)
+    plain.config._experts_implementation = "eager"
+    run_distributed(both_on_processes, 2, gradients_of(plain, torch.bfloat16, inside=False)[0])
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("deepseek_v3", torch.bfloat16)], ids=str)
