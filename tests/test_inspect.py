@@ -276,7 +276,7 @@ def test_a_mesh_may_be_given_as_text():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"zero": 3}, "no option 'zero'.\n.*replicated over dp"),
+        ({"fsdp": True}, "no option 'fsdp'.\n.*zero=3 divides parameters"),
         ({"capacity_factor": 1.0}, "no option 'capacity_factor'.\n.*dropless"),
         ({"nix": 1}, "no option 'nix'.\n  valid   example_inputs, capture, kernels"),
     ],
