@@ -30,7 +30,8 @@ def computes_in_autocast_dtype(overload: Any, cast: Collection[str], *, returns:
         def call(*args: Any, device: str = device) -> Any:
             dtype = torch.get_autocast_dtype(device)
             with torch._C._DisableAutocast():
-                given = [_cast(x, dtype) if name in cast else x for name, x in zip(names, args, strict=False)]
+                named = zip(names, args, strict=False)  # a call may leave defaults out
+                given = [_cast(x, dtype) if name in cast else x for name, x in named]
                 result = overload(*given)
                 return result if returns is None else result.to(args[names.index(returns)].dtype)
 
