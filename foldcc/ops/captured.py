@@ -150,7 +150,10 @@ class Captured:
         layout: Layout = node.meta["layout"]
 
         def local(**arguments: Any) -> Node:
-            return emit(self.local, positional(self.local, arguments), layout)
+            named = {a.name: arguments.get(a.name) for a in self.local._schema.arguments if a.kwarg_only}
+            return emit(
+                self.local, positional(self.local, arguments), layout, **{k: x for k, x in named.items() if x is not None}
+            )
 
         for division, axes in ways:
             local = _through(division, Site(emit, axes, layout, local))

@@ -114,8 +114,8 @@ def by_name(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
 
 
 def positional(overload: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Arguments by name as those of a call, as few as need be said."""
-    schema = overload._schema.arguments
+    """Arguments by name as the positional ones of a call, as few as need be said."""
+    schema = [a for a in overload._schema.arguments if not a.kwarg_only]
     given = [arguments.get(a.name, a.default_value) for a in schema]
     while given and given[-1] == schema[len(given) - 1].default_value and schema[len(given) - 1].has_default_value():
         given.pop()

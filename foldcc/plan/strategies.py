@@ -107,7 +107,7 @@ class Strategist:
 
     def _divided(self, node: fx.Node, rule: Rule, division: Division) -> list[Strategy]:
         letters, taken = node.meta["letters"], self.taken.get(node, {})
-        if any(x not in letters for x in division.letters) or division.only not in ("", self.axis):
+        if division.only not in ("", self.axis) or any(x not in letters or rule.sizes[x] == 0 for x in division.letters):
             return []
         product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
         found = []
