@@ -454,7 +454,7 @@ def linear(rule: Callable[..., Rule | None]) -> Callable[..., Rule | None]:
 
 WRONG = [
     ("aten.softmax", rules.RULES, widened(rules.RULES["aten.softmax"])),
-    ("aten.cumsum", rules.RULES, widened(rules.RULES["aten.cumsum"])),
+    ("aten.cumprod", rules.RULES, widened(rules.RULES["aten.cumprod"])),
     ("aten.topk", rules.RULES, widened(rules.RULES["aten.topk"])),
     ("aten.tril", rules.RULES, widened(rules.RULES["aten.tril"])),
     ("aten.gather", rules.RULES, widened(rules.RULES["aten.gather"])),

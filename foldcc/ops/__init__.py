@@ -33,6 +33,7 @@ from foldcc.ops.experts import (
 )
 from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
+from foldcc.ops.scan import cumsum, from_ranks_before, of_ranks_behind
 
 __all__ = [
     "Captured",
@@ -49,13 +50,16 @@ __all__ = [
     "captured_record",
     "captured_records",
     "count",
+    "cumsum",
     "each_expert",
     "embedding",
     "experts",
     "experts_node",
     "experts_record",
+    "from_ranks_before",
     "gather_rows",
     "grouped_linear",
+    "of_ranks_behind",
     "once",
     "pad",
     "permute",

@@ -29,7 +29,7 @@ def _reduced(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]
 
 
 def _along(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
-    """softmax, topk, sort, cumsum, amax …: one dimension must be whole; the others are independent of each other."""
+    """softmax, topk, sort, cumprod, amax …: one dimension must be whole; the others are independent of each other."""
     if len(inputs) == 2:  # the larger of two tensors
         return pointwise(node, inputs, outputs)
     (source,) = inputs
@@ -49,7 +49,7 @@ def _along(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     return build([letters], results, [source, *outputs], whole=whole, wishes=wishes)
 
 
-_ALONG = "softmax log_softmax _softmax _log_softmax topk sort argsort cumsum cumprod amax amin argmax max min any all prod"
+_ALONG = "softmax log_softmax _softmax _log_softmax topk sort argsort cumprod amax amin argmax max min any all prod"
 RULES: dict[str, Notation | Derived] = {
     "aten.histc": notation("... -> [experts]"),
     "aten.rms_norm": notation("... [h], [h] -> ... [h]"),
