@@ -61,7 +61,7 @@ def refuse_attention_over_samples(program: Program) -> None:
         for f in n.meta["dims"][d]
     }
     for _, node in program.nodes():
-        if (known := captured_record(node.target)) is not None and (positions := known.positions) is not None:
+        if positions := captured_record(node.target).positions:
             sequence = argument(node, positions.queries).meta["dims"][positions.dim]
             if sequence and set(sequence) <= samples:
                 raise FoldError(

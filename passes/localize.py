@@ -73,7 +73,7 @@ def _localize(node: fx.Node) -> None:
         node.args = node.args[:1]
     elif node.target is reshard:
         _replace(node, lambda emit: _moved(emit, node))
-    elif (known := captured_record(node.target)) is not None:
+    elif (known := captured_record(node.target)).local is not None:
         _become(node, known)
     elif node.target in LOWERINGS:
         LOWERINGS[node.target](node)

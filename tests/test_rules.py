@@ -424,7 +424,6 @@ def test_a_record_divides_what_its_rule_calls_whole_and_says_what_runs_then(monk
         return at.local(q=q, **{**rest, "causal": False})
 
     known = ops.captured_record(ops.attention)
-    assert known is not None
     way = Division(("q",), lower=first_queries_see_less)
     monkeypatch.setitem(_CAPTURED, ops.attention, replace(known, divisions=(*known.divisions, way)))
     (queries,) = (s for s in attending(False).strategies() if s.operands[0] == Shard(2, 0, 1))

@@ -57,11 +57,11 @@ def local_flops(program: Program) -> Counter[str]:
 
 
 def _global(node: fx.Node) -> int:
-    if (known := captured_record(node.target)) is not None:
+    if products := (known := captured_record(node.target)).products:
         given = {k: x for k, x in known.arguments(node).items() if isinstance(x, fx.Node)}
         graded = {name for name, x in given.items() if x.meta["grad"]}
-        products = known.products(**{name: x.meta["val"].shape for name, x in given.items()}) if known.products else ()
-        return int(sum(flops * (1 + sum(not graded.isdisjoint(f) for f in factors)) for flops, *factors in products))
+        each = products(**{name: x.meta["val"].shape for name, x in given.items()})
+        return int(sum(flops * (1 + sum(not graded.isdisjoint(f) for f in factors)) for flops, *factors in each))
     if name_of(node.target) in CONVOLUTIONS:
         passes = 1 + sum(bool(n.meta["grad"]) for n in operands(node)[:2] if n is not None)
         return int(_convolution(node, node, lambda n: n.meta["val"].shape) * passes)

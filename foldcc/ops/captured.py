@@ -200,10 +200,14 @@ def captured(
     return Captured(overload=overload, local=local, defined=defined or eager, **known)
 
 
-def captured_record(target: Any) -> Captured | None:
-    """The record of an fx node's target, None if it is no such operator."""
-    return _CAPTURED.get(target)
+PLAIN = Captured(overload=None, local=None, meaning="an operator without such a record", defined=None, rule="")
+
+
+def captured_record(target: Any) -> Captured:
+    """The record of an fx node's target; PLAIN, which says nothing, if it has none."""
+    return _CAPTURED.get(target, PLAIN)
 
 
 def captured_records() -> tuple[Captured, ...]:
-    return tuple(_CAPTURED.values())
+    """All records, in the order of definition."""
+    return tuple(known for known in _CAPTURED.values() if known is not PLAIN)

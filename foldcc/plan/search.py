@@ -20,7 +20,7 @@ from foldcc.ir.node import name_of, operands
 from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
-from foldcc.ops.captured import captured_record
+from foldcc.ops.captured import PLAIN, captured_record
 from foldcc.plan import costs
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
@@ -114,7 +114,9 @@ class _AxisProblem:
         results = [r for r in results_of(node) if r is not None]
         traffic = costs.TRAFFIC * sum(self.elements(r) for r in results)
         flops = 0.0
-        if rule is not None and (known is None or (known.products and not known.placed)):  # what is placed elsewhere runs there
+        if rule is not None and (
+            known is PLAIN or (known.products and not known.placed)
+        ):  # what is placed elsewhere runs there
             contracted = [x for x in rule.letters() if rule.summed(x) and len(rule.operands) > 1]
             if contracted:
                 product = float(np.prod([rule.sizes[x] for x in contracted]))

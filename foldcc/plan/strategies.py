@@ -93,8 +93,7 @@ class Strategist:
             found.append(Strategy(given, (state,) * len(results), 1.0))
         if rule is None:
             return found
-        known = captured_record(node.target)
-        if known is not None and known.placed:
+        if captured_record(node.target).placed:
             found = []  # a token that stands on several ranks would be sent several times, so each must stand on one
         for group in rule.linear:
             if all(i < len(tensors) and tensors[i] is not None for i in group):
@@ -155,8 +154,7 @@ class Strategist:
 
 def divisions(node: fx.Node) -> list[Division]:
     """How a node may be divided: along each letter that need not be whole, and in the other ways that its record lists."""
-    rule, known = node.meta["rule"], captured_record(node.target)
-    own = {d.letters: d for d in known.divisions} if known is not None else {}
+    rule, own = node.meta["rule"], {d.letters: d for d in captured_record(node.target).divisions}
     return [*(own.pop((x,), Division((x,))) for x in rule.letters() if x not in rule.whole), *own.values()]
 
 
@@ -185,10 +183,9 @@ def product_of(pattern: Pattern, state: Shard, letters: Mapping[str, Sequence[An
 
 def placed_operands(node: fx.Node) -> set[int]:
     """The operands that hold a letter which the experts' side divides; their layouts are dispatch's to give."""
-    known, rule = captured_record(node.target), node.meta.get("rule")
-    if known is None or rule is None:
-        return set()
-    return {i for i, p in enumerate(rule.operands) if p is not None and any(x in known.placed for dim in p for x in dim)}
+    placed, rule = captured_record(node.target).placed, node.meta.get("rule")
+    patterns = rule.operands if placed and rule is not None else ()
+    return {i for i, p in enumerate(patterns) if any(x in placed for dim in p or () for x in dim)}
 
 
 class _Ambiguous(Exception):

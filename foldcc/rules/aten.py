@@ -51,7 +51,7 @@ def mixes_by_argument(node: Node) -> bool:
 
 def _rule_for(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
     known = captured_record(node.target)
-    found = RULES.get(name_of(node.target)) if known is None else notation(known.rule_of(node))
+    found = notation(known.rule_of(node)) if known.rule else RULES.get(name_of(node.target))
     if isinstance(found, Notation):
         while inputs and inputs[-1] is None and len(inputs) > len(found.operands):
             inputs.pop()

@@ -90,7 +90,7 @@ def _legal(node: fx.Node, axis: str, sources: list[fx.Node]) -> bool:
         return False
     if PARTIAL in mixed:
         return result == PARTIAL and _linear(node, axis)
-    if (captured := captured_record(node.target)) is not None and any(d.ends_sum for d in captured.divisions):
+    if any(d.ends_sum for d in captured_record(node.target).divisions):
         return result in (VARYING, INVARIANT)
     return result in ((VARYING, PARTIAL) if VARYING in mixed else (REPLICATED, VARYING))
 

@@ -78,8 +78,8 @@ class _Count:
             return largest * node.args[0].meta["val"].numel()
         if name == "pow":
             return largest * max(1, round(abs(float(node.args[1]))))
-        if (known := captured_record(node.target)) is not None and known.degree is not None:
-            return known.degree(read)
+        if degree := captured_record(node.target).degree:
+            return degree(read)
         if not isinstance(value, Tensor):
             return largest
         return largest if name in _SUMS or name in MOVES else sum(read)

@@ -74,8 +74,8 @@ def _masking(node: fx.Node) -> list[int]:
     """The windows, or all positions where there is none, of attention that an input is the padding mask of."""
     found = []
     for user, x in _uses(node, _integral):
-        known = captured_record(user.target)
-        if known is not None and (p := known.positions) is not None and argument(user, p.valid) is x:
+        p = captured_record(user.target).positions
+        if p is not None and argument(user, p.valid) is x:
             found.append(argument(user, p.window) or argument(user, p.keys).meta["val"].shape[p.dim])
     return found
 
@@ -161,8 +161,8 @@ def _range(node: fx.Node, data: Mapping[fx.Node, Tensor]) -> tuple[int | None, i
     bounds: list[int] = []
     ignored, compared = None, set()
     for user, x in _uses(node, _each):
-        known = captured_record(user.target)
-        if known is not None and (index := known.index) is not None and argument(user, index.operand) is x:
+        index = captured_record(user.target).index
+        if index is not None and argument(user, index.operand) is x:
             rows = argument(user, index.table).meta["val"].shape[index.dim]
             bounds.append(rows)
             if index.padding and (padding := argument(user, index.padding)) not in (None, -1):

@@ -152,7 +152,7 @@ def _degrees(program: Program) -> Counter[Symbol]:
             for f, n in whole.items():
                 found[f] = max(found[f], n // local[f])
     for _, node in program.nodes():
-        for letter, axis in known.placed.items() if (known := captured_record(node.target)) is not None else ():
+        for letter, axis in captured_record(node.target).placed.items():
             found |= dict.fromkeys(node.meta["letters"].get(letter, ()), program.mesh.size(axis))
     return found
 
@@ -175,12 +175,12 @@ def _pinned(program: Program) -> set[Symbol]:
     """Factors that keep their sizes. Of most, positions are data: experts, what is chosen from, what constants are made for."""
     found = {f for n in program.placeholders if program.slot(n.name).kind == "constant" for dim in n.meta["dims"] for f in dim}
     for _, node in program.nodes():
-        if (known := captured_record(node.target)) is not None:
-            widths = _factors(node, known.alike)
-            found = found.union(*_factors(node, known.pinned))
-            if any(all(program.sizes[f] <= 2 for f in width) for width in widths):  # too narrow to shrink with the others
-                found = found.union(*widths)
-        elif node.op == "call_function" and name_of(node.target) in _CHOSEN:
+        known = captured_record(node.target)
+        widths = _factors(node, known.alike)
+        found = found.union(*_factors(node, known.pinned))
+        if any(all(program.sizes[f] <= 2 for f in width) for width in widths):  # too narrow to shrink with the others
+            found = found.union(*widths)
+        if node.op == "call_function" and name_of(node.target) in _CHOSEN:
             source = operands(node)[0]
             if source is not None and source.meta["dims"]:
                 dim = node.args[1] if name_of(node.target) not in ("aten.topk", "aten.one_hot", "aten.histc") else -1
@@ -192,8 +192,7 @@ def _coupled(program: Program) -> list[set[Symbol]]:
     """Factors that operators cut from, or join to, one dimension in unequal pieces."""
     groups: list[set[Symbol]] = []
     for _, node in program.nodes():
-        known = captured_record(node.target)
-        members: set[Symbol] = set().union(*_factors(node, known.alike if known is not None else ()))
+        members: set[Symbol] = set().union(*_factors(node, captured_record(node.target).alike))
         if node.op == "call_function" and name_of(node.target) in _PIECES:
             members = _pieces(node)
         if members:
@@ -337,8 +336,8 @@ class _Resizer:
             args[first : first + 2] = [self._scaled(node, a) for a in args[first : first + 2]]
         elif name in ("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm"):
             args[1] = list(node.all_input_nodes[0].meta["val"].shape[-len(args[1]) :])
-        elif (known := captured_record(node.target)) is not None and known.positions is not None:
-            args = list(positional(node.target, self._windowed(node, known.arguments(node), known.positions)))
+        elif positions := (known := captured_record(node.target)).positions:
+            args = list(positional(node.target, self._windowed(node, known.arguments(node), positions)))
         elif name in ("aten.split", "aten.split_with_sizes"):
             args[1] = self._scaled(node, args[1]) if isinstance(args[1], int) else [self._scaled(node, n) for n in args[1]]
         node.args = tuple(args)

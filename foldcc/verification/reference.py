@@ -130,8 +130,7 @@ def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """A node's result by its definition, where it has one of ours; what its type decides is decided by its real type."""
     if node.target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
         args = (*args[:2], args[2] if len(args) > 2 else None, least(node.meta["val"].dtype))
-    known = captured_record(node.target)
-    return (node.target if known is None or known.defined is None else known.defined)(*args, **kwargs)
+    return (captured_record(node.target).defined or node.target)(*args, **kwargs)
 
 
 def least(dtype: torch.dtype) -> float:
