@@ -159,19 +159,17 @@ def divisions(node: fx.Node) -> list[Division]:
 
 
 def divided(node: fx.Node) -> dict[Division, str]:
-    """How a node whose values have layouts is divided, and on which axes."""
-    rule, letters = node.meta.get("rule"), node.meta.get("letters", {})
-    values = zip(
-        [*operands(node), *results_of(node)], [*rule.operands, *rule.results] if rule is not None else [], strict=False
-    )
+    """How a node whose values have layouts is divided, and on which axes, comma separated in the order of the mesh."""
+    rule: Rule | None = node.meta.get("rule")
+    if rule is None:
+        return {}
     touched: dict[str, set[str]] = {}
-    for x, pattern in values:
+    for x, pattern in [*zip(operands(node), rule.operands, strict=False), *zip(results_of(node), rule.results, strict=False)]:
         for axis, state in x.meta["layout"].states.items() if x is not None and pattern is not None else ():
             if isinstance(state, Shard):
-                touched.setdefault(axis, {y for y, _ in product_of(pattern, state, letters)})
-    found = (
-        {d: ",".join(a for a, there in touched.items() if there == set(d.letters)) for d in divisions(node)} if touched else {}
-    )
+                touched.setdefault(axis, {y for y, _ in product_of(pattern, state, node.meta["letters"])})
+    axes = node.meta["layout"].states
+    found = {d: ",".join(a for a in axes if touched.get(a) == set(d.letters)) for d in divisions(node)}
     return {d: axes for d, axes in found.items() if axes}
 
 

@@ -28,9 +28,6 @@ from foldcc.plan.strategies import placed_operands
 from foldcc.rules.notation import Rule
 from foldcc.types.joint import check_directions, check_joint
 
-# The first letter of a move: types that a value may have before it, by the operator's record.
-_MOVES = {"P": {PARTIAL}, "V": {VARYING}, "I": {INVARIANT}, "R": {REPLICATED}}
-
 
 def check_types(program: Program) -> None:
     """Checks every node of a program that has layouts.
@@ -78,7 +75,7 @@ def _legal(node: fx.Node, axis: str, sources: list[fx.Node]) -> bool:
             source, _, target = known.types.partition("->")
             before, after = (arguments.get(t.strip(), t.strip()) for t in (source, target))
             moved = [t for x, t in zip(sources, types, strict=True) if x is node.args[0]]
-            return result == after and (not before or all(t in _MOVES[before] for t in moved))
+            return result == after and (not before or all(t == before for t in moved))
     elif known is not None:
         return True  # an operator of one rank, on rows that are its own
     mixed = {t for x, t in zip(sources, types, strict=True) if t != INVARIANT or _differentiable(x)}

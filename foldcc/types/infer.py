@@ -189,16 +189,15 @@ def _takes(known: Operator, before: str, dim: int, found: Type) -> bool:
 
 def _fits_ranks(node: fx.Node, known: Operator, dim: int, ranks: int) -> bool:
     """Whether a dimension that is joined is as many times longer as there are ranks, and shorter where it is cut."""
+    if all(a.name != "outer" for a in known.overload._schema.arguments):
+        return True  # it neither joins nor cuts
     ends = [shape_of(n.meta.get("val")) for n in (node, *node.all_input_nodes[:1])]
-    if known in (ops.all_gather, ops.pad):
-        return ends[0] is None or ends[1] is None or ends[0][dim] == ends[1][dim] * ranks
-    if known in (ops.shard, ops.reduce_scatter):
-        return ends[0] is None or ends[1] is None or ends[1][dim] == ends[0][dim] * ranks
-    return True
+    longer, shorter = ends if known.types.startswith(VARYING) else ends[::-1]
+    return longer is None or shorter is None or longer[dim] == shorter[dim] * ranks
 
 
 def _after(known: Operator, after: str, dim: int, node: fx.Node, arguments: Mapping[str, Any]) -> Type:
-    if known is ops.axis_index:
+    if known.types.startswith("->"):  # made of nothing
         return UNKNOWN
     if after != VARYING:
         return TERM if after == PARTIAL else SAME
