@@ -111,7 +111,7 @@ def test_a_soft_cap_is_folded_proved_and_runs_in_bfloat16() -> None:
     folded = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=inputs, verify=False)
     nodes = [n for _, n in folded.stages["shard"].program.nodes() if n.target is attention]
     assert [argument(n, "softcap") for n in nodes] == [0.5, 0.5]  # of the layer with a window, and of the other
-    assert foldcc.verify(folded).ok
+    assert foldcc.verify(folded, rounds=1).ok
     narrow = foldcc.parallelize(copy.deepcopy(plain).to(torch.bfloat16), "dp=2,tp=2", example_inputs=inputs, verify=False)
     wanted = plain(**inputs).loss
     assert abs(narrow(**inputs).loss - wanted) < 1e-2 * wanted
