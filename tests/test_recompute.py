@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 import foldcc
 from foldcc.ir.node import name_of
-from foldcc.ir.parse import parse
 from foldcc.ir.program import Program
+from foldcc.ir.syntax import parse
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.passes.recompute import least

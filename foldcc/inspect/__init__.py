@@ -2,7 +2,7 @@
 
 from foldcc.inspect.collectives import Collective, Collectives, collectives
 from foldcc.inspect.summary import Summary, summary
-from foldcc.ir.parse import Line, parse
+from foldcc.ir.syntax import Line, parse
 from foldcc.ir.text import stage_diff, stage_text, stages_table
 
 __all__ = [

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from foldcc.ir.program import Program
+from foldcc.layout import Layout
+
+Returns = tuple[tuple[str, Layout | None], ...]
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -70,3 +75,26 @@ def read_sizes(block: fx.GraphModule) -> None:
     known = {str(s): (x, i) for x in read for i, s in enumerate(getattr(x.meta["val"], "shape", ()))}
     for node in sizes:
         node.args = known.get(str(node.meta["val"]), node.args)
+
+
+def returns(program: Program, name: str, direction: str, block: fx.GraphModule) -> tuple[Returns, ...]:
+    """What a block returns is called, and its layouts, as far as that follows from its values and from its arguments.
+
+    Results have the layouts of the values that are returned, gradients those of the arguments, transposed. A joint graph
+    returns both. A block that is not differentiated says nothing.
+    """
+    if not program.properties & {"joint", "differentiated"}:
+        return ()
+    leaves: Any = block.graph.output_node().args[0]
+    joint = "differentiated" not in program.properties
+    if direction == "backward":
+        return (_gradients(program, name),)
+    results = leaves[0] if joint or (leaves and isinstance(leaves[0], tuple)) else leaves
+    found = tuple((n.name, n.meta.get("layout")) for n in results)
+    return (found, _gradients(program, name)) if joint else (found,)
+
+
+def _gradients(program: Program, name: str) -> Returns:
+    block = max((b for b in program.blocks if f"{name}_".startswith(f"{b}_")), key=len)
+    formals = [n for n in program.blocks[block].graph.find_nodes(op="placeholder") if "result" not in n.meta]
+    return tuple((f"grad_{n.name}", n.meta["layout"].transposed) for n in formals)

@@ -1,85 +1,401 @@
-"""Reading the text of a stage back: the layouts that it prints, so that they can be held against what ranks hold."""
+"""A program from its text: what `str(stage)` prints is read back.
+
+A value's fake tensor is what its operator makes of its operands', and has to agree with the type that is printed. Types that
+are inferred (`foldcc/types/`), rules and gradients follow from the program: `foldcc.testing.program` finds them.
+Values of constants, and the structure of what the model returns, are not in the text.
+"""
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import sympy
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
-from foldcc.layout import VARYING, Layout
-from foldcc.mesh import FoldedMesh
+from foldcc.errors import FoldError
+from foldcc.ir.joint import returns
+from foldcc.ir.names import atom, named
+from foldcc.ir.pipeline import Stage
+from foldcc.ir.program import Program, Slot
+from foldcc.ir.syntax import SLOT, Call, Expression, Line, Section, Text, Value, bad, line_of, read, typed
+from foldcc.ir.text import GRADED, short
+from foldcc.layout import Layout
+from foldcc.ops.groups import active
 
-_VALUE = re.compile(
-    r"  %(?P<name>\w+) +(?:: (?P<dtype>[a-z]+\d*)(?P<layout>\[.*?\](?: (?:[RPIV0?]|V\|P)\([^)]*\))*)? *)?= (?P<operation>.*)"
-)
-_PLAIN = re.compile(r"\[[u\d*]+(x[u\d*]+)*\]")
-_TYPED = re.compile(r"\[((?:[u\d][u\d*+ ]*(?:@[^\]\s]+)?(?:, )?)*)\]((?: \S+\([^)]*\))*)")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One value of a printed stage.
-
-    Attributes:
-        block: the heading that it stands under, without the number of calls, such as `block1` or `block1 backward`.
-        name: of the value.
-        dtype: short, such as `f32`; empty for what is no tensor.
-        layout: None where the text has none, or has sizes.
-        sizes: the sizes on one rank, None where the text has a layout; one that is data is a name.
-        types: letters by axis, where they were inferred, V of a size that is divided.
-        operation: what computes it, as printed.
-    """
-
-    block: str
-    name: str
-    dtype: str
-    layout: Layout | None
-    sizes: tuple[int | str, ...] | None
-    types: dict[str, str] | None
-    operation: str
+_DTYPES = {short(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_ENTERS = re.compile(r"(argument|parameter|buffer|constant|input|tap|gradient of result) ?(.*)")
+_NAME = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s,]+")
 
 
-def parse(text: str) -> list[Line]:
-    """The values of a printed stage, in order.
+def parse_program(text: str) -> Program:
+    """The program that prints as `text`.
 
     Raises:
-        ValueError: the text is no stage.
+        FoldError: the text is no program; with the number of the line, the line, and what would be one.
     """
-    lines = text.splitlines()
-    if len(lines) < 2 or not lines[0].startswith("program ") or not lines[1].startswith("factors"):
-        raise ValueError("The text of a stage starts with the lines 'program …' and 'factors …'.")
-    mesh = FoldedMesh.parse(lines[0].split(" · ")[2])
-    ranks = {a: mesh.size(a) for view in ("attention", "moe") for a in mesh.axes(view)}
-    pairs = [pair.split("=") for pair in lines[1].split()[1:]]
-    sizes = {sympy.Symbol(name, integer=True, positive=True): int(n) for name, n in pairs}
-    found, block = [], ""
-    for line in lines[2:]:
-        if line and not line.startswith(" "):
-            block = line.split(" ×")[0]
-        match = _VALUE.fullmatch(line)
-        if match is None:
-            continue
-        told = match["layout"]
-        plain, types = _sizes(told) if told is not None else (None, None)
-        layout = Layout.parse(told, sizes, ranks) if told is not None and plain is None else None
-        found.append(Line(block, match["name"], match["dtype"] or "", layout, plain, types, match["operation"].rstrip()))
-    return found
+    return parse_stage(text).program
 
 
-def _sizes(told: str) -> tuple[tuple[int | str, ...] | None, dict[str, str] | None]:
-    """The sizes in the text of a type, and the letters beside them; None where it is a layout."""
-    if _PLAIN.fullmatch(told):
-        return tuple(map(_size, told[1:-1].split("x"))), None
-    match = _TYPED.fullmatch(told)
-    if match is None:
-        return None, None
-    dims = [dim.partition("@") for dim in re.split(r", (?![^(]*\))", match[1])] if match[1] else []
-    types = {axis: VARYING for _, _, over in dims for axis in over.strip("()").split(",") if over}
-    for letter, axes in re.findall(r" (\S+)\(([^)]*)\)", match[2]):
-        types |= dict.fromkeys(axes.split(","), letter)
-    return tuple(_size(dim) for dim, _, _ in dims), types
+def parse_stage(text: str) -> Stage:
+    """The stage that prints as `text`."""
+    told = read(text)
+    return Stage(told.stage, told.seconds, 0, 0, program_of(told))
 
 
-def _size(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+def program_of(text: Text) -> Program:
+    """The program of a text that has been read."""
+    sections = {(s.name, s.direction): s for s in text.sections}
+    mains = [s for s in text.sections if s.name == "main"]
+    if not mains:
+        raise FoldError(
+            "The text has no main graph, which calls the blocks.", valid="a heading 'main', with values and what it returns"
+        )
+    if "emitted" in (text.holds or ()):
+        raise FoldError("Kernels stand in this stage for operators, and are not read.", valid="a stage before emit")
+    program = Program(
+        graph=fx.GraphModule(torch.nn.Module(), fx.Graph()),
+        slots=(),
+        out_spec=pytree.tree_structure(()),
+        constants={},
+        mesh=text.mesh,
+        properties=text.holds or frozenset(),
+        sizes=text.factors,
+        name=text.name,
+    )
+    with active(text.mesh):
+        main = Graph(text, mains[0], sections)
+        program = replace(program, graph=main.build(), slots=tuple(main.slots), batch_dims=main.batch_dims)
+        _settle(program, program.graph, main)
+        if len(mains) > 1:
+            main = Graph(text, mains[1], sections)
+            backward = main.build()
+            program = replace(program, backward=backward)
+            _settle(program, backward, main)
+    outputs = program.outputs
+    program = replace(program, out_spec=pytree.tree_structure(tuple(outputs)))
+    if text.wanted is None:
+        return program
+    wanted, graded = ([str(i) in told.split(",") for i in range(len(outputs))] for told in text.wanted)
+    for node, there in zip(outputs, graded, strict=True):
+        node.meta["grad"] = there
+    return replace(program, wanted=tuple(wanted))
+
+
+def _settle(program: Program, main: fx.GraphModule, text: Graph) -> None:
+    """What the blocks of a main graph carry that does not stand in their own lines."""
+    for call in main.graph.find_nodes(op="call_module"):
+        block: fx.GraphModule = getattr(main, str(call.target))
+        if main is program.graph:
+            for formal, actual in zip(block.graph.find_nodes(op="placeholder"), call.args, strict=False):
+                formal.meta["parameter"] = actual.op == "placeholder" and program.slot(actual.name).kind == "parameter"
+    direction = "forward" if main is program.graph else "backward"
+    for name, called in text.blocks.items():
+        block = getattr(main, name)
+        sides = zip(returns(program, name, direction, block), called.layouts, strict=False)
+        found = tuple(
+            tuple((n, layout if own is None else own) for (n, layout), own in zip(side, written, strict=True))
+            for side, written in sides
+        )
+        if found:
+            joint = "differentiated" not in program.properties
+            block.graph.output_node().meta |= {"joint": True, "returns": found} if joint else {"returns": found[0]}
+
+
+def declared(text: Text, section: Section) -> list[Line]:
+    """The arguments of a graph that are declared where they are read, `mul(%x : f32[8], 2)`."""
+    found: dict[str, Line] = {}
+
+    def visit(x: Any, line: Line) -> None:
+        for y in (*x.args, *x.kwargs.values()) if isinstance(x, Call) else x if isinstance(x, list) else ():
+            visit(y, line)
+        if isinstance(x, Value) and x.type and x.name not in found:
+            found[x.name] = line_of(text, section, line.number, f"%{x.name} : {x.type} = argument")
+
+    for line in section.lines:
+        if not SLOT.match(line.operation):
+            visit(Expression(line.operation, line.number, line.text).read(), line)
+    return list(found.values())
+
+
+class Graph:
+    """Makes one graph of its text.
+
+    Attributes:
+        nodes: by name.
+        blocks: that the graph calls.
+        layouts: that are written where the graph returns something, for each of the lists that it returns.
+        inside: of a call of a block, and of what is taken out of it, what the block returns there.
+    """
+
+    def __init__(self, text: Text, section: Section, sections: Mapping[tuple[str, str], Section]):
+        self.text, self.section, self.sections = text, section, sections
+        self.graph, self.root = fx.Graph(), torch.nn.Module()
+        self.nodes: dict[str, fx.Node] = {}
+        self.blocks: dict[str, Graph] = {}
+        self.layouts: list[list[Layout | None]] = []
+        self.inside: dict[fx.Node, Any] = {}
+        self.slots: list[Slot] = []
+        self.batch_dims: dict[str, int | None] = {}
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        holds = text.holds or frozenset()
+        self.main = section.name == "main"
+        self.local = "localized" in holds and not self.main
+        self.joint = bool(holds & {"joint", "differentiated"})
+        self.laid_out = "sharded" in holds
+        self.folding = "dispatched" in holds and "localized" not in holds  # some values are one rank's already
+        self.sizes = self._data_sizes()
+
+    def _data_sizes(self) -> dict[str, torch.SymInt]:
+        """Sizes that data decide, by the names that they have in the text."""
+        told = [f"{x.size} {x.sizes}" for x in self.section.lines]
+        numbers = [int(n) for x in told for n in re.findall(r"\bu(\d+)", x)]
+        assert self.mode.shape_env is not None
+        made = [self.mode.shape_env.create_unbacked_symint() for _ in range(max(numbers, default=-1) + 1)]
+        for size in made:
+            torch._check(size >= 0)
+        return {str(size): size for size in made}
+
+    def build(self) -> fx.GraphModule:
+        for line in [*declared(self.text, self.section), *self.section.lines]:
+            slot = _ENTERS.fullmatch(line.operation)
+            if line.name in self.nodes:
+                raise bad(line.number, line.text, f"computes %{line.name} a second time", "another name")
+            node = self._entering(line, slot[1], slot[2]) if slot else self._computed(line)
+            if node.name != line.name:
+                raise bad(
+                    line.number, line.text, f"calls a value %{line.name}, which Python has another use for", f"%{node.name}"
+                )
+            self.nodes[line.name] = node
+            if line.where:
+                node.meta["nn_module_stack"] = {line.where: (line.where, "")}
+            if line.source:
+                node.meta["source"] = line.source
+        self._leaving()
+        return _LazyGraphModule(self.root, self.graph)
+
+    # --- what enters and leaves ------------------------------------------------------------------
+
+    def _entering(self, line: Line, kind: str, rest: str) -> fx.Node:
+        node = self.graph.placeholder(line.name)
+        self._carry(node, line)
+        value = self._value(line)
+        if value is not None:
+            node.meta["val"] = value
+        if kind == "gradient of result":
+            node.meta["result"] = int(rest)
+        elif kind != "argument":
+            names, *facts = rest.split(" · ")
+            found = tuple(ast.literal_eval(n) if n[0] in "'\"" else n for n in _NAME.findall(names))
+            if not found:
+                raise bad(line.number, line.text, f"names no {kind}", f"{kind} {line.name}")
+            self.slots.append(
+                Slot(line.name, kind, found, grad="gradient" in facts or (kind in GRADED and "frozen" not in facts))
+            )
+            self.batch_dims |= (
+                dict.fromkeys(found[:1], atom(facts[-1][8:])) if facts and facts[-1].startswith("samples ") else {}
+            )
+        return node
+
+    def _leaving(self) -> None:
+        section = self.section
+        if "return" not in section.leaving:
+            raise bad(
+                section.number,
+                f"{section.name} {section.direction}",
+                "begins a graph that returns nothing",
+                "a last line return [%name, …]",
+            )
+        told = self._last("return")
+        layouts = self.layouts
+
+        def leaf(x: Any) -> Any:
+            if isinstance(x, list):
+                layouts.append([])
+                return tuple(map(leaf, x))
+            if layouts:
+                own = typed(self.text, *section.leaving["return"], x.type, True) if isinstance(x, Value) and x.type else {}
+                layouts[-1].append(own.get("layout"))
+            return self._node(x, *section.leaving["return"])
+
+        output = self.graph.output(leaf(told))
+        nested = bool(told) and isinstance(told[0], list)
+        if self.joint and not self.main and section.direction != "backward":
+            for x in told[0] if nested else told:
+                self._laid_out(x)
+        self.layouts = layouts[1:] if nested else layouts
+        if "keep" in section.leaving:
+            output.meta["kept"] = tuple(x.name for x in self._last("keep"))
+        if "joined" in section.leaving or ("bucketed" in (self.text.holds or ()) and section.direction == "backward"):
+            output.meta["buckets"] = tuple(map(tuple, self._last("joined"))) if "joined" in section.leaving else ()
+
+    def _laid_out(self, x: Value) -> None:
+        """A result has a layout: what its line says in sizes is one too, such as `[]`."""
+        line, node = next((y for y in self.section.lines if y.name == x.name), None), self.nodes[x.name]
+        if line is not None and line.sizes is not None and x.type is None and "layout" not in node.meta:
+            node.meta["layout"] = typed(self.text, line.number, line.text, line.told, enters=True)["layout"]
+
+    def _last(self, word: str) -> Any:
+        number, told = self.section.leaving[word]
+        return Expression(told, number, f"{word} {told}").read()
+
+    # --- what is computed ------------------------------------------------------------------------
+
+    def _computed(self, line: Line) -> fx.Node:
+        expression = Expression(line.operation, line.number, line.text)
+        call = expression.read()
+        if not isinstance(call, Call):
+            raise bad(line.number, line.text, "computes nothing", "%name : type = operation(%x, 2), or argument")
+        node = self._called(call, line, line.name)
+        for axes in re.findall(r"# (\S+) may be used up", expression.rest):
+            node.meta["used_up"] = frozenset(axes.split(","))
+        if expression.rest.endswith("# again"):
+            node.meta["again"] = True
+        return node
+
+    def _called(self, call: Call, line: Line, name: str | None) -> fx.Node:
+        args = tuple(self._node(x, line.number, line.text) for x in call.args)
+        kwargs = {key: self._node(x, line.number, line.text) for key, x in call.kwargs.items()}
+        if self.main and call.name != "main" and (call.name, self.section.direction) in self.sections:
+            return self._block(call.name, args, name)
+        if call.name in ("reshard", "cross_fold") and "localized" not in (self.text.holds or ()) and len(args) == 1:
+            if line.layout is None:
+                raise bad(
+                    line.number,
+                    line.text,
+                    f"has no layout for {call.name} to give",
+                    "%name : f32[batch@dp, hidden] = reshard(%x)",
+                )
+            args = (*args, line.layout)
+        try:
+            target = named(call.name, args, kwargs)
+        except (KeyError, AttributeError):
+            raise bad(
+                line.number, line.text, f"calls {call.name}, which is no operator", "aten.name, or an operator of foldcc"
+            ) from None
+        if target is None:
+            raise bad(
+                line.number,
+                line.text,
+                f"calls {call.name}, of which no overload takes these arguments",
+                self._schemas(call.name),
+            )
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        if name is not None:
+            self._carry(node, line)
+        self._infer(node, line, self._value(line) if name is not None else None)
+        return node
+
+    def _schemas(self, name: str) -> str:
+        space, op = name.split(".") if "." in name else ("foldcc", name)
+        packet = getattr(getattr(torch.ops, space), op)
+        return "\n".join(str(getattr(packet, o)._schema) for o in packet.overloads() if "out" not in o)
+
+    def _block(self, called: str, args: tuple[Any, ...], name: str | None) -> fx.Node:
+        if not hasattr(self.root, called):
+            self.blocks[called] = Graph(self.text, self.sections[called, self.section.direction], self.sections)
+            setattr(self.root, called, self.blocks[called].build())
+        node = self.graph.create_node("call_module", called, args, name=name)
+        returned = getattr(self.root, called).graph.output_node().args[0]
+        # A joint graph returns gradients too, which nobody takes before it is split.
+        self.inside[node] = returned[0] if self.joint and "differentiated" not in (self.text.holds or ()) else returned
+        return node
+
+    def _node(self, x: Any, number: int, line: str) -> Any:
+        """An argument, in which values are nodes."""
+        if isinstance(x, list):
+            return [self._node(y, number, line) for y in x]
+        if isinstance(x, Call):
+            return self._called(x, Line("", "", "", None, None, None, "", number=number, text=line), None)
+        if not isinstance(x, Value):
+            return x
+        if x.name not in self.nodes:
+            raise bad(number, line, f"reads %{x.name}, which no line above it computes", ", ".join(f"%{n}" for n in self.nodes))
+        return self.nodes[x.name]
+
+    def _carry(self, node: fx.Node, line: Line) -> None:
+        """What a line says of a value, its fake tensor aside."""
+        if line.layout is not None and self.laid_out:
+            node.meta["layout"] = line.layout
+        if line.layout is not None and not self.joint:
+            node.meta["dims"] = line.layout.dims
+
+    def _value(self, line: Line) -> Any:
+        """The value that the type of a line stands for; None if it has none, or has sizes that are not known."""
+        if line.size:
+            return self._size(line.size)
+        shape = line.sizes
+        if line.layout is not None:
+            shape = line.layout.shape if self.local else line.layout.global_shape
+            if any(isinstance(n, sympy.Basic) and str(n) not in self.sizes for n in shape):
+                return None
+        if shape is None:
+            return None
+        if line.dtype not in _DTYPES:
+            raise bad(line.number, line.text, f"has no dtype called {line.dtype}", ", ".join(_DTYPES))
+        with self.mode:
+            device = torch.device(line.device or "cpu")
+            return torch.empty([self._size(n) for n in shape], dtype=_DTYPES[line.dtype], device=device)
+
+    def _size(self, told: Any) -> Any:
+        """A size of a type: a number, or made of names of sizes that data decide."""
+        return told if isinstance(told, int) else eval(re.sub(r"[^u\d*+ ]", "", str(told)), {}, dict(self.sizes))
+
+    def _infer(self, node: fx.Node, line: Line, told: Any) -> None:
+        """The fake tensor of a call: what the operator makes of its operands'."""
+        if node.target is operator.getitem and node.args[0] in self.inside:
+            leaf = self.inside[node.args[0]][node.args[1]]
+            if isinstance(leaf, tuple):
+                self.inside[node] = leaf
+            elif leaf is not None:
+                node.meta["val"] = leaf.meta["val"] if told is None else told
+                if told is None and self.section.direction != "backward":  # of a text that says less than is printed
+                    node.meta |= {key: leaf.meta[key] for key in ("layout", "dims") if key in leaf.meta}
+            return
+        if self.folding and (told is None if line.layout is None else line.layout.view == "moe"):
+            node.meta |= {"dtype": _DTYPES.get(line.dtype), "layout": line.layout}
+            return
+        by_data = line.size or any(isinstance(n, str) for n in line.sizes or ())
+        known = all("val" in x.meta for x in node.all_input_nodes)
+        value = told if by_data or not known else self._run(node, line)
+        if told is not None and isinstance(value, torch.Tensor) and _shown(value) != _shown(told):
+            if not _agree(value, told):
+                raise bad(line.number, line.text, f"has the type {_shown(told)} for what is {_shown(value)}")
+            value = told if self.joint else value
+        if value is not None:
+            node.meta["val"] = value
+
+    def _run(self, node: fx.Node, line: Line) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        try:
+            with self.mode, torch.no_grad():
+                return node.target(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as refused:
+            operands = ", ".join(f"%{x.name} {_shown(x.meta['val'])}" for x in node.all_input_nodes)
+            raise bad(
+                line.number,
+                line.text,
+                f"is refused by its operator: {str(refused).splitlines()[0]}",
+                f"other operands than {operands}",
+            ) from refused
+
+
+def _agree(made: torch.Tensor, told: Any) -> bool:
+    """Whether a value has a type, up to sizes that data decide: of an exchange, only who wrote the type knows its result's."""
+    shapes = zip(made.shape, told.shape, strict=False)
+    return (made.dtype, made.dim()) == (told.dtype, told.dim()) and all(
+        isinstance(m, torch.SymInt) or m == n for m, n in shapes
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{short(value.dtype)}[{', '.join(map(str, value.shape))}]" if isinstance(value, torch.Tensor) else str(value)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -25,17 +25,22 @@ import torch
 from torch import fx
 
 from foldcc.errors import FoldError
+from foldcc.ir.joint import returns
+from foldcc.ir.names import atom, called
 from foldcc.ir.pipeline import Stage
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, Slot
 from foldcc.ir.sizes import Sizes, communicates, human
 from foldcc.ir.walk import BACKWARD, FORWARD, Part, module_of, parts
 from foldcc.layout import VARYING, Layout
-from foldcc.ops.layout import cross_fold
+from foldcc.ops import record
+from foldcc.ops.layout import cross_fold, reshard
 from foldcc.tables import table
 
 _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u"}
 _WIDEST = (52, 64, 72)  # columns: name, type, operation
 _RETURN = 120  # columns of a line that returns
+_WORD = re.compile(r"[^\s\[\](){}=:%'\",]+(,[^\s\[\](){}=:%'\",]+)*")
+GRADED = ("parameter", "tap")  # the kinds of slots that have a gradient unless it is said that they have none
 
 
 def stage_text(stage: Stage) -> str:
@@ -44,8 +49,11 @@ def stage_text(stage: Stage) -> str:
     lines = [
         f"program {program.name} · stage {stage.name} · {program.mesh} · {1000 * stage.seconds:.0f} ms",
         " ".join(["factors", *(f"{f.name}={n}" for f, n in program.sizes.items())]),
+        f"holds {', '.join(sorted(program.properties))}",
     ]
-    for _, text in _sections(program):
+    if program.wanted is not None:
+        lines.append(f"wanted {_places(program.wanted)} of {_places([n.meta.get('grad', True) for n in program.outputs])}")
+    for _, _, text in sections(program):
         lines += ["", *text]
     return "\n".join(lines)
 
@@ -56,25 +64,26 @@ def block_text(stage: Stage, name: str) -> str:
     Raises:
         FoldError: there is no such block.
     """
-    sections = list(_sections(stage.program))
-    found = ["\n".join(text) for block, text in sections if block == name]
+    every = list(sections(stage.program))
+    found = ["\n".join(text) for block, _, text in every if block == name]
     if not found:
-        raise FoldError(f"Stage {stage.name} has no block {name!r}.", valid=", ".join(dict.fromkeys(b for b, _ in sections)))
+        raise FoldError(f"Stage {stage.name} has no block {name!r}.", valid=", ".join(dict.fromkeys(b for b, _, _ in every)))
     return "\n\n".join(found)
 
 
-def _sections(program: Program) -> Iterator[tuple[str, list[str]]]:
-    """The name and the text of each block in each direction, then of the main graphs."""
+def sections(program: Program) -> Iterator[tuple[str, str, list[str]]]:
+    """The name, the direction and the text of each block in each direction that there is, then of the main graphs."""
     sizes: dict[str, Sizes] = {}
     both = program.backward is not None
     for part in parts(program):
         if part.name != "main":
             known = sizes.setdefault(part.name, Sizes(program.mesh))
-            head = f"{part.name} {part.direction} × {part.calls}" if both else f"{part.name} × {part.calls}"
-            yield part.name, [head, *_lines(program, part, known)]
+            direction = part.direction if both else ""
+            head = " ".join([part.name, *([direction] if both else []), "×", str(part.calls)])
+            yield part.name, direction, [head, *_lines(program, part, known)]
     for direction, main in zip((FORWARD, BACKWARD), program.mains, strict=False):
-        part = Part("main", direction, 1, main)
-        yield "main", [f"main {direction}" if both else "main", *_lines(program, part, Sizes(program.mesh))]
+        lines = _lines(program, Part("main", direction, 1, main), Sizes(program.mesh))
+        yield "main", direction if both else "", [f"main {direction}" if both else "main", *lines]
 
 
 def stage_diff(first: Stage, second: Stage) -> str:
@@ -95,7 +104,8 @@ def _lines(program: Program, part: Part, sizes: Sizes) -> Iterator[str]:
             at = f"{where} {source}"
             rows.append(f"  # {where or program.name:<64} {source}".rstrip())
         if node.op == "output":
-            rows += wrap(f"return {_argument(node.args[0])}", _RETURN, initial_indent="  ", subsequent_indent=" " * 9)
+            for word, told in _leaving(program, part, node):
+                rows += wrap(f"{word} {told}", _RETURN, initial_indent="  ", subsequent_indent=" " * (3 + len(word)))
         else:
             note = _note(node, sizes if localized else None)
             rows.append((f"%{node.name}", _type(node), _operation(program, part, node), note))
@@ -110,53 +120,94 @@ def _lines(program: Program, part: Part, sizes: Sizes) -> Iterator[str]:
             yield f"  {name:<{widths[0]}} {of} = {operation:<{widths[2]}}  {said}".rstrip()
 
 
+def _leaving(program: Program, part: Part, output: fx.Node) -> Iterator[tuple[str, str]]:
+    """What a graph returns, with the layouts that do not follow from its values; what it keeps; reductions that were joined."""
+    told = iter(output.meta["returns"] if "joint" in output.meta else (output.meta.get("returns", ()),))
+    known = iter(returns(program, part.name, part.direction, part.graph) if part.name != "main" else ())
+
+    def leaves(several: Sequence[Any]) -> str:
+        layouts = zip(next(told, ()), next(known, ()), strict=True)
+        own = [None if layout == follows else layout for (_, layout), (_, follows) in layouts] or [None] * len(several)
+        types = [f" : {short(x.meta['val'].dtype)}{o}" if o and x else "" for x, o in zip(several, own, strict=True)]
+        return f"[{', '.join(_argument(x) + of for x, of in zip(several, types, strict=True))}]"
+
+    leaving: Any = output.args[0]
+    nested = bool(leaving) and isinstance(leaving[0], tuple)
+    yield "return", f"[{', '.join(map(leaves, leaving))}]" if nested else leaves(leaving)
+    if "kept" in output.meta:
+        yield "keep", f"[{', '.join(f'%{name}' for name in output.meta['kept'])}]"
+    if output.meta.get("buckets"):
+        yield "joined", f"[{', '.join(map(_argument, output.meta['buckets']))}]"
+
+
+def _places(there: Sequence[bool]) -> str:
+    """`0,2`: the positions of what is there; `none`."""
+    return ",".join(str(i) for i, found in enumerate(there) if found) or "none"
+
+
 def _operation(program: Program, part: Part, node: fx.Node) -> str:
     if node.op == "placeholder":
-        if part.name != "main" or part.direction != "forward":
+        if "result" in node.meta:
+            return f"gradient of result {node.meta['result']}"
+        if part.name != "main" or part.direction != FORWARD:
             return "argument"
-        slot = program.slot(node.name)
-        return f"{slot.kind} {slot.names[0]}"
-    target: Any = node.target
-    name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.removeprefix("foldcc::").replace("::", ".")
-    given = [*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())]
-    return f"{name}({', '.join(given)})"
+        return _slot(program, program.slot(node.name))
+    args = node.args[:1] if node.target in (reshard, cross_fold) and node.args[1:] == (node.meta["layout"],) else node.args
+    given = [*map(_argument, args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())]
+    return f"{called(node)}({', '.join(given)})"
+
+
+def _slot(program: Program, slot: Slot) -> str:
+    """`parameter embed.weight, head.weight`, and what is not usual: that it is frozen, has a gradient, is of other samples."""
+    names = ", ".join(n if re.fullmatch(r"[^\s,'\"][^\s,]*", n) else repr(n) for n in slot.names)
+    rest = [] if slot.grad == (slot.kind in GRADED) else ["gradient" if slot.grad else "frozen"]
+    if slot.names[0] in program.batch_dims:
+        rest.append(f"samples {program.batch_dims[slot.names[0]]}")
+    return " · ".join([f"{slot.kind} {names}", *rest])
 
 
 def _argument(x: Any) -> str:
+    """An argument of an operator. A string that could be read as anything else is quoted."""
     if isinstance(x, fx.Node):
         return f"%{x.name}"
     if isinstance(x, (tuple, list)):
         return f"[{', '.join(map(_argument, x))}]"
+    if isinstance(x, str):
+        return x if _WORD.fullmatch(x) and isinstance(atom(x), str) else repr(x)
     return str(x).removeprefix("torch.")
 
 
 def _note(node: fx.Node, sizes: Sizes | None) -> str:
+    notes = []
     if node.target is cross_fold:
-        return "# free: same ranks, same order"
-    if sizes is None or not communicates(node):
-        return ""
-    count, expected = sizes.sent(node)
-    return human(count) + (" expected" if expected else "")
+        notes.append("# free: same ranks, same order")
+    if sizes is not None and communicates(node):
+        count, expected = sizes.sent(node)
+        notes.append(human(count) + (" expected" if expected else ""))
+    known = record(node.target)
+    if known is not None and known.types.endswith(VARYING) and node.meta.get("used_up"):
+        notes.append(f"# {','.join(sorted(node.meta['used_up']))} may be used up")
+    return "  ".join([*notes, *(["# again"] if node.meta.get("again") else [])])
 
 
 def _type(node: fx.Node) -> str:
     """dtype[layout], dtype[factors] or dtype[sizes], whichever is known; empty for what is no tensor."""
     value, layout = node.meta.get("val"), node.meta.get("layout")
     dtype = value.dtype if isinstance(value, torch.Tensor) else node.meta.get("dtype")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return f"size {value}"
     if dtype is None or isinstance(value, (tuple, list)):
         return ""
-    short = _short(dtype)
+    of = short(dtype)
     if isinstance(layout, Layout):
-        return f"{short}{layout}"
+        return f"{of}{layout}"
     if isinstance(value, torch.Tensor):
         if "types" in node.meta:
-            return f"{short}{type_text(node, node.meta['types'])}"
+            return f"{of}{type_text(node, node.meta['types'])}"
         if "dims" in node.meta:
-            return f"{short}{Layout(node.meta['dims'], {})}"
-        return f"{short}[{'x'.join(map(str, value.shape))}]"
-    return short
+            return f"{of}{Layout(node.meta['dims'], {})}"
+        return f"{of}[{'x'.join(map(str, value.shape))}]"
+    return of
 
 
 def type_text(node: fx.Node, types: Mapping[str, Any]) -> str:
@@ -178,7 +229,8 @@ def _joined(axes: list[str]) -> str:
     return axes[0] if len(axes) == 1 else f"({','.join(axes)})"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """`f32` for `torch.float32`."""
     name = str(dtype).removeprefix("torch.")
     match = re.fullmatch(r"([a-z]+)(\d+)", name)
     return f"{_DTYPES.get(match[1], match[1])}{match[2]}" if match else name

@@ -37,7 +37,7 @@ def flows(node: fx.Node, through: Collection[fx.Node]) -> bool:
     """Whether a gradient flows back through an operator, if one flows through some of its operands."""
     if name_of(node.target) in _STOPS:
         return False
-    several = isinstance(node.meta["val"], (tuple, list))
+    several = isinstance(node.meta.get("val"), (tuple, list))
     return any(n in through for n in node.all_input_nodes) and (several or _differentiable(node))
 
 
@@ -69,7 +69,8 @@ def losses(program: Program) -> tuple[bool, ...]:
 
 def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    dtype = value.dtype if isinstance(value, torch.Tensor) else node.meta.get("dtype")  # of what `dispatch` inserts
+    return dtype is not None and dtype.is_floating_point
 
 
 def interface(program: Program) -> dict[fx.Node, fx.Node]:
