@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         programs,
         routings,
     )
+    from foldcc.testing.text import assert_rewrites, program
 
 __all__ = [
     "Case",
@@ -30,6 +31,7 @@ __all__ = [
     "Equivalence",
     "ExpertsConfig",
     "Routing",
+    "assert_rewrites",
     "check_equivalence",
     "decoder_batch",
     "dense_models",
@@ -40,6 +42,7 @@ __all__ = [
     "meshes",
     "models",
     "moe_models",
+    "program",
     "programs",
     "routings",
     "run_distributed",
@@ -56,6 +59,7 @@ _HOMES = {  # imported on first use: pytest loads the plugin beside this in ever
     "processes": ["end_processes", "run_distributed"],
     "routing": ["Routing"],
     "strategies": ["Case", "dense_models", "inputs", "meshes", "models", "moe_models", "programs", "routings"],
+    "text": ["assert_rewrites", "program"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -23,7 +23,12 @@ _TRANSPOSED = {"R": "P", "P": "R"}
 
 
 def completed(text: Text) -> Text:
-    """The text with a main graph for each direction, if it has none."""
+    """The text with a main graph for each direction, if it has none, and with types where blocks return results."""
+    if text.holds and text.holds & {"joint", "differentiated"}:
+        other = {s.name: s for s in text.sections if s.direction == "backward"}
+        for block in text.sections:
+            if block.name != "main" and block.direction != "backward":
+                _with_types(text, block, other.get(block.name, block))
     if any(s.name == "main" for s in text.sections):
         if "outlined" not in (text.holds or ()):
             _inputs(text, text.sections[-1])
@@ -43,7 +48,9 @@ def completed(text: Text) -> Text:
     lines.append(f"%call = {block.name}({', '.join(f'%{x.name}' for x in formals)})")
     lines += ["%results = getitem(%call, 0)"] if saved is not None else []
     taken = range(len(results))
-    lines += [f"%result{i} = getitem({'%call' if saved is None else '%results'}, {i})" for i in taken]
+    types = [x.type or next((y.told for y in block.lines if y.name == x.name), "") for x in results]
+    told = [f" : {of}" if of else "" for of in types]
+    lines += [f"%result{i}{told[i]} = getitem({'%call' if saved is None else '%results'}, {i})" for i in taken]
     lines += ["%saved = getitem(%call, 1)"] if saved is not None else []
     outputs = f"[{', '.join(f'%result{i}' for i in taken)}]"
     lines.append(f"return [{outputs}, [{'' if saved is None else '%saved'}]]" if split else f"return {outputs}")
@@ -110,7 +117,7 @@ def _backward(text: Text, block: Section, slots: Sequence[Line]) -> list[str]:
 def _identity(text: Text, backward: Section) -> Section:
     """A forward block that saves what a backward block reads, and has an argument for each gradient that it returns."""
     formals = _formals(text, backward)
-    types = _gradient_types(text, backward)
+    types = _types(text, backward, _leaves(backward))
     wanted = [f"%of_{i} : {_transposed(of)} = argument" for i, of in enumerate(types)]
     tangents = [x for x in backward.lines if x.operation.startswith("gradient of")]
     results = [f"%result_{i} : {_transposed(x.told)} = argument" for i, x in enumerate(tangents)]
@@ -129,20 +136,20 @@ def _identity(text: Text, backward: Section) -> Section:
     return text.sections[0]
 
 
-def _gradient_types(text: Text, backward: Section) -> list[str]:
-    """The types of the gradients that a block returns: as written, else as they are found."""
+def _types(text: Text, section: Section, leaves: Sequence[Any]) -> list[str]:
+    """The types of what a block returns: as written, else as they are found."""
     typing, values = Typing(text.mesh), dict[Any, Any]()
-    entering = {x.name: x for x in [*declared(text, backward), *backward.lines] if SLOT.match(x.operation)}
-    nodes = {n.name: n for n in Graph(text, backward, {}).build().graph.nodes}
+    entering = {x.name: x for x in [*declared(text, section), *section.lines] if SLOT.match(x.operation)}
+    nodes = {n.name: n for n in Graph(text, section, {}).build().graph.nodes}
     for name, node in nodes.items():
         if node.op == "placeholder":
             x = entering[name]
             values[node] = typing.of(typed(text, x.number, x.text, x.told, enters=True)["layout"])
         elif node.op == "call_function":
-            values[node] = typing.node(node, values, backward.name)
-    written = {x.name: x.told for x in backward.lines}
+            values[node] = typing.node(node, values, section.name)
+    written = {x.name: x.told for x in entering.values()} | {x.name: x.told for x in section.lines}
     found = []
-    for x in _leaves(backward):
+    for x in leaves:
         if x is None:
             found.append("f32[]")
         elif told := x.type or written[x.name]:
@@ -151,6 +158,18 @@ def _gradient_types(text: Text, backward: Section) -> list[str]:
             node = nodes[x.name]
             found.append(f"{short(node.meta['val'].dtype)}{type_text(node, typing.shown(values[node]))}")
     return found
+
+
+def _with_types(text: Text, section: Section, gradients: Section) -> None:
+    """Writes the types of a block's results where it returns them: those of their gradients, transposed, else as they are found."""
+    number, told = section.leaving["return"]
+    results, _ = _returned(section, True)
+    given = {int(x.operation.split()[-1]): _transposed(x.told) for x in gradients.lines if x.operation.startswith("gradient of")}
+    if any(x.type is None and not next((y.told for y in section.lines if y.name == x.name), "") for x in results):
+        for i, (x, of) in enumerate(zip(results, _types(text, section, results), strict=True)):
+            of = given.get(i, of.replace(" R(", " I("))
+            told = re.sub(rf"%{x.name}\b(?! :)", f"%{x.name} : {of}", told, count=1)
+        section.leaving["return"] = (number, told)
 
 
 def _transposed(told: str) -> str:

@@ -22,8 +22,9 @@ from foldcc.errors import FoldError
 from foldcc.ir.parse import program_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
-from foldcc.ir.syntax import Text, read
+from foldcc.ir.syntax import Text, bad, read
 from foldcc.ir.text import sections
+from foldcc.ir.walk import FORWARD, parts
 from foldcc.passes import PIPELINE, for_kernels
 from foldcc.plan.interface import find_gradients
 from foldcc.plan.strategies import find_letters
@@ -85,7 +86,22 @@ def _read(text: str, holds: frozenset[str] | None, mesh: str) -> Text:
 def _completed(text: Text) -> Program:
     if text.holds is None:
         text.holds = _holds(text.stage or "capture")
-    return derived(program_of(completed(text)))
+    made = derived(program_of(completed(text)))
+    _check_letters(text, made)
+    return made
+
+
+def _check_letters(text: Text, made: Program) -> None:
+    """Raises if a line says another type of its value than is found."""
+    graphs = {(p.name, p.direction): p.graph.graph for p in parts(made)}
+    for section in text.sections:
+        graph = graphs.get((section.name, section.direction or FORWARD))
+        nodes = {n.name: n.meta.get("types", {}) for n in graph.nodes} if graph is not None else {}
+        for line in section.lines:
+            for axis, letter in (line.types or {}).items():
+                found = nodes[line.name][axis].letter if axis in nodes.get(line.name, {}) else letter
+                if found != letter:
+                    raise bad(line.number, line.text, f"says {letter} on {axis} of what is {found}")
 
 
 def _before(pass_: Pass) -> frozenset[str]:
@@ -154,13 +170,14 @@ def _lines(program: Program, names: set[str]) -> list[str]:
         for graph in program.mains:
             for block in graph.children():
                 assert isinstance(block, fx.GraphModule)
-                for node in block.graph.nodes:
-                    if node.op == "call_function":
-                        node.meta.pop("layout", None)  # of what leaves the block, whose type says as much
+                for node in block.graph.nodes:  # of what leaves or is saved, the type says as much as the layout
+                    if node.op == "call_function" or (graph is program.backward and "result" not in node.meta):
+                        node.meta.pop("layout", None)
     found = []
     for name, direction, lines in sections(program):
         if name + direction in names:
-            found += _numbered([" ".join(line.split()) for line in lines if not line.startswith("  #")])
+            told = [" ".join(line.split()) for line in lines if not line.startswith("  #")]
+            found += _numbered([re.sub(r"(?<=.)(, None)+\]$", "]", line) for line in told])
     return found
 
 
