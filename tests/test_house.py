@@ -53,6 +53,11 @@ def test_every_file_of_passes_is_a_pass() -> None:
         assert len(passes) == (path.name != "__init__.py"), f"{path.name} defines the passes {passes}"
 
 
+def test_every_pass_is_tested_beside_it() -> None:
+    passes = {path.stem for path in _PLACES["foldcc.passes"].glob("*.py")} - {"__init__"}
+    assert passes == {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "passes").glob("test_*.py")}
+
+
 def test_what_nodes_carry_is_written_down_where_programs_are() -> None:
     used: set[str] = set()
     for path in modules().values():

@@ -101,7 +101,16 @@ def _settle(program: Program, main: fx.GraphModule, text: Graph) -> None:
     direction = "forward" if main is program.graph else "backward"
     for name, called in text.blocks.items():
         block = getattr(main, name)
-        sides = zip(returns(program, name, direction, block), called.layouts, strict=False)
+        sides = list(zip(returns(program, name, direction, block), called.layouts, strict=False))
+        for side, written in sides:
+            if len(side) != len(written):
+                number, told = called.section.leaving["return"]
+                raise bad(
+                    number,
+                    f"return {told}",
+                    f"returns {len(written)} gradients of {len(side)} arguments",
+                    "None where there is none",
+                )
         found = tuple(
             tuple((n, layout if own is None else own) for (n, layout), own in zip(side, written, strict=True))
             for side, written in sides
@@ -131,7 +140,7 @@ class Graph:
     """Makes one graph of its text.
 
     Attributes:
-        nodes: by name.
+        nodes: by the names of the text; one that means something to Python gets another in the graph.
         blocks: that the graph calls.
         layouts: that are written where the graph returns something, for each of the lists that it returns.
         inside: of a call of a block, and of what is taken out of it, what the block returns there.
@@ -171,10 +180,6 @@ class Graph:
             if line.name in self.nodes:
                 raise bad(line.number, line.text, f"computes %{line.name} a second time", "another name")
             node = self._entering(line, slot[1], slot[2]) if slot else self._computed(line)
-            if node.name != line.name:
-                raise bad(
-                    line.number, line.text, f"calls a value %{line.name}, which Python has another use for", f"%{node.name}"
-                )
             self.nodes[line.name] = node
             if line.where:
                 node.meta["nn_module_stack"] = {line.where: (line.where, "")}
@@ -199,7 +204,7 @@ class Graph:
             if not found:
                 raise bad(line.number, line.text, f"names no {kind}", f"{kind} {line.name}")
             self.slots.append(
-                Slot(line.name, kind, found, grad="gradient" in facts or (kind in GRADED and "frozen" not in facts))
+                Slot(node.name, kind, found, grad="gradient" in facts or (kind in GRADED and "frozen" not in facts))
             )
             self.batch_dims |= (
                 dict.fromkeys(found[:1], atom(facts[-1][8:])) if facts and facts[-1].startswith("samples ") else {}
@@ -234,7 +239,7 @@ class Graph:
                 self._laid_out(x)
         self.layouts = layouts[1:] if nested else layouts
         if "keep" in section.leaving:
-            output.meta["kept"] = tuple(x.name for x in self._last("keep"))
+            output.meta["kept"] = tuple(self.nodes[x.name].name for x in self._last("keep"))
         if "joined" in section.leaving or ("bucketed" in (self.text.holds or ()) and section.direction == "backward"):
             output.meta["buckets"] = tuple(map(tuple, self._last("joined"))) if "joined" in section.leaving else ()
 
@@ -364,6 +369,7 @@ class Graph:
         if self.folding and (told is None if line.layout is None else line.layout.view == "moe"):
             node.meta |= {"dtype": _DTYPES.get(line.dtype), "layout": line.layout}
             return
+        laid_out = line.dtype or not self.laid_out or self.joint or self.main
         by_data = line.size or any(isinstance(n, str) for n in line.sizes or ())
         known = all("val" in x.meta for x in node.all_input_nodes)
         value = told if by_data or not known else self._run(node, line)
@@ -371,6 +377,13 @@ class Graph:
             if not _agree(value, told):
                 raise bad(line.number, line.text, f"has the type {_shown(told)} for what is {_shown(value)}")
             value = told if self.joint else value
+        if isinstance(value, torch.Tensor) and not laid_out:
+            raise bad(
+                line.number,
+                line.text,
+                "says no layout of what it computes",
+                f"%name : {short(value.dtype)}[batch@dp, hidden] R(tp) = …",
+            )
         if value is not None:
             node.meta["val"] = value
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from foldcc.errors import FoldError
 from foldcc.ir.parse import Graph, declared
-from foldcc.ir.program import Program
 from foldcc.ir.syntax import SLOT, Expression, Line, Section, Text, extend, typed
 from foldcc.ir.text import short, type_text
+from foldcc.ops.groups import active
 from foldcc.types.infer import Typing
 
 _TRANSPOSED = {"R": "P", "P": "R"}
@@ -61,12 +61,21 @@ def completed(text: Text) -> Text:
     return text
 
 
-def with_arguments(after: Text, before: Text, left: Program) -> Text:
-    """A text whose graphs have the arguments of those that a pass leaves, where the text declares none."""
+def with_arguments(after: Text, before: Text) -> Text:
+    """A text whose graphs have the arguments of another's, where it declares none, or does not say what they are."""
     for section in after.sections:
-        old = next((s for s in before.sections if s.name == section.name and s.direction == section.direction), None)
-        if old is not None and section.name != "main" and not _formals(after, section):
-            section.lines[:0] = [*declared(before, old), *(x for x in old.lines if SLOT.match(x.operation))]
+        old = next((s for s in before.sections if (s.name, s.direction) == (section.name, section.direction)), None)
+        if old is None or section.name == "main":
+            continue
+        theirs = [*declared(before, old), *(x for x in old.lines if SLOT.match(x.operation))]
+        if not _formals(after, section):
+            section.lines[:0] = theirs
+        kinds = {
+            id(x): y.operation
+            for x, y in zip(_formals(after, section), _formals(before, old), strict=False)
+            if x.operation == "argument"
+        }
+        section.lines = [replace(x, operation=kinds[id(x)]) if id(x) in kinds else x for x in section.lines]
     return after
 
 
@@ -140,10 +149,13 @@ def _types(text: Text, section: Section, leaves: Sequence[Any]) -> list[str]:
     """The types of what a block returns: as written, else as they are found."""
     typing, values = Typing(text.mesh), dict[Any, Any]()
     entering = {x.name: x for x in [*declared(text, section), *section.lines] if SLOT.match(x.operation)}
-    nodes = {n.name: n for n in Graph(text, section, {}).build().graph.nodes}
-    for name, node in nodes.items():
+    with active(text.mesh):
+        graph = Graph(text, section, {})
+        graph.build()
+    named = {node: name for name, node in graph.nodes.items()}
+    for node in graph.graph.nodes:
         if node.op == "placeholder":
-            x = entering[name]
+            x = entering[named[node]]
             values[node] = typing.of(typed(text, x.number, x.text, x.told, enters=True)["layout"])
         elif node.op == "call_function":
             values[node] = typing.node(node, values, section.name)
@@ -155,16 +167,18 @@ def _types(text: Text, section: Section, leaves: Sequence[Any]) -> list[str]:
         elif told := x.type or written[x.name]:
             found.append(told)
         else:
-            node = nodes[x.name]
+            node = graph.nodes[x.name]
             found.append(f"{short(node.meta['val'].dtype)}{type_text(node, typing.shown(values[node]))}")
     return found
 
 
 def _with_types(text: Text, section: Section, gradients: Section) -> None:
-    """Writes the types of a block's results where it returns them: those of their gradients, transposed, else as they are found."""
+    """Writes the types of a block's results where it returns them: those of their gradients, transposed, else as found."""
     number, told = section.leaving["return"]
     results, _ = _returned(section, True)
-    given = {int(x.operation.split()[-1]): _transposed(x.told) for x in gradients.lines if x.operation.startswith("gradient of")}
+    given = {
+        int(x.operation.split()[-1]): _transposed(x.told) for x in gradients.lines if x.operation.startswith("gradient of")
+    }
     if any(x.type is None and not next((y.told for y in section.lines if y.name == x.name), "") for x in results):
         for i, (x, of) in enumerate(zip(results, _types(text, section, results), strict=True)):
             of = given.get(i, of.replace(" R(", " I("))

@@ -65,7 +65,7 @@ def assert_rewrites(pass_: Pass, before: str, after: str, *, mesh: str = MESH) -
     given = _program(before, _before(pass_), mesh)
     left = pass_.run(given.copied()).with_property(*pass_.provides)
     check_types(left)
-    text = with_arguments(_read(after, left.properties, str(given.mesh)), _read(before, given.properties, mesh), left)
+    text = with_arguments(_read(after, left.properties, str(given.mesh)), _read(before, given.properties, mesh))
     names = {s.name + s.direction for s in text.sections}
     wanted = _completed(text)
     found, expected = _lines(left, names), _lines(wanted, names)
@@ -177,11 +177,19 @@ def _lines(program: Program, names: set[str]) -> list[str]:
     for name, direction, lines in sections(program):
         if name + direction in names:
             told = [" ".join(line.split()) for line in lines if not line.startswith("  #")]
-            found += _numbered([re.sub(r"(?<=.)(, None)+\]$", "]", line) for line in told])
+            found += _numbered([_bare(line) for line in told])
     return found
 
 
+def _bare(line: str) -> str:
+    """A line without what follows from others: how often a block is called, layouts of results, a tail of no gradients."""
+    if not line.startswith("return"):
+        return re.sub(r"^(\w+(?: \w+)?) × \d+$", r"\1", line)
+    return re.sub(r"(, None)+\]$", "]", re.sub(r" : \w+\[[^\]]*\](?: [\w|]+\([^)]*\))*", "", line))
+
+
 def _numbered(lines: list[str]) -> list[str]:
-    """Lines in which values have numbers for names, in order."""
+    """Lines in which values, and sizes that data decide, have numbers for names, in order."""
     number: dict[str, str] = {}
-    return [re.sub(r"%\w+", lambda m: number.setdefault(m[0], f"%{len(number)}"), line) for line in lines]
+    names = re.compile(r"(%)\w+|\b([ug])\d+\b")
+    return [names.sub(lambda m: number.setdefault(m[0], f"{m[1] or m[2]}{len(number)}"), line) for line in lines]

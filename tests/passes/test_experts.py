@@ -45,10 +45,19 @@ def test_weights_are_multiplied_after_the_product() -> None:
 
 def test_a_bias_is_in_the_dot_products_too() -> None:
     def biased(text: str) -> str:
-        text = text.replace("%order   :", "%bias    : f32[8, 5] = argument\n    %order   :").replace("None, None,", "None, None, None,")
-        text = text.replace("%rows    = grouped", "%product = grouped").replace("%y       =", "%rows    = aten.add(%product, %bias)\n    %y =")
-        more = "%both = aten.add(%dots, aten.sum(aten.mul(%plain, %bias), [1], True))\n    %ds      = aten.reshape(gather_rows(%both"
-        return text.replace("%ds      = aten.reshape(gather_rows(%dots", more)
+        for old, new in (
+            ("%order   :", "%bias    : f32[8, 5] = argument\n%order   :"),
+            ("%rows    = grouped", "%product = grouped"),
+            ("%y       =", "%rows    = aten.add(%product, %bias)\n%y ="),
+            (
+                "%ds      = aten.reshape(",
+                "%both = aten.add(%dots, aten.sum(aten.mul(%plain, %bias), [1], True))\n%ds = aten.reshape(",
+            ),
+            ("gather_rows(%dots", "gather_rows(%both"),
+            ("None, None,", "None, None, None,"),
+        ):
+            text = text.replace(old, new)
+        return text
 
     assert_rewrites(Experts(), biased(ARGUMENTS + BACKWARD), biased(ARGUMENTS + LATE))
 
@@ -56,9 +65,15 @@ def test_a_bias_is_in_the_dot_products_too() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("= grouped_linear(%a, %w, %counts, False)", "= aten.mm(%a, aten.select(aten.transpose(%w, 1, 2), 0, 0))"),  # no product of experts
+        (
+            "= grouped_linear(%a, %w, %counts, False)",
+            "= aten.mm(%a, aten.select(aten.transpose(%w, 1, 2), 0, 0))",
+        ),  # no product of experts
         ("%da      = grouped_linear(%scaled", "%da      = grouped_linear(aten.neg(%scaled)"),  # something reads it in between
-        ("aten.unsqueeze(aten.index(aten.reshape(%weights, [-1])", "aten.unsqueeze(aten.index(aten.exp(aten.reshape(%weights, [-1]))"),
+        (
+            "aten.unsqueeze(aten.index(aten.reshape(%weights, [-1])",
+            "aten.unsqueeze(aten.index(aten.exp(aten.reshape(%weights, [-1]))",
+        ),
     ],
 )
 def test_what_is_not_the_gradient_of_weighted_rows_stays(old: str, new: str) -> None:
@@ -94,5 +109,7 @@ def test_the_gradient_of_a_bias_is_summed_in_order() -> None:
 def test_another_sum_by_index_stays(other: str) -> None:
     more = BIAS.replace("%counts :", "%index  : i64[8] = argument\n    %counts :")
     shape = "None" if "8, 5" in other else "%db"
-    text = f"{more} %db = aten.index_add({other})\n %dx = aten.add(%dy, aten.sum(%db))\n return [[%y], [%dx, {shape}, None, None]]"
+    text = (
+        f"{more} %db = aten.index_add({other})\n %dx = aten.add(%dy, aten.sum(%db))\n return [[%y], [%dx, {shape}, None, None]]"
+    )
     assert_rewrites(Experts(), text, text)

@@ -115,4 +115,5 @@ def test_results_are_there_anyway() -> None:
 
 
 def test_what_reads_nothing_keeps_nothing() -> None:
-    kept("%x : f32[8] = argument\n%dy : f32[8] = gradient of result 0\n%y = aten.neg(%x)\n%dx = aten.neg(%dy)\nreturn [[%y], [%dx]]", "")
+    arguments = "%x : f32[8] = argument\n%dy : f32[8] = gradient of result 0"
+    kept(f"{arguments}\n%y = aten.neg(%x)\n%dx = aten.neg(%dy)\nreturn [[%y], [%dx]]", "")

@@ -161,7 +161,9 @@ def test_elsewhere_a_gradient_that_is_not_given_is_zeros() -> None:
 
 
 def test_gradients_of_one_value_are_added_in_the_main_graph() -> None:
-    text = f"block0\n{LINEAR}" + """
+    text = (
+        f"block0\n{LINEAR}"
+        + """
     main
       %x : f32[4, 8] = input x · gradient
       %w : f32[8, 8] = parameter w
@@ -171,6 +173,7 @@ def test_gradients_of_one_value_are_added_in_the_main_graph() -> None:
       %b : f32[4, 8] = getitem(%two, 0)
       return [%b]
     """
+    )
     split = Split().run(program(text, stage="differentiate")).with_property("differentiated")
     main = str(Stage("split", 0, 0, 0, split)).split("main backward")[1]
     assert main.count("aten.add(") == 1 and main.count(" = block0(") == 2

@@ -1,0 +1,92 @@
+"""Outline: a stretch that repeats is one block, called as often; what differs between repeats is an argument."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from foldcc.passes.outline import Outline
+from foldcc.testing import assert_rewrites
+
+LAYERS = """
+    %x  : f32[4x8] = input x
+    %w0 : f32[8x8] = parameter w0
+    %w1 : f32[8x8] = parameter w1
+    %h  = aten.mm(%x, %w0)
+    %h0 = aten.mm(%h, %w0)
+    %a0 = aten.relu(%h0)
+    %h1 = aten.mm(%a0, %w1)
+    %a1 = aten.relu(%h1)
+    %loss = aten.sum(%a1)
+    return [%loss]
+"""
+
+
+def test_a_repeat_is_one_block_that_is_called_twice() -> None:
+    assert_rewrites(
+        Outline(smallest=2),
+        LAYERS,
+        """
+        block0
+          %x : f32[4x8] = argument
+          %w : f32[8x8] = argument
+          %h = aten.mm(%x, %w)
+          return [%h]
+        block1
+          %h : f32[4x8] = argument
+          %w : f32[8x8] = argument
+          %y = aten.mm(%h, %w)
+          %a = aten.relu(%y)
+          return [%a]
+        block2
+          %a : f32[4x8] = argument
+          %loss = aten.sum(%a)
+          return [%loss]
+        main
+          %x  : f32[4x8] = input x
+          %w0 : f32[8x8] = parameter w0
+          %w1 : f32[8x8] = parameter w1
+          %first = block0(%x, %w0)
+          %h = getitem(%first, 0)
+          %one = block1(%h, %w0)
+          %a0 = getitem(%one, 0)
+          %two = block1(%a0, %w1)
+          %a1 = getitem(%two, 0)
+          %last = block2(%a1)
+          %loss = getitem(%last, 0)
+          return [%loss]
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    ("why", "old", "new"),
+    [
+        ("it is smaller than the smallest", "", ""),
+        ("another operator", "%a1 = aten.relu(%h1)", "%a1 = aten.sigmoid(%h1)"),
+        ("another shape", "%w1 : f32[8x8]", "%w1 : f32[8x6]"),
+        ("another wiring", "%a1 = aten.relu(%h1)", "%a1 = aten.relu(%h0)"),
+        ("one of them is frozen", "parameter w1", "parameter w1 · frozen"),
+        ("one of them is no parameter", "parameter w1", "buffer w1"),
+    ],
+)
+def test_what_is_not_alike_is_no_repeat(why: str, old: str, new: str) -> None:
+    assert old in LAYERS
+    text = LAYERS.replace(old, new) if old else LAYERS
+    block = "\n".join(re.sub("(parameter|buffer|input) .*", "argument", line) for line in text.splitlines())
+    assert_rewrites(Outline(smallest=3 if "smallest" in why else 2), text, block.replace("    %x", "block0\n%x", 1))
+
+
+def test_every_result_that_is_read_outside_is_returned() -> None:
+    block = """
+        block1
+          %h : f32[4x8] = argument
+          %w : f32[8x8] = argument
+          %y = aten.mm(%h, %w)
+          %a = aten.relu(%y)
+          return [%y, %a]
+    """
+    assert_rewrites(Outline(smallest=2), LAYERS.replace("return [%loss]", "return [%loss, %h1]"), block)
+    with pytest.raises(AssertionError, match=r"\+return \[%3\]"):
+        assert_rewrites(Outline(smallest=2), LAYERS, block)
