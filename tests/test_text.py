@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -14,24 +15,34 @@ import foldcc
 from foldcc.ir.parse import parse_program, parse_stage
 from foldcc.ir.pipeline import Stage
 from foldcc.ir.program import Program
+from foldcc.ir.syntax import parse
+from foldcc.ir.text import short
 from foldcc.ir.walk import parts
+from foldcc.ops.groups import active
 from foldcc.passes import check_types, run_passes
 from foldcc.passes.shard import ShardPass
+from foldcc.runtime import simulate
 from foldcc.runtime.executable import Executable
+from foldcc.runtime.placement import cut
 from foldcc.testing.text import derived
 from tests.models import WITH_AUX_LOSS, tiny_model, token_batch
 
-BATCH = token_batch(4, 8)
-MODELS = {"mixtral": {"num_hidden_layers": 1}, "deepseek_v3": {"num_hidden_layers": 2}, "llama": {"num_hidden_layers": 2}}
-MESHES = ["dp=2,tp=2|ep=2,etp=2", "tp=4|ep=2"]
-PAIRS = [("mixtral", MESHES[0]), ("deepseek_v3", MESHES[1]), ("llama", MESHES[0])]
+BATCH = token_batch(6)
+MODELS: dict[str, dict[str, int]] = {
+    "mixtral": {"num_hidden_layers": 1},
+    "gpt_oss": {"num_hidden_layers": 1},
+    "deepseek_v3": {"num_hidden_layers": 2},
+    "llama": {},
+}
+MESHES = ["dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=3,tp=2|ep=2"]
+PAIRS: list[Any] = [*zip(MODELS, [*MESHES, MESHES[0]], strict=True)]
 PAIRS += [pytest.param(f, m, marks=pytest.mark.slow) for f in MODELS for m in MESHES if (f, m) not in PAIRS]
 
 
 @cache
-def folded(family: str, mesh: str, kernels: str = "aten") -> foldcc.FoldedModule:
+def folded(family: str, mesh: str) -> foldcc.FoldedModule:
     model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS, **MODELS[family])
-    return foldcc.parallelize(model, mesh, example_inputs=BATCH, kernels=kernels)
+    return foldcc.parallelize(model, mesh, example_inputs=BATCH)
 
 
 def again(stage: Stage) -> Stage:
@@ -91,12 +102,61 @@ def test_what_is_read_runs_bit_for_bit(family: str, mesh: str) -> None:
     assert len(found) == len(wanted) > 10 and all(map(torch.equal, found, wanted))
 
 
-def test_what_the_backward_pass_computes_again_is_read_too() -> None:
-    module = folded("mixtral", MESHES[0], "triton")
-    for stage in module.stages.lowered:
-        assert str(again(stage)) == str(stage)
-    with pytest.raises(foldcc.FoldError, match="Kernels stand in this stage"):
-        again(module.stages["emit"])
+@pytest.mark.parametrize(("family", "mesh"), PAIRS)
+def test_every_printed_type_is_what_a_rank_holds(family: str, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("localize", "split", "lower", "simplify", "bucket"):
+        with monkeypatch.context() as patch:
+            check_types_against_ranks(folded(family, mesh), stage, patch)
+
+
+def check_types_against_ranks(module: foldcc.FoldedModule, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = seen_on_ranks(module, stage, monkeypatch)
+    lines = {(line.block, line.name): line for line in parse(str(module.stages[stage]))}
+    rows: dict[Any, int] = {}  # data-dependent sizes, which must agree with one another
+    for key, results in seen.items():
+        line = lines[key]
+        for rank, x in enumerate(results):
+            assert line.dtype == short(x.dtype), (key, line.dtype, x.dtype)
+            said = line.layout.shape if line.layout is not None else line.sizes
+            assert len(said) == x.dim(), (key, said, x.shape)
+            for told, actual in zip(said, x.shape, strict=True):
+                if isinstance(told, sympy.Symbol) or (isinstance(told, str) and told.isidentifier()):
+                    told = rows.setdefault((key[0], rank, str(told)), actual)
+                assert told == actual or isinstance(told, str), (key, said, x.shape)
+        assert stage == "localize" or (line.layout or line.types) is not None, key
+    assert len(seen) > 100
+
+
+def seen_on_ranks(module: foldcc.FoldedModule, stage: str, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+    """Every value of a stage on every rank, from a run on the virtual mesh, forward and backward: {(block, name): values}."""
+    program = module.stages[stage].program
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    held |= {f"['{name}']": x for name, x in BATCH.items()}
+    values = []
+    for slot, node in zip(program.slots, program.placeholders, strict=True):
+        whole = held[slot.names[0]].detach()
+        values.append([cut(whole, node.meta["layout"], module.mesh, r) for r in range(module.mesh.world_size)])
+    both = program.backward is not None
+    block_of = {n: f"{p.name} {p.direction}" if both else p.name for p in parts(program) for n in p.graph.graph.nodes}
+    seen: dict[tuple[str, str], Any] = {}
+
+    def recording(mesh: Any, node: fx.Node, given: Any, call: Any = simulate._call) -> Any:
+        results = call(mesh, node, given)
+        if all(isinstance(x, torch.Tensor) for x in results) and node in block_of:
+            seen.setdefault((block_of[node], node.name), results)
+        return results
+
+    monkeypatch.setattr(simulate, "_call", recording)
+    with active(module.mesh):
+        results = simulate.simulate(module.mesh, program.graph, values)
+        if both:
+            saved = [list(values) for values in zip(*(r[1] for r in results), strict=True)]
+            tangents = [
+                [torch.ones(n.meta["val"].shape, dtype=n.meta["val"].dtype)] * module.mesh.world_size
+                for n in program.objectives
+            ]
+            simulate.simulate(module.mesh, program.backward, [*saved, *tangents])
+    return seen
 
 
 @pytest.mark.parametrize("stage", ["annotate", "dispatch", "differentiate"])

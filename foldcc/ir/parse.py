@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
@@ -165,8 +164,8 @@ class Graph:
         self.sizes = self._data_sizes()
 
     def _data_sizes(self) -> dict[str, torch.SymInt]:
-        """Sizes that data decide, by the names that they have in the text."""
-        told = [f"{x.size} {x.sizes}" for x in self.section.lines]
+        """Sizes that data decide, by the names that they have in the text, once blocks are traced."""
+        told = [f"{x.size} {x.sizes}" for x in self.section.lines if self.joint]
         numbers = [int(n) for x in told for n in re.findall(r"\bu(\d+)", x)]
         assert self.mode.shape_env is not None
         made = [self.mode.shape_env.create_unbacked_symint() for _ in range(max(numbers, default=-1) + 1)]
@@ -341,9 +340,7 @@ class Graph:
         shape = line.sizes
         if line.layout is not None:
             shape = line.layout.shape if self.local else line.layout.global_shape
-            if any(isinstance(n, sympy.Basic) and str(n) not in self.sizes for n in shape):
-                return None
-        if shape is None:
+        if shape is None or (not self.joint and not all(isinstance(n, int) for n in shape)):
             return None
         if line.dtype not in _DTYPES:
             raise bad(line.number, line.text, f"has no dtype called {line.dtype}", ", ".join(_DTYPES))
@@ -370,7 +367,7 @@ class Graph:
             node.meta |= {"dtype": _DTYPES.get(line.dtype), "layout": line.layout}
             return
         laid_out = line.dtype or not self.laid_out or self.joint or self.main
-        by_data = line.size or any(isinstance(n, str) for n in line.sizes or ())
+        by_data = self.joint and (line.size or any(isinstance(n, str) for n in line.sizes or ()))
         known = all("val" in x.meta for x in node.all_input_nodes)
         value = told if by_data or not known else self._run(node, line)
         if told is not None and isinstance(value, torch.Tensor) and _shown(value) != _shown(told):

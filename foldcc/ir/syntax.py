@@ -266,7 +266,7 @@ def typed(found: Text, number: int, line: str, text: str, enters: bool = False) 
     holds = found.holds or frozenset()
     inferred = bool(holds & {"joint", "differentiated"})
     plain = bool(re.fullmatch(r"\[\d+\]|\[[u\d*+ ]+(x[u\d*+ ]+)+\]", told))
-    if told in ("[]", "[1]"):  # a layout says more where there are several ranks
+    if re.fullmatch(r"\[(1|u\d+)?\]", told):  # a layout says more where there are several ranks
         plain = not enters and "sharded" in holds and found.mesh.world_size > 1
     if "annotated" not in holds or (plain and not inferred):
         return parts | {"sizes": tuple(_size(n) for n in told[1:-1].split("x") if n)}
