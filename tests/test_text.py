@@ -31,7 +31,7 @@ BATCH = token_batch(6)
 MODELS: dict[str, dict[str, int]] = {
     "mixtral": {"num_hidden_layers": 1},
     "gpt_oss": {"num_hidden_layers": 1},
-    "deepseek_v3": {"num_hidden_layers": 2},
+    "deepseek_v3": {"num_hidden_layers": 1, "first_k_dense_replace": 0},
     "llama": {},
 }
 MESHES = ["dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=3,tp=2|ep=2"]

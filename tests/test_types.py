@@ -3,73 +3,61 @@
 from __future__ import annotations
 
 import pytest
-from torch import fx
 
-import foldcc
 from foldcc.errors import FoldError
-from foldcc.ir.program import Program
-from foldcc.mesh import FoldedMesh
-from foldcc.ops.layout import reshard
-from foldcc.passes import check_types
-from tests.models import tiny_model, token_batch
+from foldcc.testing import program
+
+FACTORS = "factors batch=4 seq=4 hidden=8 width=16 experts=4\n"
 
 
-@pytest.fixture(scope="module")
-def stages() -> foldcc.passes.Stages:
-    mesh = FoldedMesh.parse("dp=2,tp=2|ep=2,etp=2")
-    return foldcc.parallelize(tiny_model("mixtral"), mesh, example_inputs=token_batch(4)).stages
+def refused(stage: str, text: str, says: str, mesh: str = "dp=2,tp=2") -> None:
+    with pytest.raises(FoldError, match=says):
+        program(f"{FACTORS}{text}\nreturn [%y]", stage=stage, mesh=mesh)
 
 
-def reads(program: Program, parameter: str) -> tuple[fx.Graph, fx.Node]:
-    """The first block's placeholder of a parameter."""
-    for block in program.blocks.values():
-        for node in block.graph.find_nodes(op="placeholder"):
-            if node.name.endswith(parameter):
-                return block.graph, node
-    raise AssertionError(parameter)
+def legal(stage: str, text: str, mesh: str = "dp=2,tp=2") -> None:
+    program(f"{FACTORS}{text}\nreturn [%y]", stage=stage, mesh=mesh)
+
+
+X = "%x : f32[batch@dp, hidden] = argument\n"
 
 
 @pytest.mark.parametrize("stage", ["shard", "dispatch", "localize"])
-def test_what_the_passes_write_is_well_typed(stages: foldcc.passes.Stages, stage: str) -> None:
-    check_types(stages[stage].program)
+@pytest.mark.parametrize(("weight", "call"), [("[width, hidden]", "aten.linear(%x, %w)"), ("[hidden]", "aten.mul(%x, %w)")])
+def test_a_weight_that_enters_without_its_reduction_is_caught(weight: str, call: str, stage: str) -> None:
+    y = f"%y : f32[batch@dp, {'width' if 'linear' in call else 'hidden'}] = {call}"
+    legal(stage, f"{X}%w : f32{weight} R(dp) = argument\n{y}")
+    legal(stage, f"{X}%w : f32{weight} I(dp) = parameter w · frozen\n{y}")
+    refused(stage, f"{X}%w : f32{weight} I(dp) = parameter w\n{y}", "given its operands")
 
 
-@pytest.mark.parametrize("parameter", ["mlp_gate_weight", "input_layernorm_weight", "q_proj_weight"])
-def test_a_weight_that_enters_without_its_reduction_is_caught(stages: foldcc.passes.Stages, parameter: str) -> None:
-    program = stages["shard"].program.copied()
-    _, weight = reads(program, parameter)
-    (step,) = (u for u in weight.users if u.target is reshard)
-    step.replace_all_uses_with(weight)
-    with pytest.raises(FoldError, match="given its operands"):
-        check_types(program)
+def test_an_expert_bias_that_enters_without_its_reduction_is_caught() -> None:
+    text = """
+    %rows  : f32[u1, hidden] V(edp,ep) = argument
+    %which : i64[u1] V(edp,ep) = argument
+    %bias  : f32[experts@ep, hidden] {} = argument
+    %own   : f32[u1, hidden] V(edp,ep) = aten.index_select(%bias, 0, %which)
+    %y     : f32[u1, hidden] V(edp,ep) = aten.add(%rows, %own)
+    """
+    legal("dispatch", text.format("R(edp)"), "dp=4|ep=2")
+    refused("dispatch", text.format("I(edp)"), "index_select", "dp=4|ep=2")
 
 
-def test_an_expert_weight_that_enters_without_its_reduction_is_caught(stages: foldcc.passes.Stages) -> None:
-    mesh = FoldedMesh.parse("dp=4|ep=2")
-    program = foldcc.parallelize(tiny_model("gpt_oss"), mesh, example_inputs=token_batch(8)).stages["dispatch"].program
-    program = program.copied()
-    _, bias = reads(program, "down_proj_bias")
-    (step,) = (u for u in bias.users if u.target is reshard)
-    step.replace_all_uses_with(bias)
-    with pytest.raises(FoldError, match="index_select"):
-        check_types(program)
+@pytest.mark.parametrize("call", ["aten.exp(%x)", "aten.mul(%x, %x)", "aten.add(%x, 1)"])
+def test_a_partial_value_in_a_non_linear_operator_is_caught(call: str) -> None:
+    text = "%x : f32[batch@dp, hidden] P(tp) = argument\n%y : f32[batch@dp, hidden] P(tp) = {}"
+    legal("shard", text.format("aten.neg(%x)"))
+    refused("shard", text.format(call).replace("aten.add(%x, 1)", "aten.maximum(%x, %x)"), "given its operands")
 
 
-def test_a_partial_value_in_a_non_linear_operator_is_caught(stages: foldcc.passes.Stages) -> None:
-    program = stages["shard"].program.copied()
-    for _, node in program.nodes():
-        source = node.args[0] if node.target is reshard else None
-        if isinstance(source, fx.Node) and "P" in map(str, source.meta["layout"].states.values()):
-            node.replace_all_uses_with(source)
-    with pytest.raises(FoldError, match="given its operands"):
-        check_types(program)
-
-
-def test_a_collective_on_the_wrong_type_is_caught(stages: foldcc.passes.Stages) -> None:
-    program = stages["localize"].program.copied()
-    for _, node in program.nodes():
-        if "reduce_scatter.default" in str(node.target):
-            node.target = foldcc.ops.all_reduce.overload
-            node.args = (node.args[0], "tp", "I")
-    with pytest.raises(FoldError, match="all_reduce"):
-        check_types(program)
+@pytest.mark.parametrize(
+    ("x", "y", "call"),
+    [
+        ("[batch@dp, hidden@tp]", "[batch@dp, hidden] I(tp)", "all_reduce(%x, tp, I)"),
+        ("[batch@dp, hidden] R(tp)", "[batch@dp, hidden] I(tp)", "all_reduce(%x, tp, I)"),
+        ("[batch@dp, hidden] P(tp)", "[batch@dp, hidden] R(tp)", "all_reduce(%x, tp, I)"),
+        ("[batch@dp, hidden] P(tp)", "[batch@dp, hidden] R(tp)", "retype(%x, tp, I, R)"),
+    ],
+)
+def test_a_collective_on_the_wrong_type_is_caught(x: str, y: str, call: str) -> None:
+    refused("localize", f"%x : f32{x} = argument\n%y : f32{y} = {call}", call.split("(")[0])

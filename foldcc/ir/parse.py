@@ -195,6 +195,8 @@ class Graph:
         value = self._value(line)
         if value is not None:
             node.meta["val"] = value
+        elif line.dtype in _DTYPES:
+            node.meta["dtype"] = _DTYPES[line.dtype]
         if kind == "gradient of result":
             node.meta["result"] = int(rest)
         elif kind != "argument":
@@ -296,7 +298,7 @@ class Graph:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         if name is not None:
             self._carry(node, line)
-        self._infer(node, line, self._value(line) if name is not None else None)
+        self._infer(node, line)
         return node
 
     def _schemas(self, name: str) -> str:
@@ -333,10 +335,8 @@ class Graph:
         if line.layout is not None and not self.joint:
             node.meta["dims"] = line.layout.dims
 
-    def _value(self, line: Line) -> Any:
-        """The value that the type of a line stands for; None if it has none, or has sizes that are not known."""
-        if line.size:
-            return self._size(line.size)
+    def _told(self, line: Line) -> tuple[torch.dtype, tuple[Any, ...]] | None:
+        """The dtype and the shape that a line says; None if it has none, or has sizes that are not known."""
         shape = line.sizes
         if line.layout is not None:
             shape = line.layout.shape if self.local else line.layout.global_shape
@@ -344,45 +344,65 @@ class Graph:
             return None
         if line.dtype not in _DTYPES:
             raise bad(line.number, line.text, f"has no dtype called {line.dtype}", ", ".join(_DTYPES))
+        return _DTYPES[line.dtype], tuple(self._size(n) for n in shape)
+
+    def _value(self, line: Line) -> Any:
+        """The size, or the fake tensor, that the type of a line stands for."""
+        told = self._told(line)
+        if told is None:
+            return self._size(line.size) if line.size else None
         with self.mode:
-            device = torch.device(line.device or "cpu")
-            return torch.empty([self._size(n) for n in shape], dtype=_DTYPES[line.dtype], device=device)
+            return torch.empty(told[1], dtype=told[0], device=line.device or "cpu")
 
     def _size(self, told: Any) -> Any:
         """A size of a type: a number, or made of names of sizes that data decide."""
         return told if isinstance(told, int) else eval(re.sub(r"[^u\d*+ ]", "", str(told)), {}, dict(self.sizes))
 
-    def _infer(self, node: fx.Node, line: Line, told: Any) -> None:
+    def _infer(self, node: fx.Node, line: Line) -> None:
         """The fake tensor of a call: what the operator makes of its operands'."""
         if node.target is operator.getitem and node.args[0] in self.inside:
-            leaf = self.inside[node.args[0]][node.args[1]]
-            if isinstance(leaf, tuple):
-                self.inside[node] = leaf
-            elif leaf is not None:
-                node.meta["val"] = leaf.meta["val"] if told is None else told
-                if told is None and self.section.direction != "backward":  # of a text that says less than is printed
-                    node.meta |= {key: leaf.meta[key] for key in ("layout", "dims") if key in leaf.meta}
+            self._taken(node, line)
             return
+        told = self._told(line)
         if self.folding and (told is None if line.layout is None else line.layout.view == "moe"):
             node.meta |= {"dtype": _DTYPES.get(line.dtype), "layout": line.layout}
             return
-        laid_out = line.dtype or not self.laid_out or self.joint or self.main
         by_data = self.joint and (line.size or any(isinstance(n, str) for n in line.sizes or ()))
-        known = all("val" in x.meta for x in node.all_input_nodes)
-        value = told if by_data or not known else self._run(node, line)
-        if told is not None and isinstance(value, torch.Tensor) and _shown(value) != _shown(told):
-            if not _agree(value, told):
-                raise bad(line.number, line.text, f"has the type {_shown(told)} for what is {_shown(value)}")
-            value = told if self.joint else value
-        if isinstance(value, torch.Tensor) and not laid_out:
-            raise bad(
-                line.number,
-                line.text,
-                "says no layout of what it computes",
-                f"%name : {short(value.dtype)}[batch@dp, hidden] R(tp) = …",
-            )
+        if by_data or not all("val" in x.meta for x in node.all_input_nodes):
+            value = self._value(line)
+        else:
+            value = self._run(node, line)
+            if isinstance(value, torch.Tensor):
+                value = self._agreed(value, told, line)
         if value is not None:
             node.meta["val"] = value
+
+    def _taken(self, node: fx.Node, line: Line) -> None:
+        """What is taken out of a call of a block."""
+        leaf, value = self.inside[node.args[0]][node.args[1]], self._value(line)
+        if isinstance(leaf, tuple):
+            self.inside[node] = leaf
+        elif leaf is not None:
+            # A text may say less than is printed.
+            told = ("val", "dtype") if self.section.direction == "backward" else ("val", "dtype", "layout", "dims")
+            node.meta |= {key: leaf.meta[key] for key in told if key in leaf.meta} if value is None else {"val": value}
+
+    def _agreed(self, made: torch.Tensor, told: tuple[torch.dtype, tuple[Any, ...]] | None, line: Line) -> torch.Tensor:
+        """A value that has the type of its line; of an exchange, only who wrote the line knows how many rows come."""
+        shown = _shown(made)
+        if told is None:
+            if self.laid_out and not (line.dtype or self.joint or self.main):
+                raise bad(
+                    line.number, line.text, f"says no layout of what it computes, {shown}", "%name : f32[batch@dp, seq] R(tp)"
+                )
+            return made
+        if made.dtype == told[0] and [*map(str, made.shape)] == [*map(str, told[1])]:
+            return made
+        alike = made.dtype == told[0] and made.dim() == len(told[1])
+        if not alike or not all(isinstance(m, torch.SymInt) or m == n for m, n in zip(made.shape, told[1], strict=True)):
+            types = f"{short(told[0])}[{', '.join(map(str, told[1]))}]"
+            raise bad(line.number, line.text, f"has the type {types} for what is {shown}")
+        return self._value(line) if self.joint else made
 
     def _run(self, node: fx.Node, line: Line) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -397,14 +417,6 @@ class Graph:
                 f"is refused by its operator: {str(refused).splitlines()[0]}",
                 f"other operands than {operands}",
             ) from refused
-
-
-def _agree(made: torch.Tensor, told: Any) -> bool:
-    """Whether a value has a type, up to sizes that data decide: of an exchange, only who wrote the type knows its result's."""
-    shapes = zip(made.shape, told.shape, strict=False)
-    return (made.dtype, made.dim()) == (told.dtype, told.dim()) and all(
-        isinstance(m, torch.SymInt) or m == n for m, n in shapes
-    )
 
 
 def _shown(value: Any) -> str:

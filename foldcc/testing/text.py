@@ -140,7 +140,7 @@ def derived(program: Program) -> Program:
     if program.wanted is None and "outlined" in holds:
         outputs = program.outputs
         for node in outputs:
-            node.meta.setdefault("grad", node.meta["val"].is_floating_point())
+            node.meta.setdefault("grad", "val" in node.meta and node.meta["val"].is_floating_point())
         program = replace(program, wanted=tuple(bool(n.meta["grad"]) for n in outputs))
     if "sharded" in holds:
         check_types(program)
