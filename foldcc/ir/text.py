@@ -2,15 +2,19 @@
 
     program MixtralForCausalLM · stage dispatch · dp=2,tp=2|ep=4 · 12 ms
     factors batch=8 seq=16 hidden=64
+    holds annotated, captured, dispatched, outlined, sharded
+    wanted 0 of 0,1                                                    # of two outputs with gradients, the first is given one
 
     block1 × 56
       # model.layers.0.mlp.experts                                     modeling_mixtral.py:118
       %x     : f32[tokens@ep, hidden]           = cross_fold(%y)       # free: same ranks, same order
       %rows  : f32[u7, hidden] V(ep)            = all_to_all_v(%x)     16.00 KiB
+      return [%rows]
 
 What stands between the brackets of a type are factors and axes where the layout is known. Where types were inferred, as in
 `f32[2, 8@tp, 32] P(dp)`, it is the sizes on one rank, one of them divided over tp, and terms of a sum over dp; else it is the
-sizes, as in `f32[4x16x32]`. `foldcc.ir.parse` reads the text back.
+sizes, as in `f32[4x16x32]`. `size u7` is a number. The text says everything of a program that does not follow from it, and
+`foldcc/ir/parse.py` reads it back.
 """
 
 from __future__ import annotations

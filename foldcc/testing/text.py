@@ -14,21 +14,26 @@ from __future__ import annotations
 import difflib
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
 from foldcc.errors import FoldError
+from foldcc.ir.node import operands
 from foldcc.ir.parse import program_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ir.syntax import Text, bad, read
 from foldcc.ir.text import sections
 from foldcc.ir.walk import FORWARD, parts
+from foldcc.layout import Symbol
 from foldcc.passes import PIPELINE, for_kernels
 from foldcc.plan.interface import find_gradients
-from foldcc.plan.strategies import find_letters
+from foldcc.plan.strategies import find_letters, letter_factors, results_of
 from foldcc.rules.aten import rule_of
+from foldcc.rules.notation import Rule
 from foldcc.rules.observed import observed_rule
 from foldcc.testing.fragments import completed, with_arguments
 from foldcc.types.check import check_types
@@ -159,8 +164,24 @@ def _find_rules(program: Program) -> None:
         if node.meta["rule"] is None and node.all_input_nodes:
             node.meta["unknown"] = True
             node.meta["rule"] = observed_rule(node)
+        if not _nests(node, program.sizes):
+            node.meta["rule"] = None
         if {"sharded"} == program.properties & {"sharded", "dispatched"}:
             find_letters(node, program.sizes)
+
+
+def _nests(node: fx.Node, sizes: Mapping[Symbol, int]) -> bool:
+    """Whether each dimension is the product that the node's rule says; else `annotate` has left it without a rule."""
+    rule: Rule | None = node.meta["rule"]
+    if rule is None:
+        return True
+    values = [*operands(node)[: len(rule.operands)], *results_of(node)]
+    dims = [None if v is None else v.meta.get("dims") for v in values]
+    letters = letter_factors(rule, dims, dict(sizes))
+    pairs: list[Any] = []
+    for pattern, of in zip([*rule.operands, *rule.results], dims, strict=True):
+        pairs += zip(pattern or (), of or (), strict=False)
+    return all(sum((letters[x] for x in product), ()) == dim for product, dim in pairs if letters.keys() >= set(product))
 
 
 def _lines(program: Program, names: set[str]) -> list[str]:

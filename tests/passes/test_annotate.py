@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foldcc.passes.annotate import Annotate
-from foldcc.testing import assert_rewrites
+from foldcc.testing import assert_rewrites, program
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,18 @@ def test_a_rule_says_which_dimensions_are_one(factors: str, before: str, after: 
 
 
 def test_sizes_that_do_not_nest_have_no_factor_in_common() -> None:
-    assert_rewrites(
-        Annotate(),
-        "%x : f32[4x6] = input x\n%y = aten.reshape(%x, [3, 8])\nreturn [%y]",
-        """
-        factors batch=4 seq=6 w1=3 w2=8
-        %x : f32[batch, seq] = argument
-        %y : f32[w1, w2] = aten.reshape(%x, [3, 8])
-        return [%y]
-        """,
-    )
+    before = "%x : f32[6] = input x\n%a = aten.reshape(%x, [2, 3])\n%b = aten.reshape(%x, [3, 2])\nreturn [%a, %b]"
+    after = """
+        factors w1=2 w2=3 w3=3 w4=2
+        %x : f32[(w1 w2)] = {}
+        %a : f32[w1, w2] = aten.reshape(%x, [2, 3])
+        %b : f32[w3, w4] = aten.reshape(%x, [3, 2])
+        return [%a, %b]
+    """
+    assert_rewrites(Annotate(), before, after.format("argument"))
+    for found in (Annotate().run(program(before, stage="outline")), program(after.format("input x"), stage="annotate")):
+        a, b = (n.meta["rule"] for _, n in found.nodes() if n.op == "call_function")
+        assert a is not None and b is None
 
 
 def test_what_the_main_graph_passes_on_is_one_value() -> None:

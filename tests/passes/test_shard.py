@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from foldcc.layout import Layout
+from foldcc.ops.layout import reshard
 from foldcc.passes.annotate import UnknownOperator
 from foldcc.passes.shard import ShardPass
 from foldcc.testing import assert_rewrites, program
@@ -60,6 +61,22 @@ def test_tp_divides_the_width_between_two_products_and_their_sum_is_taken_once()
         """,
         mesh="tp=2",
     )
+
+
+def test_a_conversion_is_made_once_for_all_that_read_it() -> None:
+    given = program(FACTORS + TWICE, stage="annotate", mesh="dp=2")
+    left = ShardPass().run(given)
+    reshards = [n.all_input_nodes[0].name for _, n in left.nodes() if n.target is reshard]
+    assert sorted(reshards) == sorted(set(reshards)) and "w" in reshards
+
+
+TWICE = """
+    %x : f32[batch, seq, hidden] = input x
+    %w : f32[hidden] = parameter w
+    %a : f32[batch, seq, hidden] = aten.mul(%x, %w)
+    %y : f32[batch, seq, hidden] = aten.add(%a, %w)
+    return [%y]
+"""
 
 
 def test_what_has_no_gradient_stays_invariant() -> None:
