@@ -20,10 +20,12 @@ from foldcc.ir.text import short
 from foldcc.ir.walk import parts
 from foldcc.ops.groups import active
 from foldcc.passes import check_types, run_passes
+from foldcc.passes.lower import Lower
 from foldcc.passes.shard import ShardPass
 from foldcc.runtime import simulate
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.placement import cut
+from foldcc.testing import assert_rewrites, program
 from foldcc.testing.text import derived
 from tests.models import WITH_AUX_LOSS, tiny_model, token_batch
 
@@ -210,3 +212,42 @@ BODY = "main\n  %x : f32[4x8] = input x\n"
 def test_what_is_no_program_is_an_error_that_names_the_line(text: str, says: str) -> None:
     with pytest.raises(foldcc.FoldError, match=says):
         parse_program(text)
+
+
+def test_a_text_in_short_is_a_whole_program() -> None:
+    text = "%y = aten.mm(aten.relu(%x : f32[4x8]), %w : f32[8x8])\nreturn [%y]"
+    found = program(text, stage="outline", mesh="dp=2")
+    (block,) = found.blocks.values()
+    assert [n.name for n in block.graph.find_nodes(op="placeholder")] == ["x", "w"]
+    assert [str(n.target) for n in block.graph.nodes if n.op == "call_function"] == ["aten.relu.default", "aten.mm.default"]
+    assert [s.name for s in found.slots] == ["x", "w"] and found.wanted == (True,)
+    whole = str(Stage("outline", 0, 0, 0, found))
+    assert str(again(parse_stage(whole))) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "stage", "says"),
+    [
+        ("return []", "nix", "There is no stage 'nix', so that the text has to say what holds.\n  valid   capture, outline"),
+        ("one\nreturn []\ntwo\nreturn []", "outline", "A text of several blocks says in a main graph who calls them"),
+        (
+            "%y : f32[8] P(dp) = aten.exp(%x : f32[8])\n%z = aten.neg(%y)\nreturn [%z]",
+            "bucket",
+            "Line 1 .* says P on dp of what is R",
+        ),
+        ("%y = aten.exp(%x : f32[8])\nreturn [%y]", "differentiate", "Line 2 .* returns no gradients beside its results"),
+        ("%y = aten.exp(%x : f32[8] P(dp))\nreturn [%y]", "bucket", "is not linear in terms of a sum over dp"),
+    ],
+)
+def test_a_text_in_short_that_is_no_program_is_an_error(text: str, stage: str, says: str) -> None:
+    with pytest.raises(foldcc.FoldError, match=says):
+        program(text, stage=stage)
+
+
+def test_what_a_pass_leaves_otherwise_is_shown_as_a_difference() -> None:
+    text = "%x : f32[8] = argument\n%y = aten.neg(aten.alias(%x))\nreturn [%y]"
+    with pytest.raises(AssertionError) as shown:
+        assert_rewrites(Lower(), text, text)
+    lines = str(shown.value).splitlines()
+    assert lines[:2] == ["--- after", "+++ what lower leaves"]
+    assert [line[0] for line in lines if "alias" in line] == ["-"] and [line[0] for line in lines if "neg(%0)" in line] == ["+"]

@@ -222,6 +222,15 @@ class Graph:
                 "a last line return [%name, …]",
             )
         told = self._last("return")
+        nested = bool(told) and isinstance(told[0], list)
+        if self.joint and "differentiated" not in (self.text.holds or ()) and not (nested or self.main):
+            number, line = section.leaving["return"]
+            raise bad(
+                number,
+                f"return {line}",
+                "returns no gradients beside its results",
+                "return [[%result, …], [%gradient, None, …]]",
+            )
         layouts = self.layouts
 
         def leaf(x: Any) -> Any:
@@ -234,7 +243,6 @@ class Graph:
             return self._node(x, *section.leaving["return"])
 
         output = self.graph.output(leaf(told))
-        nested = bool(told) and isinstance(told[0], list)
         if self.joint and not self.main and section.direction != "backward":
             for x in told[0] if nested else told:
                 self._laid_out(x)

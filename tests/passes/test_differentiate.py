@@ -71,6 +71,20 @@ def test_a_parameter_that_is_used_as_r_has_its_gradient_summed() -> None:
     )
 
 
+def test_views_do_not_ask_for_strides() -> None:
+    rewrites(
+        "%x : f32[batch, hidden] = argument\n%y : f32[(batch hidden)] = aten.reshape(%x, [32])\nreturn [%y]",
+        """
+        %x : f32[batch, hidden] = argument
+        %d : f32[(batch hidden)] = gradient of result 0
+        %y = aten.reshape(%x, [32])
+        %same = aten.clone(%y)
+        %dx = aten.reshape(%d, [4, 8])
+        return [[%y], [%dx]]
+        """,
+    )
+
+
 def test_what_has_no_gradient_is_given_none() -> None:
     rewrites(
         """

@@ -113,3 +113,9 @@ def test_another_sum_by_index_stays(other: str) -> None:
         f"{more} %db = aten.index_add({other})\n %dx = aten.add(%dy, aten.sum(%db))\n return [[%y], [%dx, {shape}, None, None]]"
     )
     assert_rewrites(Experts(), text, text)
+
+
+def test_a_sum_by_columns_stays() -> None:
+    text = BIAS.replace("[8, 5]", "[8, 8]").replace("[2, 5]", "[2, 8]")
+    text += " %sums = aten.index_add(aten.new_zeros(%dy, [8, 8]), 1, %which, %dy)\n return [[%y], [%sums, None, None]]"
+    assert_rewrites(Experts(), text, text)

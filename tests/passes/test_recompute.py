@@ -56,17 +56,20 @@ def test_what_a_product_reads_is_kept_as_it_is() -> None:
     kept(text.replace("_to_copy(%term", "_to_copy(%more"), "%scale, %normal")
 
 
-@pytest.mark.parametrize("slow", ["sin", "cos"])
-def test_what_is_slow_is_not_computed_again(slow: str) -> None:
-    text = f"""
-        %x  : f32[8] = argument
+@pytest.mark.parametrize(("of", "name"), [("sin", "%h"), ("cos", "%h"), ("exp", "%x")])
+def test_what_is_slow_is_not_computed_again(of: str, name: str) -> None:
+    kept(
+        f"""
+        %x  : bf16[8] = argument
         %dy : f32[8] = gradient of result 0
-        %h  = aten.{slow}(%x)
-        %y  = aten.exp(%h)
-        %dx = aten.mul(%dy, %h)
+        %h  = aten.{of}(aten._to_copy(%x, dtype=float32))
+        %y  = aten.neg(%h)
+        %z  = aten.mul(%dy, %h)
+        %dx = aten._to_copy(%z, dtype=bfloat16)
         return [[%y], [%dx]]
-    """
-    kept(text, "%h")
+        """,
+        name,
+    )
 
 
 def test_views_are_taken_again_of_what_they_show() -> None:
