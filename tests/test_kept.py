@@ -21,30 +21,30 @@ from foldcc.testing.text import derived
 from tests.models import tiny_model, token_batch
 
 VOCABULARY = 128
-MESHES = ("dp=2,tp=2|ep=4", "dp=2")
+MESH = "dp=2,tp=2|ep=4"
 
 
 @cache
-def folded(mesh: str, kernels: str) -> FoldedModule:
+def folded(kernels: str) -> FoldedModule:
     model = tiny_model("mixtral", vocab_size=VOCABULARY, num_hidden_layers=1).bfloat16()
-    return foldcc.parallelize(model, FoldedMesh.parse(mesh), example_inputs=token_batch(4, 8), kernels=kernels)
+    return foldcc.parallelize(model, FoldedMesh.parse(MESH), example_inputs=token_batch(4, 8), kernels=kernels)
 
 
 @pytest.mark.parametrize("stage", ["differentiate", "experts", "recompute", "split"])
 def test_the_joint_graph_is_a_stage_that_is_printed_read_typed_and_proved(stage: str) -> None:
-    found = folded(MESHES[0], "triton").stages[stage]
+    found = folded("triton").stages[stage]
     again = parse_stage(str(found))
     derived(again.program)
     assert str(again) == str(found)
     lines = parse(str(found))
     typed = [line for line in lines if line.block.startswith("block") and line.operation != "argument" and line.dtype]
     assert len(typed) > 100 and all(line.types is not None or line.layout is not None for line in typed)
-    assert foldcc.verify(folded(MESHES[0], "triton"), stage=stage, rounds=1).stage == stage
+    assert foldcc.verify(folded("triton"), stage=stage, rounds=1).stage == stage
 
 
 def test_kernels_are_not_read() -> None:
     with pytest.raises(foldcc.FoldError, match="Kernels stand in this stage"):
-        parse_stage(str(folded(MESHES[0], "triton").stages["emit"]))
+        parse_stage(str(folded("triton").stages["emit"]))
 
 
 def test_a_mistake_in_a_joint_graph_is_found_where_it_is() -> None:
@@ -56,7 +56,7 @@ def test_a_mistake_in_a_joint_graph_is_found_where_it_is() -> None:
                 twice.meta = dict(node.meta)
                 node.replace_all_uses_with(twice, delete_user_cb=lambda user, twice=twice: user is not twice)
 
-    broken = rewrite(folded(MESHES[0], "triton"), after="recompute", edit=doubled)
+    broken = rewrite(folded("triton"), after="recompute", edit=doubled)
     assert foldcc.verify(broken, stage="experts", rounds=1).ok and not foldcc.verify(broken, stage="recompute", rounds=1).ok
 
 
@@ -76,21 +76,18 @@ def size(nodes: list[fx.Node]) -> int:
 
 
 def test_less_is_kept_where_kernels_compute_again() -> None:
-    assert size(saved(folded(MESHES[0], "triton"))) < size(saved(folded(MESHES[0], "aten")))
+    assert size(saved(folded("triton"))) < size(saved(folded("aten")))
 
 
 def test_logits_are_kept_once() -> None:
     shape = str([16, VOCABULARY // 2])
-    held, before = (
-        [n for n in saved(folded(MESHES[0], k)) if str(list(n.meta["val"].shape)) == shape] for k in ("triton", "aten")
-    )
+    held, before = ([n for n in saved(folded(k)) if str(list(n.meta["val"].shape)) == shape] for k in ("triton", "aten"))
     assert [n.meta["val"].dtype for n in held] == [torch.bfloat16]
     assert torch.float32 in [n.meta["val"].dtype for n in before]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_experts_keep_no_activation_and_no_product_is_taken_twice(mesh: str) -> None:
-    model = folded(mesh, "triton")
+def test_experts_keep_no_activation_and_no_product_is_taken_twice() -> None:
+    model = folded("triton")
     wide = [n for n in saved(model) if n.meta["val"].dim() == 2 and n.meta["val"].dtype == torch.bfloat16]
     assert wide and not any(name_of(n.target) in ("aten.silu", "aten.mul", "foldcc.gather_rows") for n in wide)
     backward = model.stages["split"].program.backward

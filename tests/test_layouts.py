@@ -86,21 +86,6 @@ def test_the_layout_does_not_depend_on_the_shape() -> None:
     assert layouts[0] == layouts[1] == layouts[2]
 
 
-def test_a_repeated_layer_is_one_block_however_many_there_are() -> None:
-    counts = {}
-    for layers in (2, 6):
-        program = sharded("mixtral", "dp=2,tp=2|ep=4", num_hidden_layers=layers)
-        counts[layers] = {name: program.count(name) for name in program.blocks}
-    assert counts[2].keys() == counts[6].keys()
-    assert max(counts[2].values()) == 2 and max(counts[6].values()) == 6
-
-
-def test_layers_that_differ_are_not_taken_for_repeats() -> None:
-    """Same modules, another window in every second layer: the repeat is the pair."""
-    program = sharded("gpt_oss", "dp=2,tp=2|ep=4", num_hidden_layers=4)
-    assert max(program.count(name) for name in program.blocks) == 2
-
-
 def test_no_value_holds_the_samples_of_another_data_parallel_rank_and_nothing_grows_with_dp() -> None:
     sent = {}
     for dp in (2, 8):

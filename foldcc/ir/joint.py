@@ -95,6 +95,8 @@ def returns(program: Program, name: str, direction: str, block: fx.GraphModule) 
 
 
 def _gradients(program: Program, name: str) -> Returns:
-    block = max((b for b in program.blocks if f"{name}_".startswith(f"{b}_")), key=len)
+    block = max((b for b in program.blocks if f"{name}_".startswith(f"{b}_")), key=len, default=None)
+    if block is None:  # a pass has given it a name of its own
+        return ()
     formals = [n for n in program.blocks[block].graph.find_nodes(op="placeholder") if "result" not in n.meta]
     return tuple((f"grad_{n.name}", n.meta["layout"].transposed) for n in formals)

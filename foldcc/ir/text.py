@@ -130,8 +130,9 @@ def _leaving(program: Program, part: Part, output: fx.Node) -> Iterator[tuple[st
     known = iter(returns(program, part.name, part.direction, part.graph) if part.name != "main" else ())
 
     def leaves(several: Sequence[Any]) -> str:
-        layouts = zip(next(told, ()), next(known, ()), strict=True)
-        own = [None if layout == follows else layout for (_, layout), (_, follows) in layouts] or [None] * len(several)
+        layouts = [layout for _, layout in next(told, ())] or [None] * len(several)
+        follow = [layout for _, layout in next(known, ())] or [None] * len(several)
+        own = [None if layout == other else layout for layout, other in zip(layouts, follow, strict=True)]
         types = [f" : {short(x.meta['val'].dtype)}{o}" if o and x else "" for x, o in zip(several, own, strict=True)]
         return f"[{', '.join(_argument(x) + of for x, of in zip(several, types, strict=True))}]"
 

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from foldcc.ir.program import Program
 from foldcc.passes.outline import Outline
-from foldcc.testing import assert_rewrites
+from foldcc.testing import assert_rewrites, program
 
 LAYERS = """
     %x  : f32[4x8] = input x
@@ -90,3 +91,29 @@ def test_every_result_that_is_read_outside_is_returned() -> None:
     assert_rewrites(Outline(smallest=2), LAYERS.replace("return [%loss]", "return [%loss, %h1]"), block)
     with pytest.raises(AssertionError, match=r"\+return \[%3\]"):
         assert_rewrites(Outline(smallest=2), LAYERS, block)
+
+
+def stack(slopes: list[float]) -> Program:
+    """Layers one after another, each with a slope of its own."""
+    lines = [
+        "%x : f32[4x8] = input x",
+        *(f"%w{i} : f32[8x8] = parameter w{i}" for i in range(len(slopes))),
+        "%y0 = aten.exp(%x)",
+    ]
+    for i, slope in enumerate(slopes):
+        lines += [f"%h{i} = aten.mm(%y{i}, %w{i})", f"%y{i + 1} = aten.leaky_relu(%h{i}, {slope})"]
+    return Outline(smallest=2).run(program("\n".join([*lines, f"return [%y{len(slopes)}]"])))
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_a_repeated_layer_is_one_block_however_many_there_are(count: int) -> None:
+    found = stack([0.1] * count)  # the first product reads no gradient, and stands before them
+    assert [found.count(name) for name in found.blocks] == [1, count - 1, 1]
+
+
+def test_layers_that_differ_are_not_taken_for_repeats() -> None:
+    """Another slope in every second layer: the repeat is the pair."""
+    found = stack([0.3, *[0.1, 0.2] * 3])
+    assert max(found.count(name) for name in found.blocks) == 3
+    (pair,) = (block for name, block in found.blocks.items() if found.count(name) == 3)
+    assert [n.args[1] for n in pair.graph.nodes if "leaky" in str(n.target)] == [0.1, 0.2]
