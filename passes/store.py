@@ -69,11 +69,10 @@ class Store(Pass):
             call.args = tuple(args.get(i, a) for i, a in enumerate(call.args))
         for like in dict.fromkeys(s.like for found in steps.values() for s in found.values()):
             _use(like)
+        other = {program.slot(n.name).names[0]: x for n, x in stored.items() if x != n.meta["layout"]}
         for node, layout in stored.items():
             node.meta["layout"] = layout
-        names = {program.slot(n.name).names[0]: layout for n, layout in stored.items()}
-        kept = {name: layout for name, layout in names.items() if layout != program.plan.parameters[name]}
-        return replace(program, plan=replace(program.plan, stored=kept))
+        return replace(program, plan=replace(program.plan, stored=other))
 
 
 def _stored(program: Program) -> dict[fx.Node, Layout]:

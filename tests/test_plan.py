@@ -50,8 +50,9 @@ def planned(family: str) -> foldcc.FoldedModule:
 
 
 def texts(model: foldcc.FoldedModule) -> list[str]:
-    """The stages without the time that each took."""
-    return [str(stage).split("\n", 1)[1] for stage in model.stages]
+    """The stages without the time that each took; between the first that have both, a plan says what is not done yet."""
+    found = {stage.name: str(stage).split("\n", 1)[1] for stage in model.stages}
+    return [text for name, text in found.items() if name in ("shard", "dispatch", "store", "localize", "bucket")]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama"])

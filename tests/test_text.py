@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,6 @@ from foldcc.ir.walk import parts
 from foldcc.ops.groups import active
 from foldcc.passes import check_types, run_passes
 from foldcc.passes.lower import Lower
-from foldcc.passes.shard import ShardPass
 from foldcc.runtime import simulate
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.placement import cut
@@ -56,7 +54,7 @@ def again(stage: Stage) -> Stage:
 
 def told(node: fx.Node) -> dict[str, Any]:
     """What passes and types read of a node, of what a text says or of what follows from it."""
-    kept = {k: node.meta[k] for k in ("layout", "types", "result", "kept", "buckets") if node.meta.get(k) is not None}
+    kept = {k: node.meta[k] for k in ("layout", "types", "result") if node.meta.get(k) is not None}
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         kept["val"] = (value.dtype, [str(n) if str(n).isdigit() else "by data" for n in value.shape])
@@ -164,10 +162,22 @@ def seen_on_ranks(module: foldcc.FoldedModule, stage: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("stage", ["annotate", "dispatch", "differentiate"])
 def test_passes_go_on_from_what_is_read(stage: str) -> None:
     module = folded("mixtral", MESHES[0])
-    passes = [replace(p, kept={}) if isinstance(p, ShardPass) else p for p in module.stages.passes(after=stage)]
+    passes = module.stages.passes(after=stage)
     last = run_passes(derived(parse_program(str(module.stages[stage]))), passes, check=check_types)[-1]
     texts = [[line for line in str(s).splitlines()[1:] if "#" not in line] for s in (last, module.stages[-1])]
     assert texts[0] == texts[1]
+
+
+def test_a_program_that_stores_parameters_divided_goes_on_from_its_text() -> None:
+    stages = foldcc.parallelize(
+        tiny_model("llama", num_hidden_layers=2), "dp=2,tp=2", example_inputs=token_batch(4), zero=3
+    ).stages
+    for stage in ("dispatch", "differentiate", "bucket"):
+        again = parse_stage(str(stages[stage]))
+        assert again.program.plan.zero == 3
+        last = run_passes(derived(again.program), stages.passes(after=stage), check=check_types)[-1]
+        texts = [[line for line in str(s).splitlines()[1:] if "#" not in line] for s in (last, stages[-1])]
+        assert texts[0] == texts[1], stage
 
 
 S = "program toy · dp=2,tp=2\nfactors batch=4 hidden=8\nholds "

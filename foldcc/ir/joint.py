@@ -87,6 +87,8 @@ def returns(program: Program, name: str, direction: str, block: fx.GraphModule) 
         return ()
     leaves: Any = block.graph.output_node().args[0]
     joint = "differentiated" not in program.properties
+    if name.endswith("_again"):  # the forward direction of a block, run once more
+        return (tuple((n.name, n.meta.get("layout")) for n in leaves),)
     if direction == "backward":
         return (_gradients(program, name),)
     results = leaves[0] if joint or (leaves and isinstance(leaves[0], tuple)) else leaves

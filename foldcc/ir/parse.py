@@ -25,11 +25,13 @@ from foldcc.errors import FoldError
 from foldcc.ir.joint import returns
 from foldcc.ir.names import atom, named
 from foldcc.ir.pipeline import Stage
+from foldcc.ir.plan import Names, Plan
 from foldcc.ir.program import Program, Slot
 from foldcc.ir.syntax import SLOT, Call, Expression, Line, Section, Text, Value, bad, line_of, read, typed
 from foldcc.ir.text import GRADED, short
 from foldcc.layout import Layout
 from foldcc.ops.groups import active
+from foldcc.ops.layout import cross_fold, reshard
 
 _DTYPES = {short(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _ENTERS = re.compile(r"(argument|parameter|buffer|constant|input|tap|gradient of result) ?(.*)")
@@ -75,11 +77,14 @@ def program_of(text: Text) -> Program:
         main = Graph(text, mains[0], sections)
         program = replace(program, graph=main.build(), slots=tuple(main.slots), batch_dims=main.batch_dims)
         _settle(program, program.graph, main)
+        kept = {name: graph.kept for name, graph in main.blocks.items() if graph.kept is not None}
         if len(mains) > 1:
             main = Graph(text, mains[1], sections)
             backward = main.build()
             program = replace(program, backward=backward)
             _settle(program, backward, main)
+    together = {name: graph.together for name, graph in main.blocks.items() if graph.together}
+    program = replace(program, plan=Plan(mesh=str(text.mesh), model=text.name, zero=text.zero, kept=kept, together=together))
     outputs = program.outputs
     program = replace(program, out_spec=pytree.tree_structure(tuple(outputs)))
     if text.wanted is None:
@@ -142,6 +147,7 @@ class Graph:
         nodes: by the names of the text; one that means something to Python gets another in the graph.
         blocks: that the graph calls.
         layouts: that are written where the graph returns something, for each of the lists that it returns.
+        kept, together: what the plan says of it.
         inside: of a call of a block, and of what is taken out of it, what the block returns there.
     """
 
@@ -151,6 +157,8 @@ class Graph:
         self.nodes: dict[str, fx.Node] = {}
         self.blocks: dict[str, Graph] = {}
         self.layouts: list[list[Layout | None]] = []
+        self.kept: Names | None = None
+        self.together: tuple[Names, ...] = ()
         self.inside: dict[fx.Node, Any] = {}
         self.slots: list[Slot] = []
         self.batch_dims: dict[str, int | None] = {}
@@ -242,15 +250,15 @@ class Graph:
                 layouts[-1].append(own.get("layout"))
             return self._node(x, *section.leaving["return"])
 
-        output = self.graph.output(leaf(told))
+        self.graph.output(leaf(told))
         if self.joint and not self.main and section.direction != "backward":
             for x in told[0] if nested else told:
                 self._laid_out(x)
         self.layouts = layouts[1:] if nested else layouts
         if "keep" in section.leaving:
-            output.meta["kept"] = tuple(self.nodes[x.name].name for x in self._last("keep"))
-        if "joined" in section.leaving or ("bucketed" in (self.text.holds or ()) and section.direction == "backward"):
-            output.meta["buckets"] = tuple(map(tuple, self._last("joined"))) if "joined" in section.leaving else ()
+            self.kept = tuple(self.nodes[x.name].name for x in self._last("keep"))
+        if "joined" in section.leaving:
+            self.together = tuple(map(tuple, self._last("joined")))
 
     def _laid_out(self, x: Value) -> None:
         """A result has a layout: what its line says in sizes is one too, such as `[]`."""
@@ -374,6 +382,8 @@ class Graph:
         told = self._told(line)
         if self.folding and (told is None if line.layout is None else line.layout.view == "moe"):
             node.meta |= {"dtype": _DTYPES.get(line.dtype), "layout": line.layout}
+            if node.target in (reshard, cross_fold) and "val" in node.args[0].meta:
+                node.meta["val"] = node.args[0].meta["val"]
             return
         by_data = self.joint and (line.size or any(isinstance(n, str) for n in line.sizes or ()))
         if by_data or not all("val" in x.meta for x in node.all_input_nodes):

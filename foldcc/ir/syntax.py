@@ -111,6 +111,7 @@ class Text:
     seconds: float = 0.0
     factors: dict[sympy.Symbol, int] = field(default_factory=dict)
     holds: frozenset[str] | None = None
+    zero: int = 0
     wanted: tuple[str, str] | None = None
     sections: list[Section] = field(default_factory=list)
 
@@ -170,7 +171,7 @@ def extend(found: Text, lines: Iterable[tuple[int, str]], block: str = "main") -
                 section.leaving[word] = (number, rest)
             else:
                 section.lines.append(line_of(found, section, number, line, "" if where == found.name else where, source))
-        elif word in ("program", "factors", "holds", "wanted") and not found.sections:
+        elif word in ("program", "factors", "holds", "zero", "wanted") and not found.sections:
             _head(found, number, line, word, rest)
         elif heading := _HEADING.fullmatch(line):
             section, where, source = Section(heading["name"], heading["direction"] or "", number), "", ""
@@ -217,6 +218,10 @@ def _head(found: Text, number: int, line: str, word: str, rest: str) -> None:
             found.factors[sympy.Symbol(name, integer=True, positive=True)] = int(size)
     elif word == "holds":
         found.holds = frozenset(rest.split(", "))
+    elif word == "zero":
+        if rest not in ("1", "2", "3"):
+            raise bad(number, line, "is no stage of ZeRO", "zero 3")
+        found.zero = int(rest)
     else:
         wanted = re.fullmatch(r"(none|[\d,]+) of (none|[\d,]+)", rest)
         if wanted is None:

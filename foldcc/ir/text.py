@@ -55,6 +55,8 @@ def stage_text(stage: Stage) -> str:
         " ".join(["factors", *(f"{f.name}={n}" for f, n in program.sizes.items())]),
         f"holds {', '.join(sorted(program.properties))}",
     ]
+    if program.plan.zero:
+        lines.append(f"zero {program.plan.zero}")
     if program.wanted is not None:
         lines.append(f"wanted {_places(program.wanted)} of {_places([n.meta.get('grad', True) for n in program.outputs])}")
     for _, _, text in sections(program):
@@ -139,10 +141,10 @@ def _leaving(program: Program, part: Part, output: fx.Node) -> Iterator[tuple[st
     leaving: Any = output.args[0]
     nested = bool(leaving) and isinstance(leaving[0], tuple)
     yield "return", f"[{', '.join(map(leaves, leaving))}]" if nested else leaves(leaving)
-    if "kept" in output.meta:
-        yield "keep", f"[{', '.join(f'%{name}' for name in output.meta['kept'])}]"
-    if output.meta.get("buckets"):
-        yield "joined", f"[{', '.join(map(_argument, output.meta['buckets']))}]"
+    if "joint" in output.meta and part.name in program.plan.kept:
+        yield "keep", f"[{', '.join(f'%{name}' for name in program.plan.kept[part.name])}]"
+    if part.direction == BACKWARD and program.plan.together.get(part.name):
+        yield "joined", f"[{', '.join(map(_argument, program.plan.together[part.name]))}]"
 
 
 def _places(there: Sequence[bool]) -> str:

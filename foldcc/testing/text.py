@@ -166,7 +166,7 @@ def _find_rules(program: Program) -> None:
             node.meta["rule"] = observed_rule(node)
         if not _nests(node, program.sizes):
             node.meta["rule"] = None
-        if {"sharded"} == program.properties & {"sharded", "dispatched"}:
+        if "sharded" in program.properties:
             find_letters(node, program.sizes)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 
-from foldcc.layout import Layout
+from foldcc.ir.plan import Plan
 from foldcc.ops.layout import reshard
 from foldcc.passes.annotate import UnknownOperator
 from foldcc.passes.shard import ShardPass
@@ -97,11 +98,12 @@ def test_what_has_no_gradient_stays_invariant() -> None:
     )
 
 
-def test_layouts_that_parameters_have_are_kept() -> None:
+def test_what_the_plan_says_is_done_and_the_rest_is_chosen() -> None:
     given = program(FACTORS + MLP, stage="annotate", mesh="tp=2")
-    layout = Layout.parse("[width, hidden] I(tp)", given.sizes, {"tp": 2})
-    layouts = [ShardPass(kept=kept).run(given.copied()).layouts()["up"] for kept in ({}, {"up": layout})]
-    assert layouts[0] != layout and layouts[1] == layout
+    plan = Plan.parse("plan tp=2\nparameters\n  up [width, hidden] I(tp)")
+    free, told = (ShardPass().run(replace(given.copied(), plan=p)) for p in (Plan(), plan))
+    assert str(free.layouts()["up"]) == "[width@tp, hidden]" and str(told.layouts()["up"]) == "[width, hidden] I(tp)"
+    assert told.plan.parameters.keys() == {"up", "down"} and ShardPass().run(replace(given, plan=told.plan)).plan == told.plan
 
 
 def test_an_operator_without_a_rule_runs_whole_and_is_named() -> None:

@@ -1,0 +1,114 @@
+"""Store: parameters come to a block through one of their own, as they are stored and as the block uses them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from foldcc.errors import FoldError
+from foldcc.ir.plan import Plan
+from foldcc.passes.store import Store
+from foldcc.testing import assert_rewrites, program
+
+FACTORS = "factors batch=4 hidden=8 width=16\n"
+LAYER = """
+block0
+  %x : f32[batch@dp, hidden] I(tp) = argument
+  %w : f32[width@tp, hidden] I(dp) = argument
+  %v : f32[width@tp, hidden] R(dp) = reshard(%w)
+  %z : f32[batch@dp, hidden] R(tp) = reshard(%x)
+  %y : f32[batch@dp, width@tp]     = aten.linear(%z, %v)
+  return [%y]
+"""
+ONE = f"""{FACTORS}{LAYER}
+main
+  %x    : f32[batch@dp, hidden] I(tp) = input x · gradient
+  %w    : f32[width@tp, hidden] I(dp) = parameter w
+  %call = block0(%x, %w)
+  %y    : f32[batch@dp, width@tp] = getitem(%call, 0)
+  return [%y]
+"""
+USED = """
+block0
+  %x : f32[batch@dp, hidden] I(tp) = argument
+  %w : f32[width@tp, hidden] R(dp) = argument
+  %z : f32[batch@dp, hidden] R(tp) = reshard(%x)
+  %y : f32[batch@dp, width@tp]     = aten.linear(%z, %w)
+  return [%y]
+"""
+
+
+def unshard(stored: str) -> str:
+    return f"""
+unshard0
+  %w : f32{stored} = argument
+  %v : f32[width@tp, hidden] R(dp) = reshard(%w)
+  return [%v]
+"""
+
+
+def calls(stored: str) -> str:
+    return f"""
+main
+  %x    : f32[batch@dp, hidden] I(tp) = input x · gradient
+  %w    : f32{stored} = parameter w
+  %own  = unshard0(%w)
+  %v    : f32[width@tp, hidden] R(dp) = getitem(%own, 0)
+  %call = block0(%x, %v)
+  %y    : f32[batch@dp, width@tp] = getitem(%call, 0)
+  return [%y]
+"""
+
+
+def test_the_step_of_a_parameter_is_a_block_of_its_own() -> None:
+    stored = "[width@tp, hidden] I(dp)"
+    assert_rewrites(Store(), ONE, FACTORS + unshard(stored) + USED + calls(stored), mesh="dp=2,tp=2")
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_with_zero_a_parameter_is_stored_divided_over_what_replicates_it(zero: int) -> None:
+    stored = "[width@tp, hidden@dp]"
+    head = f"zero {zero}\n{FACTORS}"
+    assert_rewrites(Store(), f"zero {zero}\n{ONE}", head + unshard(stored) + USED + calls(stored), mesh="dp=2,tp=2")
+
+
+def test_what_no_size_divides_stays_whole() -> None:
+    odd = ONE.replace("hidden=8", "hidden=7").replace("width=16", "width=2")
+    left = Store().run(program(f"zero 2\n{odd}", stage="dispatch", mesh="dp=2,tp=2"))
+    assert left.plan.stored == {} and str(left.placeholders[1].meta["layout"]) == "[width@tp, hidden] I(dp)"
+
+
+def test_a_parameter_of_two_calls_is_unsharded_once_and_one_that_is_read_otherwise_is_not() -> None:
+    twice = f"""{FACTORS.replace("width=16", "width=8")}{LAYER}
+block1
+  %x : f32[batch@dp, width@tp] = argument
+  %w : f32[width@tp, hidden] I(dp) = argument
+  %n : f32[width@tp, hidden] I(dp) = aten.neg(%w)
+  %v : f32[width@tp, hidden] R(dp) = reshard(%n)
+  %y : f32[batch@dp, hidden] P(tp) = aten.mm(%x, %v)
+  %z : f32[batch@dp, hidden] I(tp) = reshard(%y)
+  return [%z]
+main
+  %x  : f32[batch@dp, hidden] I(tp) = input x · gradient
+  %w  : f32[width@tp, hidden] I(dp) = parameter w
+  %a  = block0(%x, %w)
+  %y  : f32[batch@dp, width@tp] = getitem(%a, 0)
+  %b  = block1(%y, %w)
+  %z  : f32[batch@dp, hidden] I(tp) = getitem(%b, 0)
+  %c  = block0(%z, %w)
+  %u  : f32[batch@dp, width@tp] = getitem(%c, 0)
+  return [%u]
+"""
+    left = Store().run(program(twice, stage="dispatch", mesh="dp=2,tp=2"))
+    assert [c.target for c in left.calls] == ["unshard0", "block0", "block1", "block0"]
+    assert left.calls[2].args[1].name == "w" and left.calls[1].args[1] is left.calls[3].args[1]
+
+
+def test_what_the_plan_says_is_stored_so_or_refused() -> None:
+    given = program(ONE, stage="dispatch", mesh="dp=2,tp=2")
+    plan = Plan.parse("plan dp=2,tp=2\nparameters\n  w [a@tp, b] I(dp)\nstored\n  w [a@tp, b@dp]")
+    left = Store().run(replace(given.copied(), plan=plan))
+    assert str(left.placeholders[1].meta["layout"]) == "[width@tp, hidden@dp]" and left.plan.stored.keys() == {"w"}
+    with pytest.raises(FoldError, match="w cannot be stored so on tp=2"):
+        Store().run(replace(given.copied(), plan=Plan.parse("plan dp=2,tp=2\nstored\n  w [a, b@tp]")))
