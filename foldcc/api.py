@@ -27,13 +27,13 @@ from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
+from foldcc.passes.recompute import Recompute
 
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
 _ELSEWHERE = {
     "fsdp": "zero=3 divides parameters, gradients and optimizer states over the ranks that replicate them",
     "capacity_factor": "dispatch is dropless: every token reaches its experts, whatever the routing",
-    "recompute": "what is kept for the backward pass is chosen by a minimum cut where kernels are emitted",
     "precision": "the dtypes of the model's own parameters, and torch.autocast around the call",
 }
 
@@ -50,6 +50,7 @@ def parallelize(
     check_ranks: bool = True,
     plan: Plan | str | None = None,
     zero: int = 0,
+    recompute: str | float | None = None,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -83,6 +84,10 @@ def parallelize(
             optimizer holds of it: dense ones over `dp`, experts over `edp`. It is gathered for the forward pass; its gradient
             leaves the backward pass of its block by a reduce-scatter. With 3 it is not kept for the backward pass, but gathered
             again. What no size divides stays whole. Or the plan says it, for each parameter.
+        recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
+            made element by element, "blocks" for all but collectives, choices of experts and random numbers, or the share of
+            the bytes of activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
+            `gradient_checkpointing_enable()` was called, else what kernels compute as they read, else nothing.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -119,6 +124,7 @@ def parallelize(
         batch_dims=batch_dims,
         check_ranks=check_ranks,
         plan=replace(given, zero=zero) if zero else given,
+        recompute=None if recompute is None else Recompute(policy=recompute).policy,
     )
     fixed = example_inputs is not None
     inputs = example_inputs if fixed else _dummy(model, mesh)

@@ -19,6 +19,7 @@ from foldcc.capture import capture
 from foldcc.capture.numbers import as_inputs
 from foldcc.capture.numbers import watched as watched_numbers
 from foldcc.capture.observe import Recorder
+from foldcc.capture.transformers import checkpoints
 from foldcc.capture.unchanged import in_dtypes, in_modes
 from foldcc.codegen import Emit, kernels_of
 from foldcc.codegen.source import unusable
@@ -27,7 +28,7 @@ from foldcc.hooks import watched
 from foldcc.ir.plan import Plan, UnfitPlan
 from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.passes import Pass, Stages, check_types, for_kernels, run_passes
+from foldcc.passes import Pass, Stages, check_types, for_kernels, recomputing, run_passes
 from foldcc.programs import Kept
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
@@ -44,7 +45,7 @@ class Compiler:
         model: an outline of the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
         there: the device that the original was on, and is captured for.
         own: passes of a user's own, after the pipeline.
-        batch_dims, tracer, kernels, plan, progress: see `parallelize`.
+        batch_dims, tracer, kernels, plan, recompute, progress: see `parallelize`.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Compiler:
     progress: Callable[[str], None]
     there: torch.device
     plan: Plan = Plan()
+    recompute: str | float | None = None
     own: tuple[Pass, ...] = ()
 
     def device(self, tree: nn.Module) -> torch.device:
@@ -153,7 +155,11 @@ class Compiler:
 
     def _passes(self, tree: nn.Module) -> tuple[Pass, ...]:
         emission, _ = self.emission(tree)
-        return (*(for_kernels(self.pipeline) if emission else self.pipeline), *self.own, *emission)
+        pipeline = for_kernels(self.pipeline) if emission else self.pipeline
+        policy = "blocks" if self.recompute is None and tree.training and checkpoints(self.model) else self.recompute
+        if policy is not None:
+            pipeline = recomputing(pipeline, policy)
+        return (*pipeline, *self.own, *emission)
 
     def _check_autocast(self, tree: nn.Module) -> None:
         there, device = self.there.type, self.device(tree)

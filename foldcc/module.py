@@ -62,12 +62,21 @@ class FoldedModule(nn.Module):
         batch_dims: Mapping[str, int | None] | None = None,
         check_ranks: bool = True,
         plan: Plan | None = None,
+        recompute: str | float | None = None,
     ):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
-        said = dict(batch_dims or {})
         self._compiler = Compiler(
-            outline(model), mesh, tracer, kernels, pipeline, said, progress, next(model.parameters()).device, plan or Plan()
+            model=outline(model),
+            mesh=mesh,
+            tracer=tracer,
+            kernels=kernels,
+            pipeline=pipeline,
+            batch_dims=dict(batch_dims or {}),
+            progress=progress,
+            there=next(model.parameters()).device,
+            plan=plan or Plan(),
+            recompute=recompute,
         )
         self._programs = Programs()
         self._places = Places(mesh)

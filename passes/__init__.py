@@ -42,4 +42,12 @@ def for_kernels(pipeline: Sequence[Pass]) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-__all__ = ["for_kernels", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "run_passes"]
+def recomputing(pipeline: Sequence[Pass], policy: str | float) -> tuple[Pass, ...]:
+    """The pipeline of a program that keeps between its passes what a policy of `passes/recompute.py` says."""
+    found: list[Pass] = []
+    for p in pipeline:
+        found += [] if isinstance(p, Recompute) else [Recompute(policy=policy), p] if isinstance(p, Split) else [p]
+    return tuple(found)
+
+
+__all__ = ["for_kernels", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "recomputing", "run_passes"]

@@ -197,3 +197,8 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The model's own `dummy_inputs`, None if it has none."""
     found = getattr(model, "dummy_inputs", None)
     return found if isinstance(found, dict) else None
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether layers were told to keep nothing but their arguments, by `model.gradient_checkpointing_enable()`."""
+    return any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules())

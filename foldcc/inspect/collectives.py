@@ -88,7 +88,7 @@ def collectives(stages: Stages) -> Collectives:
     rows = []
     sizes: dict[str, Sizes] = {}
     for part in parts(program):
-        known = sizes.setdefault(part.name, Sizes(program.mesh))
+        known = sizes.setdefault(part.block, Sizes(program.mesh))
         for node in part.graph.graph.nodes:
             known.learn(node)
             if communicates(node):

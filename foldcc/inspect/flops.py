@@ -48,11 +48,11 @@ def local_flops(program: Program) -> Counter[str]:
     found: Counter[str] = Counter()
     sizes: dict[str, Sizes] = {}
     for part in parts(program):
-        known = sizes.setdefault(part.name, Sizes(program.mesh))
+        known = sizes.setdefault(part.block, Sizes(program.mesh))
         for node in part.graph.graph.nodes:
             known.learn(node)
             if node.op == "call_function":
-                found[module_of(node)] += part.calls * round(_local(node, known))
+                found[module_of(node)] += part.calls * round(flops_of(node, known))
     return found
 
 
@@ -87,7 +87,9 @@ def _pairs(q: Any, v: Any, passes: int) -> int:
     return int(2 * math.prod(q[:3]) * v[2] * (q[3] + v[3]) * passes)
 
 
-def _local(node: fx.Node, sizes: Sizes) -> float:
+def flops_of(node: fx.Node, sizes: Sizes) -> float:
+    """FLOPs of one call of an operator on one rank: those of matrix products, attention and convolutions."""
+
     def shape(n: Any) -> list[float]:
         return [sizes.number(s) for s in n.meta["val"].shape]
 

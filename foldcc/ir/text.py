@@ -83,7 +83,7 @@ def sections(program: Program) -> Iterator[tuple[str, str, list[str]]]:
     both = program.backward is not None
     for part in parts(program):
         if part.name != "main":
-            known = sizes.setdefault(part.name, Sizes(program.mesh))
+            known = sizes.setdefault(part.block, Sizes(program.mesh))
             direction = part.direction if both else ""
             head = " ".join([part.name, *([direction] if both else []), "×", str(part.calls)])
             yield part.name, direction, [head, *_lines(program, part, known)]

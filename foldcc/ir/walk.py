@@ -26,6 +26,11 @@ class Part:
     calls: int
     graph: fx.GraphModule
 
+    @property
+    def block(self) -> str:
+        """The block that it is a direction of; a backward graph may be one for some of the gradients, `block1_0`."""
+        return self.name.partition("_")[0]
+
 
 def parts(program: Program) -> Iterator[Part]:
     """The blocks of the forward pass, then those of the backward pass, each in order of first use.
