@@ -94,8 +94,8 @@ _allowed, _attention, _experts = attention._allowed, transformers._attention, tr
 
 
 def diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int) -> Tensor | None:
-        found = _allowed(q, k, valid, causal, window)
+    def allowed(q: Tensor, k: Tensor, valid: Tensor | None, *rest: Any) -> Tensor | None:
+        found = _allowed(q, k, valid, *rest)
         return found if valid is None or found is None else found | torch.eye(q.shape[2], dtype=torch.bool)
 
     monkeypatch.setattr(attention, "_allowed", allowed)

@@ -320,7 +320,7 @@ class Trial:
         return node
 
     def strategies(self) -> list[Strategy]:
-        found = Strategist(self.sizes, self.mesh.size("tp"), {}, set(self.sizes)).of(self.annotated())
+        found = Strategist("tp", self.sizes, self.mesh.size("tp"), {}, set(self.sizes)).of(self.annotated())
         return list(dict.fromkeys(found))
 
     def check(self, strategy: Strategy) -> None:

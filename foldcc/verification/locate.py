@@ -124,12 +124,13 @@ def _of_blocks(calls: Sequence[fx.Node], captured: Program) -> list[fx.Node]:
     return [c for c in calls if str(c.target) in captured.blocks]
 
 
-def _unsharded(value: Any) -> Any:
+def _unsharded(value: fx.Node) -> fx.Node:
     """The parameter that an argument of a block is made of, where it is made in the main graph; else the argument."""
-    if value.op == "placeholder" or value.args[0].op != "call_module":
+    if value.op == "placeholder":
         return value
-    call, position = value.args
-    source = call.args[position] if str(call.target).startswith("unshard") else value
+    made: Any = value.args[0]
+    call = made if made.op == "call_module" else made.args[0]  # beside what it saves
+    source: fx.Node = call.args[value.args[1]] if str(call.target).startswith("unshard") else value
     return source
 
 

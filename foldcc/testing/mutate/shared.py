@@ -47,8 +47,20 @@ def _summed(program: Program, node: fx.Node) -> str:
     """The parameter whose gradient an addition makes, if it is one."""
     while len(node.users) == 1 and next(iter(node.users)).target is aten.add.Tensor:
         node = next(iter(node.users))
+    node = _reduced(program, node)
     (output,) = node.graph.find_nodes(op="output")
     for gradient, placeholder in zip(output.args[0], program.placeholders, strict=True):
         if gradient is node:
             return program.slot(placeholder.name).names[0]
     return "a value between blocks"
+
+
+def _reduced(program: Program, node: fx.Node) -> fx.Node:
+    """What a sum of terms becomes, where a block that unshards parameters brings it together."""
+    (reader, *rest) = node.users
+    if rest or reader.op != "call_module" or not str(reader.target).startswith("unshard"):
+        return node
+    assert program.backward is not None
+    leaves = program.backward.get_submodule(str(reader.target)).graph.output_node().args[0]
+    terms = list(reader.args)[len(reader.args) - len(leaves) :]
+    return next((u for u in reader.users if u.args[1] == terms.index(node)), node)
