@@ -81,9 +81,9 @@ def parallelize(
             not say is chosen at the least cost. It has to fit the first program; of a later one, for other inputs, it decides
             what it fits, and always the layouts of parameters.
         zero: 1 and 2 divide each parameter over the ranks that replicate it otherwise, and with it its gradient and what an
-            optimizer holds of it: dense ones over `dp`, experts over `edp`. It is gathered for the forward pass; its gradient
-            leaves the backward pass of its block by a reduce-scatter. With 3 it is not kept for the backward pass, but gathered
-            again. What no size divides stays whole. Or the plan says it, for each parameter.
+            optimizer holds of it: dense ones over `dp` and `cp`, experts over `edp`. It is gathered for the forward pass; its
+            gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is not kept for the backward pass, but
+            gathered again. What no size divides stays whole. Or the plan says it, for each parameter.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
             made element by element, "blocks" for all but collectives, choices of experts and random numbers, or the share of
             the bytes of activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's

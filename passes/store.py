@@ -30,7 +30,7 @@ from foldcc.layout import INVARIANT, Layout, Shard
 from foldcc.ops.layout import reshard
 from foldcc.plan.strategies import runs
 
-DATA = {"attention": "dp", "moe": "edp"}  # the axis that replicates parameters, by view
+DATA = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that replicate parameters, by view
 
 
 @dataclass(frozen=True)
@@ -90,34 +90,41 @@ def _stored(program: Program) -> dict[fx.Node, Layout]:
 
 
 def _divided(used: Layout) -> dict[str, Any]:
-    """The first part of a parameter that its data axis divides, of dimensions that no other axis does if it can be."""
-    axis = DATA[used.view]
+    """For each data axis the first part of a parameter that it divides, of dimensions that no other axis does if it can be."""
     taken = {s.dim for s in used.states.values() if isinstance(s, Shard)}
-    there = sorted(_possible(used, axis), key=lambda s: s.dim in taken)
-    return {axis: there[0]} if there else {}
+    stored = used
+    for axis in DATA[used.view]:
+        there = sorted(_possible(stored, axis, used), key=lambda s: s.dim in taken)
+        stored = stored.with_state(axis, there[0]) if there else stored
+    return dict(stored.states)
 
 
-def _possible(used: Layout, axis: str) -> list[Shard]:
-    """The parts of a parameter that an axis divides, which holds it whole otherwise, and that no other axis divides."""
+def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
+    """The parts of a parameter that one more axis divides, which holds it whole where it is used.
+
+    No part is one that another axis divides there: that one would have to be gathered as well.
+    """
     if used.states.get(axis) != INVARIANT:
         return []
-    sizes: list[Any] = [used._local(dim) for dim in range(len(used.dims))]
-    found = [Shard(dim, start, stop) for dim, each in enumerate(sizes) for start, stop in runs(each, used.ranks[axis])]
+    sizes: list[Any] = [stored._local(dim) for dim in range(len(stored.dims))]
+    found = [Shard(dim, start, stop) for dim, each in enumerate(sizes) for start, stop in runs(each, stored.ranks[axis])]
     others = [s for s in used.states.values() if isinstance(s, Shard)]
     return [s for s in found if not any(s.dim == o.dim and s.start < o.stop and o.start < s.stop for o in others)]
 
 
 def _check(name: str, said: Layout, used: Layout) -> None:
     """That a parameter can be stored as the plan says: as it is used, and divided over axes that replicate it there."""
-    for axis, state in said.states.items():
-        possible = _possible(used, axis)
+    stored = used
+    for axis in [a for a in used.states if a in said.states] + [a for a in said.states if a not in used.states]:
+        state, possible = said.states[axis], _possible(stored, axis, used)
         if state != used.states.get(axis) and state not in possible:
             raise UnfitPlan(
                 f"The plan's {name} cannot be stored so on {axis}={used.ranks.get(axis, 1)}.",
                 plan=said,
                 used=used,
-                valid="\n".join(str(used.with_state(axis, s)) for s in possible) or used,
+                valid="\n".join(str(stored.with_state(axis, s)) for s in possible) or used,
             )
+        stored = stored.with_state(axis, state)
 
 
 def _steps(program: Program, call: fx.Node, stored: dict[fx.Node, Layout]) -> dict[int, Step]:

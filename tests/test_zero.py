@@ -85,6 +85,12 @@ def test_a_rank_holds_its_part_and_what_no_size_divides_whole() -> None:
     assert model.summary().parameters_per_rank == (8 * 32 + 32 + 32 * 7) // 4 + 7
 
 
+def test_dp_and_cp_share_what_neither_divides_where_it_is_used() -> None:
+    model = compare("llama", "dp=2,cp=2", 3, num_hidden_layers=1)
+    assert str(model.plan.stored["lm_head.weight"]) == "[vocab2@(dp,cp), hidden]"
+    assert model.summary().parameters_per_rank < 0.26 * model.summary().parameters_total
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_what_is_kept_between_the_passes(zero: int) -> None:
     model = foldcc.parallelize(Mlp(), "dp=4", example_inputs=(X,), zero=zero)
