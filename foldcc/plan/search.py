@@ -21,7 +21,7 @@ from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
 from foldcc.ops.captured import PLAIN, captured_record
-from foldcc.plan import costs
+from foldcc.plan import costs, roles
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
 from foldcc.plan.strategies import Strategist, Strategy, product_of, results_of, runs
@@ -49,8 +49,8 @@ class _AxisProblem:
         self.model = IntegerProgram()
         self.slot_of = interface(program)
         self.said = self._said()
-        self.hidden = _hidden(program)
-        self.batch = _batch(program)
+        self.hidden = roles.hidden(program)
+        self.batch = roles.batch(program)
         self.takes = self._takes()
         self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes)
         self.scale = self._reference()
@@ -65,8 +65,8 @@ class _AxisProblem:
         if self.axis == "dp":
             return {self.batch}
         if self.axis != "cp":
-            return _factors(self.program) - {self.batch}
-        found = _sequences(self.program) - {self.batch}
+            return roles.factors(self.program) - {self.batch}
+        found = roles.sequences(self.program) - {self.batch}
         if not found:
             raise FoldError(
                 f"No input has a sequence that cp={self.ranks} could divide.",
@@ -373,46 +373,6 @@ def _state_of(choice: Choice, node: fx.Node) -> State | None:
     if strategy is None:
         return None
     return strategy.results[node.args[1] if node.target is operator.getitem else 0]
-
-
-def _hidden(program: Program) -> int:
-    """The width of the residual stream: the factor that most parameters share."""
-    votes: dict[Symbol, int] = defaultdict(int)
-    for node in program.placeholders:
-        if program.slot(node.name).kind == "parameter":
-            for f in {f for dim in node.meta["dims"] if len(dim) == 1 for f in dim}:
-                votes[f] += 1
-    return program.sizes[max(votes, key=lambda f: votes[f])] if votes else 1
-
-
-def _factors(program: Program) -> set[Symbol]:
-    """The factors that are worth dividing: those of weight matrices and of inputs."""
-    found = set()
-    for node in program.placeholders:
-        if program.slot(node.name).kind == "input" or sum(bool(dim) for dim in node.meta["dims"]) > 1:
-            found |= {f for dim in node.meta["dims"] for f in dim}
-    return found
-
-
-def _sequences(program: Program) -> set[Symbol]:
-    """The factors of inputs that no parameter has."""
-    kinds = {n: program.slot(n.name).kind for n in program.placeholders}
-    inputs, parameters = (
-        {f for n, kind in kinds.items() if kind == wanted for dim in n.meta["dims"] for f in dim}
-        for wanted in ("input", "parameter")
-    )
-    return inputs - parameters
-
-
-def _batch(program: Program) -> Symbol | None:
-    """The factor of the samples of the inputs."""
-    for node in program.placeholders:
-        if program.slot(node.name).kind == "input":
-            d = program.batch_dim(node)
-            if d is not None and node.meta["dims"][d]:
-                first: Symbol = node.meta["dims"][d][0]
-                return first
-    return None
 
 
 def choose(program: Program, axis: str, chosen: dict[str, Choice], taken: dict[fx.Node, dict[Any, int]], plan: Plan) -> Choice:

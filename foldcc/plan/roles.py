@@ -1,0 +1,48 @@
+"""Roles: which factors of a program are its width, its samples and its sequences, as far as inputs and parameters say it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from foldcc.ir.program import Program
+from foldcc.layout import Symbol
+
+
+def hidden(program: Program) -> int:
+    """The width of the residual stream: the factor that most parameters share."""
+    votes: dict[Symbol, int] = defaultdict(int)
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "parameter":
+            for f in dict.fromkeys(f for dim in node.meta["dims"] if len(dim) == 1 for f in dim):  # in order, on every rank
+                votes[f] += 1
+    return program.sizes[max(votes, key=lambda f: votes[f])] if votes else 1
+
+
+def factors(program: Program) -> set[Symbol]:
+    """The factors that are worth dividing: those of weight matrices and of inputs."""
+    found = set()
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "input" or sum(bool(dim) for dim in node.meta["dims"]) > 1:
+            found |= {f for dim in node.meta["dims"] for f in dim}
+    return found
+
+
+def sequences(program: Program) -> set[Symbol]:
+    """The factors of inputs that no parameter has."""
+    kinds = {n: program.slot(n.name).kind for n in program.placeholders}
+    inputs, parameters = (
+        {f for n, kind in kinds.items() if kind == wanted for dim in n.meta["dims"] for f in dim}
+        for wanted in ("input", "parameter")
+    )
+    return inputs - parameters
+
+
+def batch(program: Program) -> Symbol | None:
+    """The factor of the samples of the inputs."""
+    for node in program.placeholders:
+        if program.slot(node.name).kind == "input":
+            d = program.batch_dim(node)
+            if d is not None and node.meta["dims"][d]:
+                first: Symbol = node.meta["dims"][d][0]
+                return first
+    return None
