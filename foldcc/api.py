@@ -49,7 +49,7 @@ def parallelize(
     batch_dims: Mapping[str, int | None] | None = None,
     check_ranks: bool = True,
     plan: Plan | str | None = None,
-    zero: int = 0,
+    zero: int | None = None,
     recompute: str | float | None = None,
     progress: Callable[[str], None] | None = None,
     **others: Any,
@@ -80,10 +80,10 @@ def parallelize(
         plan: choices that are made already, as `model.plan` holds those of another compilation, or as its text. What it does
             not say is chosen at the least cost. It has to fit the first program; of a later one, for other inputs, it decides
             what it fits, and always the layouts of parameters.
-        zero: 1 and 2 divide each parameter over the ranks that replicate it otherwise, and with it its gradient and what an
-            optimizer holds of it: dense ones over `dp` and `cp`, experts over `edp`. It is gathered for the forward pass; its
-            gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is not kept for the backward pass, but
-            gathered again. What no size divides stays whole. Or the plan says it, for each parameter.
+        zero: 0 unless the plan says otherwise. 1 and 2 divide each parameter over the ranks that replicate it otherwise, and
+            with it its gradient and what an optimizer holds of it: dense ones over `dp` and `cp`, experts over `edp`. It is
+            gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
+            not kept for the backward pass, but gathered again. What no size divides stays whole. Or the plan says it of each.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
             made element by element, "blocks" for all but collectives, choices of experts and random numbers, or the share of
             the bytes of activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
@@ -111,8 +111,15 @@ def parallelize(
     given = Plan.parse(plan) if isinstance(plan, str) else Plan() if plan is None else plan
     if not isinstance(given, Plan):
         raise FoldError(f"plan is a foldcc.Plan or its text, not {type(given).__name__}.")
-    if zero not in (0, 1, 2, 3):
+    if zero is not None and (type(zero) is not int or zero not in (0, 1, 2, 3)):
         raise FoldError(f"zero={zero!r} is no stage of ZeRO.", valid="0, 1, 2, 3")
+    if zero not in (None, given.zero) and (given.stored or given.kept):
+        raise FoldError(
+            f"The plan's choices are those for zero={given.zero}, and zero={zero} is asked for.",
+            valid="one of both; or the plan without its parts stored and kept",
+        )
+    if recompute is not None and given.kept:
+        raise FoldError("The plan says what is kept, and recompute= would choose it.", valid="one of both")
     folded = FoldedModule(
         model,
         mesh,
@@ -123,7 +130,7 @@ def parallelize(
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
-        plan=replace(given, zero=zero) if zero else given,
+        plan=given if zero is None else replace(given, zero=zero),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
     )
     fixed = example_inputs is not None

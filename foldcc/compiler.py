@@ -118,7 +118,7 @@ class Compiler:
         """
         self.plan.check_for(program.name, str(self.mesh))
         held = Plan().with_parameters(held, {s.names[0] for s in program.slots})
-        plan = self.plan.with_parameters(held)
+        plan = self.plan.with_names({name: s.names[0] for s in program.slots for name in s.names}).with_parameters(held)
         run = partial(run_passes, passes=self._passes(tree), seconds=seconds, check=check_types, progress=self.progress)
         try:
             stages = run(replace(program, plan=plan))

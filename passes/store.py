@@ -90,11 +90,10 @@ def _stored(program: Program) -> dict[fx.Node, Layout]:
 
 
 def _divided(used: Layout) -> dict[str, Any]:
-    """For each data axis the first part of a parameter that it divides, of dimensions that no other axis does if it can be."""
-    taken = {s.dim for s in used.states.values() if isinstance(s, Shard)}
+    """The layout's states, and for each data axis the first part of a parameter that it divides."""
     stored = used
     for axis in DATA[used.view]:
-        there = sorted(_possible(stored, axis, used), key=lambda s: s.dim in taken)
+        there = _possible(stored, axis, used)
         stored = stored.with_state(axis, there[0]) if there else stored
     return dict(stored.states)
 
@@ -102,14 +101,16 @@ def _divided(used: Layout) -> dict[str, Any]:
 def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
     """The parts of a parameter that one more axis divides, which holds it whole where it is used.
 
-    No part is one that another axis divides there: that one would have to be gathered as well.
+    Not in a dimension that an axis divides there, and two data axes only from its beginning on: DTensor (torch 2.11 to 2.13) puts
+    a dimension that is cut in blocks twice together wrongly.
     """
     if used.states.get(axis) != INVARIANT:
         return []
     sizes: list[Any] = [stored._local(dim) for dim in range(len(stored.dims))]
     found = [Shard(dim, start, stop) for dim, each in enumerate(sizes) for start, stop in runs(each, stored.ranks[axis])]
-    others = [s for s in used.states.values() if isinstance(s, Shard)]
-    return [s for s in found if not any(s.dim == o.dim and s.start < o.stop and o.start < s.stop for o in others)]
+    there = {a: s for a, s in stored.states.items() if isinstance(s, Shard)}
+    kept = {s.dim for a, s in there.items() if used.states[a] == s}
+    return [s for s in found if s.dim not in kept and all(s.dim != o.dim or s.start == o.start == 0 for o in there.values())]
 
 
 def _check(name: str, said: Layout, used: Layout) -> None:

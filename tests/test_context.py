@@ -103,6 +103,30 @@ def test_attention_that_looks_both_ways_needs_no_mask() -> None:
     assert "where" not in str(model.stages["bucket"].block("block0"))
 
 
+class Positions(nn.Module):
+    """Learned positions, one for each that an input has, and a norm of groups that sees the whole sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions, self.linear = nn.Parameter(torch.randn(1, 8, 16)), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x + self.positions)
+        return torch.nn.functional.group_norm(y.transpose(1, 2), 4).square().mean() + y.sum() / 100
+
+
+@pytest.mark.parametrize("mesh", ["cp=2", "dp=2,cp=2,tp=2"])
+def test_positions_that_are_parameters_are_divided_with_the_sequence(mesh: str) -> None:
+    x = torch.randn(4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = Positions().double()
+    model = foldcc.parallelize(copy.deepcopy(plain), mesh, example_inputs=(x,), verify=True, zero=3)
+    for m in (plain, model):
+        m(x).backward()
+    for name, p in plain.named_parameters():
+        assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-10, name
+
+
 def test_what_cp_does_not_divide_is_refused() -> None:
     with pytest.raises(FoldError, match=r"16 positions do not divide over cp=3 \(16 = 5 \* 3 \+ 1\)"):
         foldcc.parallelize(tiny_model("llama", num_hidden_layers=1), "cp=3", example_inputs=BATCH)

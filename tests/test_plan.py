@@ -136,6 +136,12 @@ def test_a_reduced_proof_has_the_choices_of_the_plan() -> None:
         ("plan dp=2,tp=2\nparameters\n  up.weight [w@ep, hidden]\n  down.weight [w@xy]", "Line 4 .* over xy"),
         ("plan dp=2,tp=2\nblock0\n  relu [batch]", "Line 3 .* have -> between"),
         ("plan dp=2,tp=2\nfactors batch=many", "Line 2 .* invalid literal"),
+        ("plan dp=2,tp=2\nparameters\nup.weight [w]", "Line 3 .* begins no part of a plan; .* indented"),
+        ("plan dp=2,tp=2\nkept\nblock0 x", "Line 3 .* begins no part of a plan"),
+        ("plan dp=2,tp=2\nparameter\n  up.weight [w]", "Line 2 .* begins no part of a plan"),
+        ("plan dp=2,tp=2\nparameters\n  a [w]\n  a [w@tp]", "Line 4 .* says a a second time"),
+        ("plan dp=2,tp=2\nblock0\n  a [w] -> [w]\n  a [w] -> [w@tp]", "Line 4 .* says a a second time"),
+        ("plan dp=2,tp=2 · zero=9", "zero=9 is no stage of ZeRO"),
     ],
 )
 def test_text_that_is_no_plan_is_refused_with_its_line(text: str, said: str) -> None:
@@ -149,6 +155,7 @@ def test_text_that_is_no_plan_is_refused_with_its_line(text: str, said: str) -> 
         ("plan dp=4", "for the mesh dp=4, and the mesh is dp=2,tp=2"),
         ("plan Other · dp=2,tp=2", "for the model Other, and the model is Mlp"),
         ("plan dp=2,tp=2\nparameters\n  up.wait [w, hidden]", "says something of up.wait"),
+        ("plan dp=2,tp=2\nparameters\n\tup.weight [w, hidden@tp, more]", "up.weight is not what the program has"),
         ("plan dp=2,tp=2\nvalues\n  y [w, hidden]", "says something of y"),
         ("plan dp=2,tp=2\nblock7\n  relu - -> [w]", "says something of block7"),
         ("plan dp=2,tp=2\nblock0\n  gelu - -> [w]", "says something of gelu"),
@@ -168,6 +175,20 @@ def test_text_that_is_no_plan_is_refused_with_its_line(text: str, said: str) -> 
 def test_a_plan_that_does_not_fit_is_refused(text: str, said: str) -> None:
     with pytest.raises(UnfitPlan, match=said):
         folded_mlp(plan=text)
+
+
+def test_a_plan_and_an_option_that_say_different_things() -> None:
+    stored = str(folded_mlp(zero=3).plan)
+    assert folded_mlp(plan=stored).plan.zero == 3 and folded_mlp(plan=stored, zero=3).plan == Plan.parse(stored)
+    with pytest.raises(FoldError, match="choices are those for zero=3, and zero=0 is asked for"):
+        folded_mlp(plan=stored, zero=0)
+
+
+def test_a_tied_parameter_has_all_of_its_names() -> None:
+    model = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    plan = f"{HEAD}parameters\n  lm_head.weight [vocab, hidden] I(tp)"
+    folded = foldcc.parallelize(model, MESH, example_inputs=BATCH, plan=plan)
+    assert str(folded.plan.parameters["model.embed_tokens.weight"]) == "[vocab, hidden] I(dp,tp)"
 
 
 def test_what_is_no_plan_is_refused() -> None:

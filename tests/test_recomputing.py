@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import foldcc
 from foldcc import FoldError
-from foldcc.ir.joint import Joint
 from foldcc.passes.recompute import POLICIES, _size
 from foldcc.testing import run_distributed
 from tests.models import tiny_model, token_batch
@@ -99,11 +98,11 @@ def test_with_kernels_and_parameters_that_are_stored_divided() -> None:
         assert torch.allclose(gradient, wanted[name], atol=1e-5), name
 
 
-def test_a_block_keeps_what_the_plan_says_first() -> None:
+def test_a_plan_says_what_is_kept_or_recompute_does() -> None:
     text = str(folded("selective").plan)
-    again = folded("blocks", plan=text)
-    assert again.plan.kept == folded("selective").plan.kept
-    assert Joint.of(again.stages["differentiate"].program.blocks["block0"]).read
+    assert folded(None, plan=text).plan.kept == folded("selective").plan.kept
+    with pytest.raises(FoldError, match="says what is kept, and recompute= would choose it"):
+        folded("blocks", plan=text)
 
 
 def on_processes(wanted: dict[str, Tensor]) -> None:

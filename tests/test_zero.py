@@ -151,9 +151,40 @@ def test_bf16_and_kernels() -> None:
     assert all(relative_error(found[n].float(), wanted[n].float()) < 0.05 for n in wanted)
 
 
-def test_a_stage_that_there_is_not() -> None:
-    with pytest.raises(FoldError, match="zero=4 is no stage"):
-        foldcc.parallelize(Mlp(), "dp=2", example_inputs=(X,), zero=4)
+@pytest.mark.parametrize("zero", [4, True, 3.0])
+def test_a_stage_that_there_is_not(zero: Any) -> None:
+    with pytest.raises(FoldError, match=f"zero={zero} is no stage"):
+        foldcc.parallelize(Mlp(), "dp=2", example_inputs=(X,), zero=zero)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values of one projection, which tp cuts in three blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2)).square().mean()
+
+
+def fused_on_processes() -> None:
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(dist.get_rank() // 2))
+    mesh = foldcc.FoldedMesh.parse("dp=2,tp=2", device_type="cpu")
+    model = foldcc.parallelize(Fused(), mesh, example_inputs=(x,), zero=1)
+    for name, p in Fused().named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), p), name
+    other = foldcc.FoldedMesh.parse("tp=4", device_type="cpu")
+    whole = foldcc.parallelize(Fused(), other, example_inputs=(x,), check_ranks=False)
+    with pytest.raises(FoldError, match="is a DTensor on .*, and the parameter is on"):
+        whole.load_state_dict(model.state_dict())
+
+
+def test_what_tp_cuts_in_blocks_is_put_together_as_it_was() -> None:
+    run_distributed(fused_on_processes, 4)
 
 
 def trained(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, optimizer: Any = None) -> list[float]:

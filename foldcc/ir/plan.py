@@ -34,7 +34,8 @@ from foldcc.layout import Layout, split_outside
 from foldcc.mesh import FoldedMesh
 
 Names = tuple[str, ...]
-_HEAD = re.compile(r"plan(?: (?P<model>\S+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>[0-3]))?")
+_HEAD = re.compile(r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?")
+_SECTIONS = re.compile(r"parameters|stored|values|kept|together|(block|unshard)\d+")
 _ABSENT = "-"
 _PARTS = ("parameters", "stored", "values", "blocks", "kept", "together")
 
@@ -122,6 +123,8 @@ class Plan:
                 "A plan begins with its mesh.",
                 valid="plan <name of the model> · <mesh>, or plan <mesh>, and · zero=1 behind it",
             )
+        if head["zero"] not in (None, "0", "1", "2", "3"):
+            raise FoldError(f"zero={head['zero']} is no stage of ZeRO.", valid="0, 1, 2, 3", line=lines[0][1])
         mesh = FoldedMesh.parse(head["mesh"])
         reader = _Reader(mesh)
         for number, line in lines[1:]:
@@ -141,6 +144,15 @@ class Plan:
         parameters, stored = (
             {**mine, **{n: x for n, x in theirs.items() if names is None or n in names}} for mine, theirs in both
         )
+        return replace(self, parameters=parameters, stored=stored)
+
+    def with_names(self, names: Mapping[str, str]) -> Plan:
+        """The same plan, in which parameters have their first names.
+
+        Args:
+            names: the first name by every name of a parameter.
+        """
+        parameters, stored = ({names.get(n, n): x for n, x in said.items()} for said in (self.parameters, self.stored))
         return replace(self, parameters=parameters, stored=stored)
 
     def check_for(self, model: str, mesh: str) -> None:
@@ -177,7 +189,8 @@ def _check(what: str, given: Mapping[str, Any], there: Mapping[str, Any]) -> Non
 def _equal(said: Any, there: Any) -> bool:
     """Whether an entry is as it was said, on the axes of which it was; factors may be called otherwise."""
     if isinstance(said, Layout):
-        return isinstance(there, Layout) and all(there.states.get(axis) == state for axis, state in said.states.items())
+        alike = isinstance(there, Layout) and len(said.dims) == len(there.dims)
+        return alike and all(there.states.get(axis) == state for axis, state in said.states.items())
     if isinstance(said, OpLayouts):
         same = (len(said.operands), len(said.results)) == (len(there.operands), len(there.results))
         pairs = zip((*said.operands, *said.results), (*there.operands, *there.results), strict=False)
@@ -201,27 +214,36 @@ class _Reader:
     def read(self, line: str) -> None:
         if not line.strip():
             return
-        if not line.startswith(" "):
+        if not line[0].isspace():
             self.section = line.strip()
+            if not self.section.startswith("factors") and not _SECTIONS.fullmatch(self.section):
+                raise ValueError("it begins no part of a plan; what stands in a part is indented.")
             if self.section.startswith("factors"):
                 pairs = [pair.partition("=") for pair in self.section.split()[1:]]
                 self.sizes = {sympy.Symbol(name, integer=True, positive=True): int(n) for name, _, n in pairs}
             return
         name, _, entry = line.strip().partition(" ")
         if self.section in ("parameters", "stored", "values"):
-            self.found.setdefault(self.section, {})[name] = self._layout(entry)
+            self._say(self.section, name, self._layout(entry))
         elif self.section == "kept":
-            self.found.setdefault("kept", {})[name] = _names(entry)
+            self._say("kept", name, _names(entry))
         elif self.section == "together":
-            self.found.setdefault("together", {})[name] = tuple(filter(None, map(_names, entry.split(","))))
-        elif re.fullmatch(r"\w+", self.section):
+            self._say("together", name, tuple(filter(None, map(_names, entry.split(",")))))
+        elif _SECTIONS.fullmatch(self.section):
             given, arrow, left = entry.partition("->")
             if not arrow:
                 raise ValueError("what an operator is given, and what it leaves, have -> between them.")
-            op = OpLayouts(self._several(given), self._several(left))
-            self.found.setdefault("blocks", {}).setdefault(self.section, {})[name] = op
+            block = self.found.setdefault("blocks", {}).setdefault(self.section, {})
+            if name in block:
+                raise ValueError(f"it says {name} a second time.")
+            block[name] = OpLayouts(self._several(given), self._several(left))
         else:
-            raise ValueError(f"it stands under {self.section!r}, which is no part of a plan.")
+            raise ValueError("it stands in no part of a plan.")
+
+    def _say(self, part: str, name: str, entry: Any) -> None:
+        if name in self.found.setdefault(part, {}):
+            raise ValueError(f"it says {name} a second time.")
+        self.found[part][name] = entry
 
     def _layout(self, text: str) -> Layout:
         layout = Layout.parse(text, self.sizes, self.axes)

@@ -165,7 +165,7 @@ all_gather: Operator = operator(
     transpose=lambda grad, x, dim, outer, axes, dst: (
         reduce_scatter(grad, dim, outer, axes) if dst == "R" else shard(grad, dim, outer, axes, "I")
     ),
-    simulate=lambda calls: [join([c[0] for c in calls], calls[0][1], calls[0][2])] * len(calls),
+    simulate=lambda calls: [join([c[0] for c in calls], calls[0][1], calls[0][2]).contiguous()] * len(calls),
     sent=lambda x, y, ranks: x * (ranks - 1),
 )
 

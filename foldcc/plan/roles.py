@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from foldcc.ir.node import operands
 from foldcc.ir.program import Program
 from foldcc.layout import Symbol
 
@@ -28,13 +29,22 @@ def factors(program: Program) -> set[Symbol]:
 
 
 def sequences(program: Program) -> set[Symbol]:
-    """The factors of inputs that no parameter has."""
-    kinds = {n: program.slot(n.name).kind for n in program.placeholders}
-    inputs, parameters = (
-        {f for n, kind in kinds.items() if kind == wanted for dim in n.meta["dims"] for f in dim}
-        for wanted in ("input", "parameter")
-    )
-    return inputs - parameters
+    """The factors of inputs that no product with a parameter sums over."""
+    inputs = [n for n in program.placeholders if program.slot(n.name).kind == "input"]
+    return {f for n in inputs for dim in n.meta["dims"] for f in dim} - _widths(program)
+
+
+def _widths(program: Program) -> set[Symbol]:
+    """The factors over which operators sum products with parameters."""
+    found: set[Symbol] = set()
+    for _, node in program.nodes():
+        rule, letters = node.meta.get("rule"), node.meta.get("letters", {})
+        if rule is None or len(rule.operands) < 2:
+            continue
+        for x, pattern in zip(operands(node), rule.operands, strict=False):
+            if x is not None and pattern is not None and x.meta.get("parameter"):
+                found |= {f for dim in pattern for y in dim if rule.summed(y) for f in letters.get(y, ())}
+    return found
 
 
 def batch(program: Program) -> Symbol | None:

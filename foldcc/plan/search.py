@@ -71,7 +71,7 @@ class _AxisProblem:
             raise FoldError(
                 f"No input has a sequence that cp={self.ranks} could divide.",
                 mesh=str(self.program.mesh),
-                valid="cp=1; or inputs with a dimension beside that of their samples which no parameter has",
+                valid="cp=1; or inputs with a dimension beside that of their samples which no product with a weight sums over",
             )
         sizes = sorted({self.program.sizes[f] for f in found})
         if all(n % self.ranks for n in sizes):

@@ -105,6 +105,11 @@ def as_laid_out(module: nn.Module, state: dict[str, Any], prefix: str, *, assign
         value = state.get(prefix + name)
         if not isinstance(p, DTensor) or not isinstance(value, Tensor) or value.shape != p.shape:
             continue
+        if isinstance(value, DTensor) and value.device_mesh != p.device_mesh:
+            raise FoldError(
+                f"{prefix}{name} is a DTensor on {value.device_mesh}, and the parameter is on {p.device_mesh}.",
+                valid="whole values, full_tensor() of each; or torch.distributed.checkpoint, which brings them to another mesh",
+            )
         if not isinstance(value, DTensor):
             whole = [Replicate()] * p.device_mesh.ndim
             value = DTensor.from_local(value.to(p.device), p.device_mesh, whole, run_check=False)
