@@ -101,8 +101,8 @@ def _divided(used: Layout) -> dict[str, Any]:
 def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
     """The parts of a parameter that one more axis divides, which holds it whole where it is used.
 
-    Not in a dimension that an axis divides there, and two data axes only from its beginning on: DTensor (torch 2.11 to 2.13) puts
-    a dimension that is cut in blocks twice together wrongly.
+    Not in a dimension that an axis divides there, and two data axes only from its beginning on: what is cut in blocks twice is
+    put together wrongly by DTensor (torch 2.11 to 2.13).
     """
     if used.states.get(axis) != INVARIANT:
         return []
