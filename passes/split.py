@@ -35,9 +35,10 @@ class Split(Pass):
     in_place = False
 
     def run(self, program: Program) -> Program:
-        anew = {name: _unsharded(program, name) if program.plan.zero == 3 else set() for name in program.blocks}
+        trained = any(n.meta["grad"] for n in program.placeholders)
+        anew = {name: _unsharded(program, name) if trained and program.plan.zero == 3 else set() for name in program.blocks}
         halves = {name: _halves(name, block, program.plan.kept.get(name), anew[name]) for name, block in program.blocks.items()}
-        backward = _backward(program, halves) if any(n.meta["grad"] for n in program.placeholders) else None
+        backward = _backward(program, halves) if trained else None
         plan = replace(program.plan, kept={name: half.kept for name, half in halves.items()})
         return replace(program, graph=_forward(program, halves), backward=backward, plan=plan)
 
@@ -63,7 +64,7 @@ class Halves:
         forward: formals -> (results, saved values); results alone where none has a gradient.
         backward: (saved values, formals that are given anew, gradients of the results that have one) -> gradients of the
             formals, None without one.
-        again: formals -> results, of a block that is called again in the backward pass.
+        again: formals -> results, of a block that is called again in the backward pass, and saves its formals for that.
         grads: the results that have a gradient, by number.
         kept: the saved values, by name.
         anew: the formals that are unsharded again instead of saved, by number.
@@ -76,18 +77,23 @@ class Halves:
     kept: Names = ()
     anew: tuple[int, ...] = ()
 
+    @property
+    def saves(self) -> bool:
+        return self.backward is not None or self.again is not None
+
 
 def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]) -> Halves:
     joint = Joint.of(block)
     output = block.graph.output_node()
     left, asked = output.meta["returns"]
-    if not joint.tangents:
+    again_itself = name.startswith("unshard") and bool(anew)
+    once_more = _extract(joint.formals, joint.early, joint.results, left) if again_itself else None
+    if not joint.tangents and not again_itself:
         return Halves(_extract(joint.formals, joint.early, joint.results, left))
     there = {n.name: n for n in (*joint.formals, *joint.early)}
     given = [joint.formals[i] for i in sorted(anew)]
     of_parameters = _of(given, joint.early)
     wanted = [n.name for n in joint.read] if said is None else list(said)
-    again_itself = name.startswith("unshard") and bool(anew)
     if again_itself:
         saved, given = given, []
     else:
@@ -102,6 +108,8 @@ def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]
     read = {x for n in (*again, *joint.late) for x in n.all_input_nodes}
     given = [n for n in given if n in read or n in joint.gradients]
     forward = _extract(joint.formals, joint.early, (joint.results, tuple(saved)), left)
+    if not joint.tangents:  # parameters without a gradient
+        return Halves(forward, again=once_more, kept=tuple(n.name for n in saved))
     backward = _extract([*saved, *given, *joint.tangents], [*again, *joint.late], joint.gradients, asked)
     computed = {n.name for n in again}
     for node in backward.graph.nodes:
@@ -110,7 +118,7 @@ def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]
     return Halves(
         forward,
         backward,
-        _extract(joint.formals, joint.early, joint.results, left) if again_itself else None,
+        once_more,
         tuple(t.meta["result"] for t in joint.tangents),
         tuple(n.name for n in saved),
         tuple(joint.formals.index(n) for n in given),
@@ -165,7 +173,7 @@ def _forward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
             new[node] = graph.node_copy(node)
         elif node.op == "call_module":
             call = graph.call_module(str(node.target), tuple(new[a] for a in node.args))
-            if halves[str(node.target)].backward is not None:
+            if halves[str(node.target)].saves:
                 first = graph.call_function(operator.getitem, (call, 0))
                 saved.append(graph.call_function(operator.getitem, (call, 1)))
                 call = first
@@ -183,14 +191,14 @@ def _backward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
     What the gradient of another output would have been multiplied with is not computed.
     """
     root, graph = torch.nn.Module(), fx.Graph()
-    calls = [c for c in program.calls if halves[str(c.target)].backward is not None]
+    calls = [c for c in program.calls if halves[str(c.target)].saves]
     saved = {c: graph.placeholder(f"saved{i}") for i, c in enumerate(calls)}
     grads: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(program.objectives):
         tangent = graph.placeholder(f"tangent{i}")
         tangent.meta = {"val": node.meta["val"], "layout": node.meta["layout"].transposed}
         _accumulate(graph, grads, node, tangent)
-    for call in reversed(calls):
+    for call in reversed([c for c in calls if halves[str(c.target)].backward is not None]):
         both = halves[str(call.target)]
         received = {u.args[1]: grads.get(u) for u in call.users}
         tangents = [received.get(i) for i in both.grads]

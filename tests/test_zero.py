@@ -136,6 +136,15 @@ def test_evaluation_autocast_frozen_weights_and_another_shape() -> None:
     assert len(model.programs) == 4
 
 
+def test_frozen_weights_that_two_blocks_read_are_gathered_again_too() -> None:
+    plain = tiny_model("llama", num_hidden_layers=3, tie_word_embeddings=True)
+    plain.get_input_embeddings().requires_grad_(False)
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=token_batch(4), zero=3, verify=True)
+    assert foldcc.verify(model, reduced=True, rounds=1).ok
+    wanted, found = gradients(plain, **token_batch(4)), gradients(model, **token_batch(4))
+    assert found.keys() == wanted.keys() and all(relative_error(found[n], wanted[n]) < 1e-5 for n in wanted)
+
+
 def test_bf16() -> None:
     model = tiny_model("mixtral", num_hidden_layers=1).bfloat16()
     narrow, whole = (foldcc.parallelize(copy.deepcopy(model), MESHES[0], example_inputs=token_batch(4), zero=z) for z in (3, 0))
