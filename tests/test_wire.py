@@ -71,8 +71,7 @@ def closed_form(mesh: FoldedMesh) -> tuple[Counter[Row], dict[str, float]]:
     add(1, "all_reduce", "dp", "forward", reduced(1, dp) * INT)
     both = ",".join(a for a in ("dp", "tp") if mesh.size(a) > 1)
     add(1, "all_reduce", both, "forward", reduced(E, dp * tp) * FLOAT)
-    add(1, "all_reduce", "dp", "forward", reduced(1, dp) * FLOAT)
-    add(1, "all_reduce", "tp", "forward", reduced(1, tp) * FLOAT)
+    add(1, "all_reduce", both, "forward", reduced(1, dp * tp) * FLOAT)
     # Experts: each row goes to the ranks of its expert once and comes back once, and its gradient does the same.
     ranks = ep * etp
     axes = ",".join(a for a in ("ep", "etp") if mesh.size(a) > 1)

@@ -30,11 +30,13 @@ class IntegerProgram:
         matrix = csr_array((values, columns, starts), shape=(len(self.rows), len(self.cost)))
         limits = LinearConstraint(matrix, [r[2] for r in self.rows], [r[3] for r in self.rows])
         scale = max(1.0, max(map(abs, self.cost), default=1.0)) / 1e6
+        # Solved to the end, for what is small counts as well; of choices that cost the same, those that are listed first.
+        first = np.arange(len(self.cost)) * (1e-4 / max(1, len(self.cost)))
         result = milp(
-            np.array(self.cost) / scale,
+            np.array(self.cost) / scale + first,
             constraints=limits,
             integrality=np.array(self.integer),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 1e-6},
+            options={"mip_rel_gap": 0.0},
         )
         return result.x if result.status == 0 else None
