@@ -160,7 +160,7 @@ class FoldedModule(nn.Module):
             self._programs.keep(made, replaced)
         found = self.summary()
         if not found.uncounted:
-            self._programs.announce_copies(found.flops_ratio)
+            self._programs.announce_copies(found.copies)
         if fixed:
             self._structure = call.structure
 

@@ -28,6 +28,7 @@ from foldcc.errors import FoldError, divides
 from foldcc.ir.node import argument, operands
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program, where
+from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import activate, expert_of_row
@@ -95,8 +96,7 @@ class _Dispatcher:
 
     def emit(self, target: Any, args: tuple[Any, ...], layout: Layout | None, dtype: torch.dtype | None = None) -> fx.Node:
         new = self.graph.call_function(target, args)
-        kept = ("nn_module_stack", "stack_trace", "source")
-        new.meta = {k: v for k, v in self.node.meta.items() if k in kept}
+        new.meta = provenance(self.node)
         new.meta |= {"layout": layout, "dtype": dtype or self.node.meta["val"].dtype, "grad": dtype is None}
         if target in (cross_fold, reshard) and "val" in args[0].meta:
             new.meta["val"] = args[0].meta["val"]  # of the same global shape

@@ -21,6 +21,7 @@ from foldcc import ops
 from foldcc.ir.node import argument, argument_or, name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
+from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
 from foldcc.ops import record
 from foldcc.ops.captured import Captured, captured_record
@@ -88,8 +89,11 @@ def emitter(node: fx.Node) -> Callable[..., fx.Node]:
         target = getattr(target, "overload", target)
         with node.graph.inserting_before(node):
             new = node.graph.call_function(target, args, kwargs)
-        kept = ("nn_module_stack", "stack_trace", "source", "val", "grad", "dtype", "dims")
-        new.meta = {k: v for k, v in node.meta.items() if k in kept} | {"layout": layout}
+        new.meta = (
+            {k: node.meta[k] for k in ("val", "grad", "dtype", "dims") if k in node.meta}
+            | provenance(node)
+            | {"layout": layout}
+        )
         known = record(target)
         stops = target is aten.detach.default or (known is not None and known.transpose is None)
         new.meta["grad"] = not stops and any(x.meta.get("grad") for x in new.all_input_nodes)

@@ -5,8 +5,8 @@ becomes
     prologue(…); block(x, w0); block(x, w1); … ; epilogue(…)
 
 so that everything after this pass is done once per distinct block. That a stretch of the graph is a repeat is checked on
-the graph: the same operators on the same shapes with the same wiring, given gradients alike. What differs between repeats
-becomes an argument.
+the graph: the same operators on the same shapes with the same wiring, given gradients alike, of parameters that the plan lays
+out alike. What differs between repeats becomes an argument.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class _Outliner:
         self.position = {n: i for i, n in enumerate(nodes)}
         self.kinds = {n: program.slot(n.name).kind for n in program.placeholders}
         self.differentiated = differentiated(program)
+        said = {n: program.plan.parameters.get(program.slot(n.name).names[0]) for n in program.placeholders}
+        self.said = {n: (layout.view, tuple(layout.states.items())) for n, layout in said.items() if layout is not None}
         ids: dict[Any, int] = {}
         self.signature = np.array([ids.setdefault(self._signature(n), len(ids)) for n in nodes])
 
@@ -69,7 +71,7 @@ class _Outliner:
         return (node.target, told, str(spec), _type(node))
 
     def _read(self, value: fx.Node) -> Any:
-        return (_type(value), self.kinds.get(value), value in self.differentiated)
+        return (_type(value), self.kinds.get(value), value in self.differentiated, self.said.get(value))
 
     def parts(self, smallest: int) -> list[_Run]:
         return self._parts(0, len(self.nodes), smallest)

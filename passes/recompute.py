@@ -32,7 +32,7 @@ from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.inspect.flops import flops_of
 from foldcc.ir.joint import Joint
-from foldcc.ir.node import name_of
+from foldcc.ir.node import argument_or, name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes
@@ -181,7 +181,7 @@ def _may_again(node: fx.Node) -> bool:
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
     chosen = any(isinstance(x, Tensor) and x.dim() and not x.is_floating_point() and x.dtype != torch.bool for x in values)
     simple = _is_pointwise(node) or _is_view(node) or _named(node) in CREATORS
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and "scaled_dot_product" not in _named(node)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and argument_or(node, "dropout_p") != 0.0
     return not random and (simple or not chosen)
 
 

@@ -22,6 +22,7 @@ from foldcc.ir.node import operands
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
+from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, REPLICATED, VARYING, Layout
 from foldcc.ops.layout import reshard
 from foldcc.passes.annotate import UnknownOperator
@@ -121,9 +122,7 @@ def _converted(before: fx.Node, x: fx.Node, wanted: Layout) -> fx.Node:
         behind = list(x.graph.find_nodes(op="placeholder"))[-1]
     with x.graph.inserting_after(behind):
         node = x.graph.call_function(reshard, (x, wanted))
-    provenance = ("nn_module_stack", "stack_trace", "source")
-    node.meta = {k: v for k, v in x.meta.items() if k in ("val", "dims", "grad", *provenance)}
-    if x.op == "placeholder":
-        node.meta |= {k: v for k, v in before.meta.items() if k in provenance}
+    node.meta = {k: x.meta[k] for k in ("val", "dims", "grad") if k in x.meta}
+    node.meta |= provenance(before if x.op == "placeholder" else x)
     node.meta["layout"] = wanted
     return node

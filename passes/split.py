@@ -22,7 +22,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.joint import Joint
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import Names, UnfitPlan
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, unshards
 from foldcc.layout import Layout
 
 aten = torch.ops.aten
@@ -46,14 +46,14 @@ class Split(Pass):
 def _unsharded(program: Program, name: str) -> set[int]:
     """The arguments of a block that other blocks unshard; all of such a block itself, which is called again."""
     calls = [call for call in program.calls if call.target == name]
-    itself = name.startswith("unshard")
+    itself = unshards(name)
     return {i for call in calls for i, a in enumerate(call.args) if itself or _unshard_call(a) is not None}
 
 
 def _unshard_call(value: Any) -> fx.Node | None:
     """The call of a block that unshards parameters, of which this is a result."""
     made = value.op == "call_function" and value.args[0].op == "call_module"
-    return value.args[0] if made and str(value.args[0].target).startswith("unshard") else None
+    return value.args[0] if made and unshards(value.args[0].target) else None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]
     joint = Joint.of(block)
     output = block.graph.output_node()
     left, asked = output.meta["returns"]
-    again_itself = name.startswith("unshard") and bool(anew)
+    again_itself = unshards(name) and bool(anew)
     once_more = _extract(joint.formals, joint.early, joint.results, left) if again_itself else None
     if not joint.tangents and not again_itself:
         return Halves(_extract(joint.formals, joint.early, joint.results, left))

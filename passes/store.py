@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import UnfitPlan
-from foldcc.ir.program import Program
-from foldcc.layout import INVARIANT, Layout, Shard
+from foldcc.ir.program import UNSHARD, Program
+from foldcc.ir.rewrite import provenance
+from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard
 from foldcc.ops.layout import reshard
 from foldcc.plan.strategies import runs
 
@@ -81,19 +83,31 @@ def _stored(program: Program) -> dict[fx.Node, Layout]:
     for node in program.placeholders:
         slot, used = program.slot(node.name), node.meta["layout"]
         if slot.kind == "parameter":
-            said = program.plan.stored.get(slot.names[0])
+            said, whole = program.plan.stored.get(slot.names[0]), _terms(program, node)
             if said is not None:
-                _check(slot.names[0], said, used)
-            states = said.states if said is not None else _divided(used) if program.plan.zero else {}
+                _check(slot.names[0], said, used, whole)
+            states = said.states if said is not None else _divided(used, whole) if program.plan.zero else {}
             found[node] = replace(used, states={**used.states, **states})
     return found
 
 
-def _divided(used: Layout) -> dict[str, Any]:
-    """The layout's states, and for each data axis the first part of a parameter that it divides."""
+def _terms(program: Program, parameter: fx.Node) -> set[str]:
+    """The axes on which a block uses a parameter as one term of a sum, for which a rank has to have all of it."""
+    found: set[str] = set()
+    for call in parameter.users:
+        formals = list(program.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
+        for i, actual in enumerate(call.args):
+            like = _like(program, str(call.target), i, formals[i]) if actual is parameter else formals[i]
+            if like is not formals[i]:
+                found |= {*like.args[1].axes(PARTIAL)}
+    return found
+
+
+def _divided(used: Layout, whole: Collection[str]) -> dict[str, Any]:
+    """The layout's states, and for each data axis but those in `whole` the first part of a parameter that it divides."""
     stored = used
     for axis in DATA[used.view]:
-        there = _possible(stored, axis, used)
+        there = [] if axis in whole else _possible(stored, axis, used)
         stored = stored.with_state(axis, there[0]) if there else stored
     return dict(stored.states)
 
@@ -102,7 +116,7 @@ def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
     """The parts of a parameter that one more axis divides, which holds it whole where it is used.
 
     Not in a dimension that an axis divides there, and two data axes only from its beginning on: what is cut in blocks twice is
-    put together wrongly by DTensor (torch 2.11 to 2.13).
+    put together wrongly by DTensor (seen with torch 2.13).
     """
     if used.states.get(axis) != INVARIANT:
         return []
@@ -113,11 +127,11 @@ def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
     return [s for s in found if s.dim not in kept and all(s.dim != o.dim or s.start == o.start == 0 for o in there.values())]
 
 
-def _check(name: str, said: Layout, used: Layout) -> None:
+def _check(name: str, said: Layout, used: Layout, whole: Collection[str]) -> None:
     """That a parameter can be stored as the plan says: as it is used, and divided over axes that replicate it there."""
     stored = used
     for axis in [a for a in used.states if a in said.states] + [a for a in said.states if a not in used.states]:
-        state, possible = said.states[axis], _possible(stored, axis, used)
+        state, possible = said.states[axis], [] if axis in whole else _possible(stored, axis, used)
         if state != used.states.get(axis) and state not in possible:
             raise UnfitPlan(
                 f"The plan's {name} cannot be stored so on {axis}={used.ranks.get(axis, 1)}.",
@@ -182,7 +196,7 @@ class _Unshard:
                 self._call(call, some)
 
     def _call(self, before: fx.Node, steps: list[Step]) -> None:
-        name = self.names.setdefault(tuple(s.kind for s in steps), f"unshard{len(self.names)}")
+        name = self.names.setdefault(tuple(s.kind for s in steps), f"{UNSHARD}{len(self.names)}")
         if not hasattr(self.main, name):
             setattr(self.main, name, _LazyGraphModule(torch.nn.Module(), _graph(steps)))
         with self.main.graph.inserting_before(before):
@@ -206,7 +220,6 @@ def _graph(steps: list[Step]) -> fx.Graph:
     for s, formal in zip(steps, formals, strict=True):
         left.append(graph.call_function(reshard, (formal, s.used)))
         reader = s.like if s.like.op != "placeholder" else next(iter(s.like.users), s.like)
-        provenance = {k: x for k, x in reader.meta.items() if k in ("nn_module_stack", "stack_trace", "source")}
-        left[-1].meta = {**{k: s.like.meta[k] for k in ("val", "dims", "grad")}, **provenance, "layout": s.used}
+        left[-1].meta = {**{k: s.like.meta[k] for k in ("val", "dims", "grad")}, **provenance(reader), "layout": s.used}
     graph.output(tuple(left))
     return graph

@@ -68,6 +68,20 @@ def tiny_model(family: str, *, aux_loss: bool = False, seed: int = 0, **changes:
     return model
 
 
+class FusedAttention(nn.Module):
+    """A layer of attention whose queries, keys and values are one projection: [b, s, 16] -> a number."""
+
+    def __init__(self, *, causal: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out, self.causal = nn.Linear(16, 48), nn.Linear(16, 16), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        return (x + self.out(y)).square().mean()
+
+
 def token_batch(batch: int, length: int = 16, *, vocabulary: int = 128, seed: int = 0) -> dict[str, Tensor]:
     """Random tokens [batch, length] and their labels, in which samples have different numbers of valid tokens."""
     random = torch.Generator().manual_seed(seed)

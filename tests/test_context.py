@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import foldcc
 from foldcc import FoldError
 from foldcc.testing import in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, WITH_AUX_LOSS, FusedAttention, tiny_model, token_batch
 
 BATCH = token_batch(4)
 
@@ -78,23 +77,9 @@ def test_padding_evaluation_bf16_and_another_length() -> None:
         assert relative_error(gradient.float(), wanted[name].float()) < 0.05, name
 
 
-class Encoder(nn.Module):
-    """Attention that looks both ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        y = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return (x + self.out(y)).square().mean()
-
-
 def test_attention_that_looks_both_ways_needs_no_mask() -> None:
     x = torch.randn(2, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = Encoder().double()
+    plain = FusedAttention(causal=False).double()
     model = foldcc.parallelize(copy.deepcopy(plain), "cp=3", example_inputs=(x,), verify=True)
     for m in (plain, model):
         m(x).backward()
@@ -138,7 +123,9 @@ def on_processes(wanted: dict[str, Tensor], logits: Tensor) -> None:
     mesh = foldcc.FoldedMesh.parse("dp=2,cp=2|ep=4", device_type="cpu")
     own = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in BATCH.items()}
     with in_float64():
-        model = foldcc.parallelize(tiny_model("mixtral", aux_loss=True).double(), mesh, example_inputs=own, zero=2)
+        model = foldcc.parallelize(
+            tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double(), mesh, example_inputs=own, zero=2
+        )
         result = model(**own)
         assert isinstance(result.logits, DTensor)
         mine = logits.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")]
@@ -150,7 +137,7 @@ def on_processes(wanted: dict[str, Tensor], logits: Tensor) -> None:
 
 def test_on_processes() -> None:
     with in_float64():
-        plain = tiny_model("mixtral", aux_loss=True).double()
+        plain = tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double()
         plain.config._experts_implementation = "eager"
         logits = plain(**BATCH).logits.detach()
         run_distributed(on_processes, 4, gradients(plain, **BATCH), logits)

@@ -55,7 +55,7 @@ def texts(model: foldcc.FoldedModule) -> list[str]:
     return [text for name, text in found.items() if name in ("shard", "dispatch", "store", "localize", "bucket")]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama"])
+@pytest.mark.parametrize("family", ["mixtral", "llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_a_plan_is_what_it_prints_and_makes_the_same_program(family: str) -> None:
     model = planned(family)
     text = str(model.plan)
@@ -182,6 +182,18 @@ def test_a_plan_and_an_option_that_say_different_things() -> None:
     assert folded_mlp(plan=stored).plan.zero == 3 and folded_mlp(plan=stored, zero=3).plan == Plan.parse(stored)
     with pytest.raises(FoldError, match="choices are those for zero=3, and zero=0 is asked for"):
         folded_mlp(plan=stored, zero=0)
+
+
+def test_a_layer_whose_parameter_is_laid_out_otherwise_is_a_block_of_its_own() -> None:
+    plain = tiny_model("llama", num_hidden_layers=3)
+    plan = f"{HEAD}parameters\n  model.layers.1.mlp.up_proj.weight [w, hidden@tp]"
+    model = foldcc.parallelize(copy.deepcopy(plain), MESH, example_inputs=BATCH, plan=plan)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    assert ["hidden@tp" in str(model.plan.parameters[n]) for n in names] == [False, True, False]
+    for m in (plain, model):
+        m(**BATCH).loss.backward()
+    for name, p in plain.named_parameters():
+        assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-5, name
 
 
 def test_a_tied_parameter_has_all_of_its_names() -> None:

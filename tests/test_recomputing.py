@@ -57,6 +57,14 @@ def test_less_is_kept_the_more_may_be_computed_again() -> None:
     assert folded(0.6).summary().flops_ratio < folded("blocks").summary().flops_ratio
 
 
+def test_what_is_computed_again_is_no_copy(recwarn: pytest.WarningsRecorder) -> None:
+    model = foldcc.parallelize(tiny_model("llama", num_hidden_layers=1), "dp=2,tp=2", example_inputs=BATCH, recompute="blocks")
+    found = model.summary()
+    assert found.flops_ratio > 1.1 and found.copies == pytest.approx(1) and not found.replicated
+    assert "computed again in the backward pass" in str(found)
+    assert not [w for w in recwarn if "several ranks compute the same" in str(w.message)]
+
+
 def test_choices_of_experts_are_made_once() -> None:
     model = folded("blocks")
     again = [n for block in model.program.backward.children() for n in block.graph.nodes if n.meta.get("again")]

@@ -20,7 +20,7 @@ import foldcc
 from foldcc import FoldError
 from foldcc.testing import in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
-from tests.models import FAMILIES, tiny_model, token_batch
+from tests.models import FAMILIES, FusedAttention, tiny_model, token_batch
 
 MESHES = ["dp=2,tp=2|ep=4", "dp=4|ep=2", "dp=3,tp=2|ep=2"]
 
@@ -158,28 +158,14 @@ def test_a_stage_that_there_is_not(zero: Any) -> None:
         foldcc.parallelize(Mlp(), "dp=2", example_inputs=(X,), zero=zero)
 
 
-class Fused(nn.Module):
-    """Queries, keys and values of one projection, which tp cuts in three blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2)).square().mean()
-
-
 def fused_on_processes() -> None:
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(dist.get_rank() // 2))
     mesh = foldcc.FoldedMesh.parse("dp=2,tp=2", device_type="cpu")
-    model = foldcc.parallelize(Fused(), mesh, example_inputs=(x,), zero=1)
-    for name, p in Fused().named_parameters():
+    model = foldcc.parallelize(FusedAttention(causal=True), mesh, example_inputs=(x,), zero=1)
+    for name, p in FusedAttention(causal=True).named_parameters():
         assert torch.equal(model.get_parameter(name).full_tensor(), p), name
     other = foldcc.FoldedMesh.parse("tp=4", device_type="cpu")
-    whole = foldcc.parallelize(Fused(), other, example_inputs=(x,), check_ranks=False)
+    whole = foldcc.parallelize(FusedAttention(causal=True), other, example_inputs=(x,), check_ranks=False)
     with pytest.raises(FoldError, match="is a DTensor on .*, and the parameter is on"):
         whole.load_state_dict(model.state_dict())
 
@@ -205,7 +191,9 @@ def on_processes(folder: str, wanted: list[float]) -> None:
     mesh = foldcc.FoldedMesh.parse(MESHES[0], device_type="cpu")
     own = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(4).items()}
     with in_float64():
-        model = foldcc.parallelize(tiny_model("mixtral", aux_loss=True).double(), mesh, example_inputs=own, zero=3)
+        model = foldcc.parallelize(
+            tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double(), mesh, example_inputs=own, zero=3
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         found = trained(model, own, 3, optimizer)
         assert found == pytest.approx(wanted[:6], rel=1e-9)
@@ -215,7 +203,9 @@ def on_processes(folder: str, wanted: list[float]) -> None:
         assert held == moments == model.summary().parameters_per_rank < 0.3 * whole
         state, moments = get_state_dict(model, optimizer)
         checkpoint.save({"model": state, "optimizer": moments}, checkpoint_id=folder)
-        other = foldcc.parallelize(tiny_model("mixtral", aux_loss=True, seed=1).double(), mesh, example_inputs=own)
+        other = foldcc.parallelize(
+            tiny_model("mixtral", num_hidden_layers=1, aux_loss=True, seed=1).double(), mesh, example_inputs=own
+        )
         second = torch.optim.AdamW(other.parameters(), lr=1e-2)
         state, moments = get_state_dict(other, second)
         checkpoint.load({"model": state, "optimizer": moments}, checkpoint_id=folder)
@@ -228,7 +218,7 @@ def on_processes(folder: str, wanted: list[float]) -> None:
 
 def test_training_on_processes_and_a_checkpoint_that_another_storage_resumes() -> None:
     with in_float64():
-        plain = tiny_model("mixtral", aux_loss=True).double()
+        plain = tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double()
         plain.config._experts_implementation = "eager"
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
         wanted = trained(plain, token_batch(4), 4, optimizer)

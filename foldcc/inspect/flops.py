@@ -43,15 +43,19 @@ def global_flops(program: Program) -> Counter[str]:
     return found
 
 
-def local_flops(program: Program) -> Counter[str]:
-    """FLOPs of a training step on one rank, from a differentiated program, with balanced routing."""
+def local_flops(program: Program, *, again: bool = False) -> Counter[str]:
+    """FLOPs of a training step on one rank, from a differentiated program, with balanced routing.
+
+    Args:
+        again: those of what the backward pass computes again; they are not in the others.
+    """
     found: Counter[str] = Counter()
     sizes: dict[str, Sizes] = {}
     for part in parts(program):
         known = sizes.setdefault(part.block, Sizes(program.mesh))
         for node in part.graph.graph.nodes:
             known.learn(node)
-            if node.op == "call_function":
+            if node.op == "call_function" and bool(node.meta.get("again")) == again:
                 found[module_of(node)] += part.calls * round(flops_of(node, known))
     return found
 

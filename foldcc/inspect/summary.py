@@ -39,6 +39,7 @@ class Summary:
         ranks: of the mesh.
         flops_per_rank: FLOPs of matrix products on one rank, forward and backward, with balanced routing.
         flops_total: those of the original model on one device.
+        flops_again: of `flops_per_rank`, those of what the backward pass computes again.
         parameters_per_rank: parameter elements that one rank holds: the sum over parameters of its elements over the
             ranks of the axes that divide it.
         parameters_total: parameter elements of the model.
@@ -50,6 +51,7 @@ class Summary:
     ranks: int
     flops_per_rank: int
     flops_total: int
+    flops_again: int
     parameters_per_rank: int
     parameters_total: int
     replicated: tuple[Replicated, ...]
@@ -60,6 +62,11 @@ class Summary:
         """FLOPs of all ranks over FLOPs of the model: 1 when nothing is computed twice."""
         return self.flops_per_rank * self.ranks / self.flops_total if self.flops_total else 1.0
 
+    @property
+    def copies(self) -> float:
+        """The same without what the backward pass computes again: 1 when no two ranks compute the same."""
+        return self.flops_ratio - self.flops_again * self.ranks / self.flops_total if self.flops_total else 1.0
+
     def __str__(self) -> str:
         held = self.parameters_per_rank / self.parameters_total
         flops = _short(self.flops_per_rank), _short(self.flops_total), f"all ranks / model = {self.flops_ratio:.4f}"
@@ -67,6 +74,8 @@ class Summary:
         lines = [f"{self.mesh}: {self.ranks} ranks"]
         for what, (rank, model, ratio) in (("FLOPs of a step", flops), ("parameter elements", parameters)):
             lines.append(f"  {what:<18}  {rank} on a rank, {model} in the model; {ratio}")
+        if self.flops_again:
+            lines.append(f"  computed again in the backward pass: {_short(self.flops_again)} of those on a rank")
         if self.uncounted:
             lines.append(f"  not counted: {', '.join(self.uncounted)}")
         if self.replicated:
@@ -80,6 +89,7 @@ def summary(stages: Stages) -> Summary:
     """FLOPs and parameters of the newest program."""
     program = stages.lowered[-1].program
     whole, mine = global_flops(stages["shard"].program), local_flops(program)
+    again = sum(local_flops(program, again=True).values())
     ranks = program.mesh.world_size
     total = sum(whole.values())
     replicated = [
@@ -90,8 +100,9 @@ def summary(stages: Stages) -> Summary:
     return Summary(
         mesh=str(program.mesh),
         ranks=ranks,
-        flops_per_rank=sum(mine.values()),
+        flops_per_rank=sum(mine.values()) + again,
         flops_total=total,
+        flops_again=again,
         parameters_per_rank=_parameters(program, local=True),
         parameters_total=_parameters(program, local=False),
         replicated=tuple(replicated),

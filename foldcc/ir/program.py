@@ -201,6 +201,14 @@ def _calls(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if n.op == "call_module"]
 
 
+UNSHARD = "unshard"
+
+
+def unshards(block: object) -> bool:
+    """Whether a block of this name brings parameters to the layouts in which they are used, or is its transpose."""
+    return str(block).startswith(UNSHARD)
+
+
 def told_outputs(wanted: Sequence[bool]) -> str:
     """Outputs by their positions, such as "outputs 0, 2"."""
     places = [str(i) for i, there in enumerate(wanted) if there]

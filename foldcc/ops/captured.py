@@ -129,9 +129,6 @@ class Captured:
     positions: Positions | None = None
     in_pieces: Callable[..., Any] | None = None
 
-    def __post_init__(self) -> None:
-        _CAPTURED[self.overload] = self
-
     def arguments(self, node: Node) -> dict[str, Any]:
         """The arguments of a call by name, defaults filled in."""
         return by_name(self.overload, node.args, node.kwargs)
@@ -166,6 +163,12 @@ def _through(division: Division, site: Site) -> Callable[..., Node]:
     return lambda **arguments: lower(site, **arguments)
 
 
+def registered(record: Captured) -> Captured:
+    """The record, which from now on is that of its operator."""
+    _CAPTURED[record.overload] = record
+    return record
+
+
 def captured(
     schema: str,
     *,
@@ -197,7 +200,7 @@ def captured(
         LIBRARY.define(f"local_{schema}")
         LIBRARY.impl(f"local_{name}", eager, "CompositeImplicitAutograd")
         local = getattr(torch.ops.foldcc, f"local_{name}").default
-    return Captured(overload=overload, local=local, defined=defined or eager, **known)
+    return registered(Captured(overload=overload, local=local, defined=defined or eager, **known))
 
 
 PLAIN = Captured(overload=None, local=None, meaning="an operator without such a record", defined=None, rule="")
@@ -210,4 +213,4 @@ def captured_record(target: Any) -> Captured:
 
 def captured_records() -> tuple[Captured, ...]:
     """All records, in the order of definition."""
-    return tuple(known for known in _CAPTURED.values() if known is not PLAIN)
+    return tuple(_CAPTURED.values())

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from foldcc.layout import Layout
-from foldcc.ops.captured import Captured, Division, Index, Site
+from foldcc.ops.captured import Captured, Division, Index, Site, registered
 from foldcc.ops.positions import within
 
 aten = torch.ops.aten
@@ -29,12 +29,14 @@ def _rows(at: Site, weight: Node, indices: Node, padding_idx: int, **rest: Any) 
     return emit(aten.mul.Tensor, (looked, mask), at.layout)
 
 
-embedding = Captured(
-    overload=aten.embedding.default,
-    local=aten.embedding.default,
-    meaning="rows of a table",
-    defined=None,
-    rule="vocab hidden, ... -> ... hidden ; linear 0",
-    divisions=(Division(("vocab",), stretch=True, lower=_rows),),
-    index=Index(operand="indices", table="weight", dim=0, padding="padding_idx"),
+embedding = registered(
+    Captured(
+        overload=aten.embedding.default,
+        local=aten.embedding.default,
+        meaning="rows of a table",
+        defined=None,
+        rule="vocab hidden, ... -> ... hidden ; linear 0",
+        divisions=(Division(("vocab",), stretch=True, lower=_rows),),
+        index=Index(operand="indices", table="weight", dim=0, padding="padding_idx"),
+    )
 )

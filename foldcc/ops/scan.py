@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from foldcc.layout import VARYING
-from foldcc.ops.captured import Captured, Division, Site
+from foldcc.ops.captured import Captured, Division, Site, registered
 from foldcc.ops.groups import index, process_group, size
 from foldcc.ops.operator import Operator, operator
 
@@ -82,11 +82,13 @@ def _carried(at: Site, self: Node, dim: int, **rest: Any) -> Node:
     return at.emit(aten.add.Tensor, (own, earlier), layout)
 
 
-cumsum = Captured(
-    overload=aten.cumsum.default,
-    local=aten.cumsum.default,
-    meaning="the sum of all positions up to each",
-    defined=None,
-    rule=_rule,
-    divisions=(Division(("n",), stretch=True, lower=_carried),),
+cumsum = registered(
+    Captured(
+        overload=aten.cumsum.default,
+        local=aten.cumsum.default,
+        meaning="the sum of all positions up to each",
+        defined=None,
+        rule=_rule,
+        divisions=(Division(("n",), stretch=True, lower=_carried),),
+    )
 )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from foldcc.ir.pipeline import Stages
-from foldcc.ir.program import Program, where
+from foldcc.ir.program import Program, unshards, where
 from foldcc.layout import Layout
 from foldcc.verification.compare import reading, wrong_rank
 from foldcc.verification.folded import Folded
@@ -130,7 +130,7 @@ def _unsharded(value: fx.Node) -> fx.Node:
         return value
     made: Any = value.args[0]
     call = made if made.op == "call_module" else made.args[0]  # beside what it saves
-    source: fx.Node = call.args[value.args[1]] if str(call.target).startswith("unshard") else value
+    source: fx.Node = call.args[value.args[1]] if unshards(call.target) else value
     return source
 
 

@@ -108,10 +108,12 @@ def _transposed(local: Program, target: str, arguments: list[Any], known: Collec
     anew = [a[1] for a in arguments if isinstance(a, tuple) and a[0] == "anew"]
     tangents = iter(a for a in arguments if not isinstance(a, tuple))
     results, positions = _interface(local, name)
-    there = {i: next(tangents, 0) for k, i in enumerate(results) if str(k) not in missing}
+    if "again" in missing:  # parameters of the call that saved them
+        return [("anew", x) for x in saved[0][1]]
+    there = {i: next(tangents) for k, i in enumerate(results) if str(k) not in missing}
     count = len(list(local.blocks[name].graph.find_nodes(op="placeholder")))
     if name not in known:
-        return [("anew", x) for x in saved[0][1]] if "again" in missing else [there.get(i) for i in range(count)]
+        return [there.get(i) for i in range(count)]
     in_order = bool(saved) and [s[2] for s in saved] == list(range(len(saved))) and all(s[:2] == saved[0][:2] for s in saved)
     right = in_order and saved[0][0] == name and _in_order(anew, saved[0][1])
     call = saved[0][:2] if right else ("", [])

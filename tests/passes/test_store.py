@@ -73,6 +73,28 @@ def test_with_zero_a_parameter_is_stored_divided_over_what_replicates_it(zero: i
     assert_rewrites(Store(), f"zero {zero}\n{ONE}", head + unshard(stored) + USED + calls(stored), mesh="dp=2,tp=2")
 
 
+def test_what_is_used_as_a_term_of_a_sum_stays_whole() -> None:
+    text = f"""{FACTORS}
+block0
+  %x : f32[batch@dp, hidden] I(tp)       = argument
+  %w : f32[hidden] I(dp,tp)              = argument
+  %v : f32[hidden] P(dp) I(tp)           = reshard(%w)
+  %y : f32[hidden] P(dp) I(tp)           = aten.neg(%v)
+  return [%y]
+main
+  %x    : f32[batch@dp, hidden] I(tp) = input x · gradient
+  %w    : f32[hidden] I(dp,tp) = parameter w
+  %call = block0(%x, %w)
+  %y    : f32[hidden] P(dp) I(tp) = getitem(%call, 0)
+  return [%y]
+"""
+    given = program(f"zero 2\n{text}", stage="dispatch", mesh="dp=2,tp=2")
+    assert Store().run(given.copied()).plan.stored == {}
+    plan = Plan.parse("plan dp=2,tp=2\nstored\n  w [a@dp]")
+    with pytest.raises(FoldError, match="w cannot be stored so on dp=2"):
+        Store().run(replace(given.copied(), plan=plan))
+
+
 def test_what_no_size_divides_stays_whole() -> None:
     odd = ONE.replace("hidden=8", "hidden=7").replace("width=16", "width=2")
     left = Store().run(program(f"zero 2\n{odd}", stage="dispatch", mesh="dp=2,tp=2"))

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, unshards
 from foldcc.ir.walk import BACKWARD
 from foldcc.module import FoldedModule
 from foldcc.testing.mutate.edits import wrap
@@ -58,7 +58,7 @@ def _summed(program: Program, node: fx.Node) -> str:
 def _reduced(program: Program, node: fx.Node) -> fx.Node:
     """What a sum of terms becomes, where a block that unshards parameters brings it together."""
     (reader, *rest) = node.users
-    if rest or reader.op != "call_module" or not str(reader.target).startswith("unshard"):
+    if rest or reader.op != "call_module" or not unshards(reader.target):
         return node
     assert program.backward is not None
     leaves = program.backward.get_submodule(str(reader.target)).graph.output_node().args[0]
