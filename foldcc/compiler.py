@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,6 +142,19 @@ class Compiler:
             later = run_passes(start[-1].program, named, check=check_types, progress=self.progress)
         stages = Stages([*start, *list(later)[1:]])
         return replace(kept, executable=Executable(stages[-1].program), stages=stages, proof=None, others={})
+
+    def under(self, stages: Stages, zero: int, policies: Sequence[str]) -> Iterator[Program]:
+        """What these stages would end with, lowered, under another storage and each of some policies of what is kept."""
+        lowered = stages.lowered
+        start = lowered["dispatch"].program
+        start = replace(start, plan=replace(start.plan, zero=zero, stored={}, kept={}))
+        passes = recomputing(lowered.passes(after="dispatch"), policies[0])
+        with compiling():
+            first = run_passes(start, passes, check=check_types)
+            yield first[-1].program
+            for policy in policies[1:]:
+                passes = recomputing(first.passes(after="differentiate"), policy)
+                yield run_passes(first["differentiate"].program, passes, check=check_types)[-1].program
 
     def _origin(self, call: Call, tree: nn.Module) -> Origin:
         return Origin(

@@ -254,8 +254,22 @@ class FoldedModule(nn.Module):
 
         return collectives(self.stages)
 
+    def memory(self) -> Any:
+        """Bytes that a rank would hold under each policy of `zero` and `recompute`: a table, and a mapping by both.
+
+        The newest program is compiled under each, which takes a moment; none of them runs.
+        """
+        from foldcc.inspect.memory import Policies, memory
+
+        policies, found = ("none", "selective", "blocks"), {}
+        with _COMPILES:
+            for zero in (0, 1, 3):
+                programs = self._compiler.under(self.stages, zero, policies)
+                found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})
+        return Policies(found)
+
     def summary(self) -> Any:
-        """FLOPs and parameters of a rank against those of the whole model."""
+        """FLOPs, parameters and bytes of a rank against those of the whole model."""
         from foldcc.inspect.summary import summary
 
         return summary(self.stages)

@@ -1,13 +1,15 @@
-"""How parallel a program is: FLOPs and parameters of a rank against those of the whole model."""
+"""How parallel a program is, and what a rank needs: FLOPs and parameters against those of the whole model, and bytes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from foldcc.inspect.flops import global_flops, local_flops
+from foldcc.inspect.memory import Memory, memory
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.program import Program
 
@@ -56,6 +58,12 @@ class Summary:
     parameters_total: int
     replicated: tuple[Replicated, ...]
     uncounted: tuple[str, ...]
+    _program: Program = field(repr=False, compare=False)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Bytes that a rank holds."""
+        return memory(self._program)
 
     @property
     def flops_ratio(self) -> float:
@@ -82,7 +90,7 @@ class Summary:
             lines.append("  computed by several ranks:")
             width = max(len(r.module) for r in self.replicated)
             lines += [f"    {r.module:<{width}}  x {r.copies:.2f}  adds {r.share:.2%}" for r in self.replicated]
-        return "\n".join(lines)
+        return "\n".join([*lines, "bytes of a rank", str(self.memory)])
 
 
 def summary(stages: Stages) -> Summary:
@@ -107,6 +115,7 @@ def summary(stages: Stages) -> Summary:
         parameters_total=_parameters(program, local=False),
         replicated=tuple(replicated),
         uncounted=_uncounted(stages["shard"].program),
+        _program=program,
     )
 
 

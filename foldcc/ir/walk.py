@@ -1,10 +1,11 @@
-"""The graphs of a program as a person counts them: each distinct block once for each direction, with its calls."""
+"""Walks over a program: its parts as a person counts them, and a graph's nodes in the order in which they run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -49,3 +50,23 @@ def module_of(node: fx.Node) -> str:
     """The path of the module that a node came from; empty for the model itself or when it is unknown."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def follow(graph: fx.GraphModule, values: list[Any], call: Callable[[fx.Node, Mapping[fx.Node, Any]], Any]) -> Any:
+    """Runs a graph: each value is freed behind the last node that reads it.
+
+    Args:
+        values: of the placeholders; the list is emptied, so that nothing else has to hold them.
+        call: gives the value of a node, and what the graph returns, from those that it reads.
+    """
+    known: dict[fx.Node, Any] = {}
+    last = {x: node for node in graph.graph.nodes for x in node.all_input_nodes}
+    values.reverse()
+    for node in graph.graph.nodes:
+        known[node] = values.pop() if node.op == "placeholder" else call(node, known)
+        if node.op == "output":
+            return known[node]
+        for x in (node, *node.all_input_nodes):
+            if last.get(x, node) is node:
+                known.pop(x, None)
+    raise AssertionError("a graph ends with its output")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program
+from foldcc.ir.walk import follow
 from foldcc.layout import Layout
 from foldcc.ops.groups import active
 from foldcc.runtime.placement import cut, join, own_samples
@@ -91,10 +93,21 @@ class Executable:
             None if v is None else join(v, layout, mesh, name) for v, layout, name in zip(values, layouts, names, strict=True)
         ]
 
-    def run(self, graph: fx.GraphModule, values: Sequence[Any]) -> Any:
-        """One graph, on this rank or on all virtual ones; virtual results are transposed to lists per value."""
+    def run(self, graph: fx.GraphModule, values: list[Any]) -> Any:
+        """One graph, on this rank or on all virtual ones; virtual results are transposed to lists per value.
+
+        The list of values is emptied, and each is freed behind the last block that reads it.
+        """
         with active(self.program.mesh), torch._C._DisableAutocast():  # what it casts is in the graph
-            return simulate(self.program.mesh, graph, values) if self.virtual else graph(*values)
+            return simulate(self.program.mesh, graph, values) if self.virtual else follow(graph, values, partial(_call, graph))
+
+
+def _call(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node.op == "output":
+        return args[0]
+    of: Any = getattr(graph, str(node.target)) if node.op == "call_module" else node.target
+    return of(*args, **kwargs)
 
 
 class _Step(torch.autograd.Function):
@@ -145,7 +158,9 @@ def _save(ctx: Any, values: list[Any]) -> None:
 
 
 def _saved(ctx: Any) -> list[Any]:
+    """What was saved; autograd lets go of it, unless there will be another backward pass."""
     tensors = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()
     leaves = [other if i is None else tensors[i] for i, other in zip(ctx.places, ctx.others, strict=True)]
     return pytree.tree_unflatten(leaves, ctx.spec)
 

@@ -6,11 +6,13 @@ ranks through its record's `simulate`. Nothing here ever sees a global tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx
 
+from foldcc.ir.walk import follow
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 
@@ -26,34 +28,18 @@ def simulate(mesh: FoldedMesh, graph: fx.GraphModule, inputs: Sequence[Ranked]) 
     Returns:
         For each rank, what the graph returns.
     """
-    ranks = range(mesh.world_size)
-    values: dict[fx.Node, Ranked] = {}
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.graph.nodes:
-        for x in node.all_input_nodes:
-            last[x] = node
-    given = iter(inputs)
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(given)
-            continue
-        if node.op == "output":
-            return [_on(values, r, node.args[0]) for r in ranks]
-        if node.op == "call_module":
-            values[node] = simulate(mesh, getattr(graph, node.target), [values[a] for a in node.args])
-        else:
-            values[node] = _call(mesh, node, values)
-        for x in node.all_input_nodes:
-            if last[x] is node:
-                del values[x]
-    raise AssertionError("a graph ends with its output")
+    return follow(graph, list(inputs), partial(_call, mesh, graph))
 
 
-def _on(values: dict[fx.Node, Ranked], rank: int, argument: Any) -> Any:
+def _on(values: Mapping[fx.Node, Ranked], rank: int, argument: Any) -> Any:
     return fx.map_arg(argument, lambda n: values[n][rank])
 
 
-def _call(mesh: FoldedMesh, node: fx.Node, values: dict[fx.Node, Ranked]) -> Ranked:
+def _call(mesh: FoldedMesh, graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Ranked]) -> Ranked:
+    if node.op == "output":
+        return [_on(values, r, node.args[0]) for r in range(mesh.world_size)]
+    if node.op == "call_module":
+        return simulate(mesh, getattr(graph, str(node.target)), [values[a] for a in node.args])
     calls = [(_on(values, r, node.args), _on(values, r, node.kwargs)) for r in range(mesh.world_size)]
     known = record(node.target)
     if known is None or known.simulate is None:
