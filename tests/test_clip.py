@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import foldcc
+from foldcc import FoldError
 from foldcc.testing import run_distributed
 from tests.versions import joins_blocks
 
@@ -59,3 +60,32 @@ def test_gradients_on_two_meshes_are_clipped_as_whole_ones(max_norm: float) -> N
             assert norm == pytest.approx(nn.utils.clip_grad_norm_(parameters, max_norm, p).item(), rel=1e-12)
             for parameter, grad in zip(parameters, grads, strict=True):
                 torch.testing.assert_close(grad, parameter.grad, rtol=1e-12, atol=0)
+
+
+def nan_on_one_rank(value: float) -> None:
+    mesh, other = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    whole_one, third = torch.ones(4), torch.ones(6)
+    second = torch.ones(2)
+    second[0] = value if mesh.get_local_rank() == 1 else 1.0
+    gradients = [
+        distribute_tensor(whole_one, other, [Replicate()]),
+        DTensor.from_local(second, mesh, [Shard(0)]),
+        distribute_tensor(third * value, other, [Replicate()]),
+    ]
+    named = list(zip(("router", "experts", "head"), with_gradients(gradients), strict=True))
+    with pytest.raises(FoldError, match=f"norm of the gradients is {value}; the first that is not finite is that of experts."):
+        foldcc.clip_grad_norm_(named, 1.0, error_if_nonfinite=True)
+    with pytest.raises(FoldError, match="is that of parameter 1 of those given."):
+        foldcc.clip_grad_norm_([p for _, p in named], 1.0, error_if_nonfinite=True)
+    assert not foldcc.clip_grad_norm_(named, 1.0).isfinite()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(value: float) -> None:
+    run_distributed(nan_on_one_rank, 2, value)
+
+
+def test_a_norm_that_is_too_large_for_its_dtype_is_said() -> None:
+    large = with_gradients([torch.full((4,), 6e4, dtype=torch.float16)])
+    with pytest.raises(FoldError, match="The norm of the gradients is inf, and each of them is finite: .* for torch.float16"):
+        foldcc.clip_grad_norm_(large, 1.0, error_if_nonfinite=True)

@@ -16,26 +16,34 @@ from foldcc.runtime.placement import whole_terms
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Tensor,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
     """Scales all gradients so that their norm, taken over every parameter of the model at once, is at most `max_norm`.
 
     `torch.nn.utils.clip_grad_norm_` refuses parameters on two meshes; this takes ordinary tensors and DTensors of any.
 
     Args:
-        parameters: the parameters whose `.grad` to clip, in place.
+        parameters: the parameters whose `.grad` to clip, in place; or pairs with their names, `model.named_parameters()`.
         max_norm: the largest norm that is left.
         norm_type: p of the p-norm; `float("inf")` for the largest element.
+        error_if_nonfinite: raise, on every rank alike, where the norm is NaN or infinite.
 
     Returns:
         The norm before clipping, a tensor without dimensions; every rank gets the same.
 
     Raises:
-        FoldError: `max_norm` is negative or `norm_type` is not positive.
+        FoldError: `max_norm` is negative or `norm_type` is not positive; or the norm is not finite, with the first parameter
+            whose gradient is not.
     """
     if max_norm < 0 or norm_type <= 0:
         raise FoldError(f"max_norm={max_norm} must not be negative and norm_type={norm_type} must be positive.")
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    graded = [(p, p.grad) for p in parameters if p.grad is not None]
+    given = [parameters] if isinstance(parameters, Tensor) else parameters
+    named = [x if isinstance(x, tuple) else (f"parameter {i} of those given", x) for i, x in enumerate(given)]
+    graded = [(p, p.grad) for _, p in named if p.grad is not None]
     if not graded:
         return torch.tensor(0.0)
     alike: dict[Any, list[Tensor]] = {}  # gradients that are divided alike
@@ -46,9 +54,28 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
         meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
     norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
     total = get_total_norm(norms, norm_type).to(graded[0][1].dtype)
+    if error_if_nonfinite and not total.isfinite():
+        name = _first_nonfinite([(name, p.grad) for name, p in named if p.grad is not None])
+        raise FoldError(
+            f"The norm of the gradients is {total.item()}; the first that is not finite is that of {name}."
+            if name is not None
+            else f"The norm of the gradients is {total.item()}, and each of them is finite: it is too large for {total.dtype}.",
+            valid="a smaller loss scale or learning rate; error_if_nonfinite=False to clip nevertheless",
+        )
     for there in meshes.values():
         clip_grads_with_norm_(there, max_norm, total)
     return total
+
+
+def _first_nonfinite(named: list[tuple[str, Tensor]]) -> str | None:
+    """The name of the first gradient, in the order given, of which some rank holds a number that is not finite."""
+    place = next((i for i, (_, grad) in enumerate(named) if not _local(grad)[0].isfinite().all()), len(named))
+    if any(isinstance(grad, DTensor) for _, grad in named):
+        device = next(grad.to_local().device for _, grad in named if isinstance(grad, DTensor))
+        first = torch.tensor(place, device=device)
+        dist.all_reduce(first, dist.ReduceOp.MIN)
+        place = int(first)
+    return named[place][0] if place < len(named) else None
 
 
 def _local(grad: Tensor) -> tuple[Tensor, Any]:
