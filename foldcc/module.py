@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -27,14 +26,13 @@ from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.left_behind import notice_optimizers
-from foldcc.runtime.modes import compiling
+from foldcc.runtime.modes import compiling, one_at_a_time
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
 from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
-_COMPILES = RLock()  # one thread at a time: capture, tracing and proofs change what PyTorch's functions are
 
 
 class FoldedModule(nn.Module):
@@ -152,7 +150,7 @@ class FoldedModule(nn.Module):
         return self._programs.find(lambda free: call.key(self, modes, free))
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
-        with _COMPILES:
+        with one_at_a_time():
             made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
             with compiling():
                 made = self._proved(made)
@@ -178,7 +176,7 @@ class FoldedModule(nn.Module):
             agree_on_gradients(self.mesh, told_outputs(wanted))
         if wanted == kept.executable.program.wanted:
             return kept.executable
-        with _COMPILES:
+        with one_at_a_time():
             other = self._programs.find_other(kept, wanted)
             if other is None:
                 other = self._compiler.compile_for(kept, wanted)
@@ -262,7 +260,7 @@ class FoldedModule(nn.Module):
         from foldcc.inspect.memory import Policies, memory
 
         policies, found = ("none", "selective", "blocks"), {}
-        with _COMPILES:
+        with one_at_a_time():
             for zero in (0, 1, 3):
                 programs = self._compiler.under(self.stages, zero, policies)
                 found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})

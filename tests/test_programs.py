@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import foldcc
+from foldcc import FoldError
 from foldcc.ir.program import Program
 from foldcc.passes import Pass
 from foldcc.testing.equivalence import relative_error
@@ -182,3 +184,12 @@ def test_of_two_numbers_each_becomes_an_input_when_it_varies() -> None:
     folded = foldcc.parallelize(model, MESH)
     for n, m in ((2, 5), (3, 5), (4, 5), (4, 6), (3, 7), (2, 7), (2.5, 7)):
         torch.testing.assert_close(folded(x, n=n, m=m), model(x, n=n, m=m))
+
+
+def test_garbage_is_collected_again_when_a_compilation_has_ended_or_failed() -> None:
+    example = (torch.zeros(2, 4),)
+    foldcc.parallelize(nn.Linear(4, 4), "dp=2", example_inputs=example)
+    assert gc.isenabled()
+    with pytest.raises(FoldError):
+        foldcc.parallelize(nn.Linear(4, 4), "dp=2", example_inputs=example, plan="plan dp=2\nparameters\n  weight [w@tp]")
+    assert gc.isenabled()

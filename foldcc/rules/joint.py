@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -134,11 +136,11 @@ def shape_of(value: Any) -> Shape | None:
     """A tensor's shape with a number for each size that is data: a large one, equal for equal sizes only."""
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(n if isinstance(n, int) else _number(n) for n in value.shape)
+    return tuple(n if isinstance(n, int) else _number(n.node.expr) for n in value.shape)
 
 
-def _number(size: torch.SymInt) -> int:
-    expression = size.node.expr
+@lru_cache
+def _number(expression: sympy.Expr) -> int:
     return int(expression.subs({s: int.from_bytes(s.name.encode(), "big") for s in expression.free_symbols}))
 
 
