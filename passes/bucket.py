@@ -1,16 +1,22 @@
-"""Bucket: the small parameter gradients of a block that are summed over the same axes travel together.
+"""Bucket: small parameters of a block, and their gradients, that go over the same axes travel together.
 
     da = all_reduce(x, "dp", "I")                        sums = all_reduce(cat([flatten(x), flatten(y)]), "dp", "I")
     db = all_reduce(y, "dp", "I")       becomes          da, db = split(sums), each in its shape
     return da, db                                        return da, db
 
-A small all-reduce costs its latency, not its bytes. A gradient of more than `small` bytes goes alone: copying it into a
-bucket would cost more than it saves. The plan names the reductions that were joined, or says which are.
+So do the gathers of a block that unshards parameters, and the reduce-scatters of their gradients: in a row for each rank.
+
+    a = all_gather(x, 0, 1, "dp", "R")  becomes          rows = reshape(all_gather(cat([flatten(x), flatten(y)])), [ranks, -1])
+    b = all_gather(y, 1, 1, "dp", "R")                   a, b = split(rows, dim=1), the ranks' parts put together in each
+
+A small collective costs its latency, not its bytes. What has more than `small` bytes goes alone: copying it into a bucket would
+cost more than it saves. The plan names the collectives that were joined, or says which are.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,10 +28,13 @@ from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import UnfitPlan
-from foldcc.ir.program import Program
+from foldcc.ir.program import Program, unshards
 from foldcc.ir.rewrite import emit
+from foldcc.ir.walk import FORWARD
+from foldcc.ops.groups import active
 
 aten = torch.ops.aten
+Add = Callable[..., fx.Node]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +53,18 @@ class Bucket(Pass):
 
     def run(self, program: Program) -> Program:
         said, together = program.plan.together, {}
-        for name, block in program.backward.named_children() if program.backward is not None else ():
-            assert isinstance(block, fx.GraphModule)
-            alike = _alike(block.graph)
-            groups = _said(name, alike, said[name]) if name in said else self._small(alike)
-            together[name] = tuple(tuple(n.name for n in nodes) for nodes in groups)
-            for nodes in groups:
-                _join(block.graph, nodes)
-            block.recompile()
+        for main in program.mains:
+            for name, block in main.named_children():
+                assert isinstance(block, fx.GraphModule)
+                key = name if main is program.backward else f"{name}_{FORWARD}"
+                alike = _alike(block.graph, gathers=unshards(name))
+                groups = _said(key, alike, said[key]) if key in said else self._small(alike)
+                if groups or main is program.backward:
+                    together[key] = tuple(tuple(n.name for n in nodes) for nodes in groups)
+                with active(program.mesh):
+                    for nodes in groups:
+                        _join(block.graph, nodes)
+                block.recompile()
         return replace(program, plan=replace(program.plan, together=together))
 
     def _small(self, alike: list[list[fx.Node]]) -> list[list[fx.Node]]:
@@ -60,14 +73,34 @@ class Bucket(Pass):
         return [nodes for nodes in found if len(nodes) > 1]
 
 
-def _alike(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The reductions whose result is a gradient of a known size and nothing else, those of equal axes and type together."""
+def _alike(graph: fx.Graph, *, gathers: bool) -> list[list[fx.Node]]:
+    """The collectives that may be one, those of equal axes and types together.
+
+    Reductions whose result is a gradient of a known size and nothing else; and `gathers`, as many steps behind arguments.
+    """
     found: dict[Any, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=ops.all_reduce.overload):
+    behind: dict[fx.Node, int] = {}  # gathers on the way to a value
+    for node in graph.nodes:
+        behind[node] = max((behind[x] for x in node.all_input_nodes), default=0)
+        told = _TOLD.get(node.target)
+        if told is None:
+            continue
+        gather = node.target is ops.all_gather.overload
+        behind[node] += gather
         value = node.args[0].meta["val"]
-        if set(node.users) == {graph.output_node()} and isinstance(value.numel(), int):
-            found.setdefault((node.args[1:], value.dtype, value.device), []).append(node)
+        apart = gathers if gather else set(node.users) == {graph.output_node()}
+        if apart and isinstance(value.numel(), int):
+            key = (node.target, told(*node.args), value.dtype, value.device, behind[node] if gather else 0)
+            found.setdefault(key, []).append(node)
     return list(found.values())
+
+
+# Collectives that may be one, and what they then have in common.
+_TOLD = {
+    ops.all_reduce.overload: lambda x, axes, dst: (axes, dst),
+    ops.reduce_scatter.overload: lambda x, dim, outer, axes: axes,
+    ops.all_gather.overload: lambda x, dim, outer, axes, dst: (axes, dst),
+}
 
 
 def _bytes(node: fx.Node) -> int:
@@ -89,18 +122,62 @@ def _said(block: str, alike: list[list[fx.Node]], groups: tuple[tuple[str, ...],
     return found
 
 
-def _join(graph: fx.Graph, reductions: list[fx.Node]) -> None:
-    """Replaces reductions by one, at the end of the graph, where all that they read is there."""
-    (output,) = graph.find_nodes(op="output")
-    terms: list[Any] = [n.args[0] for n in reductions]
-    values = [t.meta["val"] for t in terms]
-    sizes = [v.numel() for v in values]
-    add = partial(emit, output, about=reductions[0])
-    flat = [add(aten.reshape.default, term, [-1]) for term in terms]
-    joined = add(ops.all_reduce.overload, add(aten.cat.default, flat), *reductions[0].args[1:])
-    parts = add(aten.split_with_sizes.default, joined, sizes)
-    for i, (old, value) in enumerate(zip(reductions, values, strict=True)):
-        whole = add(aten.reshape.default, add(operator.getitem, parts, i), list(value.shape))
-        whole.meta = dict(old.meta)
-        old.replace_all_uses_with(whole)
+def _join(graph: fx.Graph, several: list[fx.Node]) -> None:
+    """Replaces collectives by one, at the end of the graph, where all that they read is there."""
+    output = graph.output_node()
+    before = set(graph.nodes)
+    made = list(_JOINED[several[0].target](partial(emit, output, about=several[0]), several))
+    late = {*graph.nodes} - before
+    for old, new in zip(several, made, strict=True):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
         graph.erase_node(old)
+    for node in list(graph.nodes):  # what reads them stands behind them
+        if node not in late and node is not output and not late.isdisjoint(node.all_input_nodes):
+            output.prepend(node)
+            late.add(node)
+
+
+def _reduced(add: Add, several: list[fx.Node]) -> Iterator[fx.Node]:
+    terms: list[Any] = [n.args[0] for n in several]
+    flat = add(aten.cat.default, [add(aten.reshape.default, x, [-1]) for x in terms])
+    whole = add(ops.all_reduce.overload, flat, *several[0].args[1:])
+    parts = add(aten.split_with_sizes.default, whole, [x.meta["val"].numel() for x in terms])
+    for i, x in enumerate(terms):
+        yield add(aten.reshape.default, add(operator.getitem, parts, i), list(x.meta["val"].shape))
+
+
+def _gathered(add: Add, several: list[fx.Node]) -> Iterator[fx.Node]:
+    shards: list[Any] = [n.args[0] for n in several]
+    flat = add(aten.cat.default, [add(aten.reshape.default, x, [-1]) for x in shards])
+    whole = add(ops.all_gather.overload, flat, 0, 1, *several[0].args[3:])
+    ranks = whole.meta["val"].numel() // flat.meta["val"].numel()
+    rows = add(aten.reshape.default, whole, [ranks, -1])
+    parts = add(aten.split_with_sizes.default, rows, [x.meta["val"].numel() for x in shards], 1)
+    for i, (node, x) in enumerate(zip(several, shards, strict=True)):
+        _, dim, outer, *_ = node.args
+        first, each, rest = x.meta["val"].shape[:dim], x.meta["val"].shape[dim] // outer, x.meta["val"].shape[dim + 1 :]
+        part = add(aten.reshape.default, add(operator.getitem, parts, i), [ranks, *first, outer, each, *rest])
+        places = list(range(part.meta["val"].dim()))
+        there = add(aten.permute.default, part, [*places[1 : dim + 2], 0, *places[dim + 2 :]])
+        yield add(aten.reshape.default, there, list(node.meta["val"].shape))
+
+
+def _scattered(add: Add, several: list[fx.Node]) -> Iterator[fx.Node]:
+    rows = []
+    for node in several:
+        x, dim, outer, *_ = node.args
+        shape, each = x.meta["val"].shape, node.meta["val"].shape[dim] // outer
+        ranks = shape[dim] // (outer * each)
+        part = add(aten.reshape.default, x, [*shape[:dim], outer, ranks, each, *shape[dim + 1 :]])
+        places = list(range(part.meta["val"].dim()))
+        there = add(aten.permute.default, part, [dim + 1, *places[: dim + 1], *places[dim + 2 :]])
+        rows.append(add(aten.reshape.default, there, [ranks, -1]))
+    flat = add(aten.reshape.default, add(aten.cat.default, rows, 1), [-1])
+    whole = add(ops.reduce_scatter.overload, flat, 0, 1, *several[0].args[3:])
+    parts = add(aten.split_with_sizes.default, whole, [n.meta["val"].numel() for n in several])
+    for i, node in enumerate(several):
+        yield add(aten.reshape.default, add(operator.getitem, parts, i), list(node.meta["val"].shape))
+
+
+_JOINED = {ops.all_reduce.overload: _reduced, ops.all_gather.overload: _gathered, ops.reduce_scatter.overload: _scattered}

@@ -29,6 +29,7 @@ from foldcc.ir.plan import Names, Plan
 from foldcc.ir.program import Program, Slot
 from foldcc.ir.syntax import SLOT, Call, Expression, Line, Section, Text, Value, bad, line_of, read, typed
 from foldcc.ir.text import GRADED, short
+from foldcc.ir.walk import FORWARD
 from foldcc.layout import Layout
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
@@ -78,12 +79,13 @@ def program_of(text: Text) -> Program:
         program = replace(program, graph=main.build(), slots=tuple(main.slots), batch_dims=main.batch_dims)
         _settle(program, program.graph, main)
         kept = {name: graph.kept for name, graph in main.blocks.items() if graph.kept is not None}
+        together = {f"{name}_{FORWARD}": graph.together for name, graph in main.blocks.items() if graph.together}
         if len(mains) > 1:
             main = Graph(text, mains[1], sections)
             backward = main.build()
             program = replace(program, backward=backward)
             _settle(program, backward, main)
-    together = {name: graph.together for name, graph in main.blocks.items() if graph.together}
+            together |= {name: graph.together for name, graph in main.blocks.items() if graph.together}
     program = replace(program, plan=Plan(mesh=str(text.mesh), model=text.name, zero=text.zero, kept=kept, together=together))
     outputs = program.outputs
     program = replace(program, out_spec=pytree.tree_structure(tuple(outputs)))

@@ -143,8 +143,8 @@ def _leaving(program: Program, part: Part, output: fx.Node) -> Iterator[tuple[st
     yield "return", f"[{', '.join(map(leaves, leaving))}]" if nested else leaves(leaving)
     if "joint" in output.meta and part.name in program.plan.kept:
         yield "keep", f"[{', '.join(f'%{name}' for name in program.plan.kept[part.name])}]"
-    if part.direction == BACKWARD and program.plan.together.get(part.name):
-        yield "joined", f"[{', '.join(map(_argument, program.plan.together[part.name]))}]"
+    if joined := program.plan.together.get(part.name if part.direction == BACKWARD else f"{part.name}_{FORWARD}"):
+        yield "joined", f"[{', '.join(map(_argument, joined))}]"
 
 
 def _places(there: Sequence[bool]) -> str:

@@ -7,7 +7,6 @@ ranks through its record's `simulate`. Nothing here ever sees a global tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -28,18 +27,22 @@ def simulate(mesh: FoldedMesh, graph: fx.GraphModule, inputs: Sequence[Ranked]) 
     Returns:
         For each rank, what the graph returns.
     """
-    return follow(graph, list(inputs), partial(_call, mesh, graph))
+
+    def value(node: fx.Node, values: Mapping[fx.Node, Ranked]) -> Ranked:
+        if node.op == "output":
+            return [_on(values, r, node.args[0]) for r in range(mesh.world_size)]
+        if node.op == "call_module":
+            return simulate(mesh, getattr(graph, str(node.target)), [values[a] for a in node.args])
+        return _call(mesh, node, values)
+
+    return follow(graph, list(inputs), value)
 
 
 def _on(values: Mapping[fx.Node, Ranked], rank: int, argument: Any) -> Any:
     return fx.map_arg(argument, lambda n: values[n][rank])
 
 
-def _call(mesh: FoldedMesh, graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Ranked]) -> Ranked:
-    if node.op == "output":
-        return [_on(values, r, node.args[0]) for r in range(mesh.world_size)]
-    if node.op == "call_module":
-        return simulate(mesh, getattr(graph, str(node.target)), [values[a] for a in node.args])
+def _call(mesh: FoldedMesh, node: fx.Node, values: Mapping[fx.Node, Ranked]) -> Ranked:
     calls = [(_on(values, r, node.args), _on(values, r, node.kwargs)) for r in range(mesh.world_size)]
     known = record(node.target)
     if known is None or known.simulate is None:

@@ -29,16 +29,17 @@ from foldcc.types.text import illegal
 
 aten = torch.ops.aten
 _UNKNOWN = Rule((), (), {})
+_BUCKETS = {ops.all_reduce, ops.all_gather, ops.reduce_scatter}  # may be of several values at once
 # Results of operators on the host that are the same on every rank of an axis, because every rank of it is told the same.
 _TOLD = {ops.splits.overload: {2: "etp", 3: "etp"}}
 
 
 @dataclass(frozen=True)
 class Value:
-    """The types of a value by atom; of a bucket, also the values that were joined to it."""
+    """The types of a value by atom; of a bucket, also the values that were joined to it, each with its elements."""
 
     types: Mapping[str, Type]
-    pieces: tuple[Value, ...] = ()
+    pieces: tuple[tuple[Value, int], ...] = ()
 
 
 class Typing:
@@ -78,8 +79,8 @@ class Typing:
         known = record(node.target)
         if known is not None and "->" in known.types:
             return self._collective(node, known, given.get(0), values, part)
-        if node.target is aten.split_with_sizes.default and len(given[0].pieces) == len(node.args[1]):
-            return given[0].pieces
+        if node.target is aten.split_with_sizes.default and _cuts(node, given[0]):
+            return tuple(piece for piece, _ in given[0].pieces)
         if is_zero(node):
             return Value(dict.fromkeys(self.atoms.across, Type(ZERO)))
         rule = (joint_rule(node) if made is not None else None) or _UNKNOWN
@@ -88,7 +89,11 @@ class Typing:
         for i, axis in _TOLD.get(node.target, {}).items():
             found[i] = Value(self._set(found[i].types, {axis: SAME} if axis in self.atoms.of else {}))
         if node.target is aten.cat.default:
-            return Value(found[0].types, tuple(given.values()))
+            elements = [_elements(x) for x in operands(node) if x is not None]
+            return Value(found[0].types, tuple(zip(given.values(), elements, strict=True)))
+        if node.target is aten.reshape.default and given[0].pieces:
+            pieces = ((self.apply(node, rule, {0: x}, 1, values, part)[0], n) for x, n in given[0].pieces)
+            return Value(found[0].types, tuple(pieces))
         return tuple(found) if isinstance(made, (tuple, list)) else found[0]
 
     def apply(
@@ -130,8 +135,9 @@ class Typing:
         types = self._set(now.types, {a: left if self.on(now, a).letter != ZERO else Type(ZERO) for a in on})
         if known.transpose is None and PARTIAL in {t.letter for t in types.values()}:
             raise illegal(node, "is not linear in terms of a sum", part, self.told(node, values))
-        pieces = now.pieces if known is ops.all_reduce else ()
-        return Value(types, tuple(self._collective(node, known, piece, values, part) for piece in pieces))
+        pieces = now.pieces if known in _BUCKETS else ()
+        longer, shorter = (_elements(node), _elements(node.all_input_nodes[0])) if pieces else (1, 1)
+        return Value(types, tuple((self._collective(node, known, x, values, part), n * longer // shorter) for x, n in pieces))
 
     def _set(self, types: Mapping[str, Type], changed: Mapping[str, Type]) -> dict[str, Type]:
         """Other types on some axes; atoms of the other view over the same ranks follow."""
@@ -163,6 +169,16 @@ class Typing:
         if axes is None:
             axes = min(self._views, key=lambda v: sum(self.on(values[x], a).letter == MIXED for x in known for a in v))
         return [f"{x.name} {self.text(x, values[x], axes)}" for x in known]
+
+
+def _cuts(node: fx.Node, bucket: Value) -> bool:
+    """Whether a bucket is cut into what was joined to it."""
+    each = _elements(node.all_input_nodes[0]) // max(1, sum(node.args[1]))
+    return bool(bucket.pieces) and [n for _, n in bucket.pieces] == [each * n for n in node.args[1]]
+
+
+def _elements(node: fx.Node) -> int:
+    return prod(shape_of(node.meta["val"]) or ())
 
 
 def _each(rule: Rule, types: Mapping[int, Type], counts: frozenset[int], results: int) -> tuple[Type, ...]:

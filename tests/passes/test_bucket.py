@@ -90,3 +90,64 @@ def test_what_is_not_alike_goes_alone(why: str, text: str) -> None:
 def test_a_negative_limit_is_an_error() -> None:
     with pytest.raises(foldcc.FoldError, match="small=-1"):
         Bucket(small=-1)
+
+
+def test_what_is_gathered_for_a_block_comes_in_rows_one_for_each_rank() -> None:
+    before = """
+        unshard0 forward
+          %v : f32[4, 16] V(dp) = argument
+          %w : f32[8, 8] V(dp)  = argument
+          %x : f32[8, 16] R(dp) = all_gather(%v, 0, 1, dp, R)
+          %y : f32[8, 16] R(dp) = all_gather(%w, 1, 2, dp, R)
+          return [%x, %y]
+    """
+    after = """
+        unshard0 forward
+          %v     : f32[4, 16] V(dp) = argument
+          %w     : f32[8, 8] V(dp)  = argument
+          %flat  = aten.cat([aten.reshape(%v, [-1]), aten.reshape(%w, [-1])])
+          %rows  = aten.reshape(all_gather(%flat, 0, 1, dp, R), [2, -1])
+          %parts = aten.split_with_sizes(%rows, [64, 64], 1)
+          %first = aten.reshape(getitem(%parts, 0), [2, 1, 4, 16])
+          %x     : f32[8, 16] R(dp) = aten.reshape(aten.permute(%first, [1, 0, 2, 3]), [8, 16])
+          %last  = aten.reshape(getitem(%parts, 1), [2, 8, 2, 4])
+          %y     : f32[8, 16] R(dp) = aten.reshape(aten.permute(%last, [1, 2, 0, 3]), [8, 16])
+          return [%x, %y]
+          joined [[x, y]]
+    """
+    assert_rewrites(Bucket(), before, after)
+
+
+def test_a_gather_of_what_was_gathered_is_not_joined_with_the_first_ones() -> None:
+    text = """
+        unshard0 forward
+          %v : f32[4@dp, 8@tp] = argument
+          %w : f32[8, 8@tp]     = argument
+          %u : f32[8, 8@tp]     = all_gather(%v, 0, 1, dp, R)
+          %x : f32[8, 16]       = all_gather(%u, 1, 1, tp, R)
+          %y : f32[8, 16]       = all_gather(%w, 1, 1, tp, R)
+          return [%x, %y]
+    """
+    unchanged(text)
+
+
+def test_parts_of_gradients_are_summed_in_rows_one_for_each_rank() -> None:
+    assert_rewrites(
+        Bucket(),
+        """
+        %da : f32[4, 16] V(dp) = reduce_scatter(%x : f32[8, 16] P(dp), 0, 1, dp)
+        %db : f32[8, 8] V(dp)  = reduce_scatter(%y : f32[8, 16] P(dp), 1, 2, dp)
+        return [%da, %db]
+        """,
+        """
+        %first = aten.reshape(aten.permute(aten.reshape(%x, [1, 2, 4, 16]), [1, 0, 2, 3]), [2, -1])
+        %last  = aten.reshape(aten.permute(aten.reshape(%y, [8, 2, 2, 4]), [2, 0, 1, 3]), [2, -1])
+        %rows  = aten.cat([%first, %last], 1)
+        %sums  = reduce_scatter(aten.reshape(%rows, [-1]), 0, 1, dp)
+        %parts = aten.split_with_sizes(%sums, [64, 64])
+        %da    : f32[4, 16] V(dp) = aten.reshape(getitem(%parts, 0), [4, 16])
+        %db    : f32[8, 8] V(dp)  = aten.reshape(getitem(%parts, 1), [8, 8])
+        return [%da, %db]
+        joined [[da, db]]
+        """,
+    )
