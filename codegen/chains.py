@@ -20,9 +20,13 @@ import sympy
 from sympy import Expr, Integer
 from torch import Tensor, fx
 
+from foldcc.codegen.dtypes import computed, converted
 from foldcc.codegen.index import Ranges, parted, product, sizes, value_sizes
-from foldcc.codegen.values import COLUMNS, REDUCTIONS, C, NoText, R, Values, computed
-from foldcc.ir.node import argument_or, name_of
+from foldcc.codegen.lines import COLUMNS, REDUCTIONS
+from foldcc.codegen.names import C, NoText, R
+from foldcc.codegen.values import Values
+from foldcc.ir.node import name_of
+from foldcc.rules.reductions import dims_of
 
 _TILE = 4096  # elements of a tile, at most
 _WIDEST = 4096  # a longer row is read in a loop
@@ -47,11 +51,8 @@ def column_sum(node: fx.Node) -> bool:
     if name_of(node.target) != "aten.sum" or not isinstance(node.args[0], fx.Node):
         return False
     rank = len(value_sizes(node.args[0]))
-    given = argument_or(node, "dim")
-    if given is None:
-        return False
-    dims = sorted(d % rank for d in ([given] if isinstance(given, int) else given))
-    return len(dims) < rank and dims == list(range(len(dims)))
+    dims = dims_of(node, rank)
+    return len(dims) < rank and dims == set(range(len(dims)))
 
 
 def domain_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Domain:
@@ -106,7 +107,7 @@ def chain_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], o
     domain = domain_of(nodes, outputs)
     reduces = any(name_of(n.target) in _BY_ROW for n in nodes)
     looped = reduces and not (domain.width.is_Integer and domain.width <= _WIDEST)
-    values = Values(set(nodes), domain.width, domain.ranges, looped)
+    values = Values(inside=set(nodes), width=domain.width, ranges=domain.ranges, looped=looped)
     stores: list[str] = []
     for output in outputs:
         by_row = reduces and sympy.expand(_count(output) - domain.rows) == 0
@@ -205,8 +206,8 @@ def column_sum_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Nod
     operand = _operand(output)
     width = _count(output)
     domain = Domain(sympy.cancel(_count(operand) / width), width)
-    values = Values({n for n in nodes if n is not output}, Integer(-1), domain.ranges)
-    term = values.converted(values.at(operand, parted(R * width + C, value_sizes(operand), domain.ranges)), operand, output)
+    values = Values(inside={n for n in nodes if n is not output}, width=Integer(-1), ranges=domain.ranges)
+    term = converted(values.at(operand, parted(R * width + C, value_sizes(operand), domain.ranges)), operand, output)
     missing = [n for n in values.loads if n not in inputs]
     if missing:
         raise NoText(f"{missing[0].name} is read and not given")

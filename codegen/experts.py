@@ -16,6 +16,8 @@ from dataclasses import replace
 from torch import fx
 
 from foldcc.codegen.grouped import is_row_sum, linear_text, outer_text
+from foldcc.codegen.lines import REDUCTIONS
+from foldcc.codegen.names import NoText
 from foldcc.codegen.regions import (
     MOST,
     Region,
@@ -28,7 +30,6 @@ from foldcc.codegen.regions import (
     read_outside,
     region,
 )
-from foldcc.codegen.values import REDUCTIONS, NoText
 from foldcc.ir.node import name_of
 
 _TEXTS: dict[str, Text] = {"foldcc.grouped_linear": linear_text, "foldcc.grouped_outer": outer_text}

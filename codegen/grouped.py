@@ -21,9 +21,11 @@ from sympy import Expr, Integer, Symbol
 from torch import Tensor, fx
 
 from foldcc.codegen.chains import bound
+from foldcc.codegen.dtypes import computed, converted
 from foldcc.codegen.index import Index, Ranges, value_sizes
+from foldcc.codegen.names import C, Names, NoText, R
 from foldcc.codegen.tiles import MANY, Tile, outer, tiles
-from foldcc.codegen.values import C, NoText, R, Values, computed
+from foldcc.codegen.values import Values
 from foldcc.ir.node import argument_or, name_of
 
 _GROUP = 8  # tiles of rows whose columns are computed together, for what they read to stay in cache
@@ -92,11 +94,11 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     sums = [n for n in outputs if is_row_sum(n)]
     width = _width(nodes, [n for n in outputs if n not in sums], rows)
 
-    before = Values(_operands(product, inputs), depth, Ranges({R: rows, C: depth}), looped=True, _taken=set(_TAKEN))
+    before = _values(_operands(product, inputs), rows, depth, looped=True)
     operand = f"{before.at(x, (R, C))}.to(tl.{str(dtype)[6:]})"
 
     columns = Columns()
-    after = Values(set(nodes), width, Ranges({R: rows, C: width}), uniform=frozenset({"expert"}), _taken=set(_TAKEN))
+    after = _values(set(nodes), rows, width, uniform=frozenset({"expert"}))
     after.given[product] = columns.element
     after.given |= {n: lambda index: "expert" for n in inputs if _expert_of_row(n, counts)}
     after.given |= dict.fromkeys(sums, _unread)
@@ -200,7 +202,7 @@ def outer_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     experts, height, width = value_sizes(product)
 
     def operand(node: fx.Node, columns: Expr) -> tuple[Values, str]:
-        values = Values(_operands(product, inputs), columns, Ranges({R: rows, C: columns}), _taken=set(_TAKEN))
+        values = _values(_operands(product, inputs), rows, columns)
         return values, f"{values.at(node, (R, C))}.to(tl.{str(dtype)[6:]})"
 
     (one, left), (other, right) = (
@@ -257,6 +259,11 @@ def _arguments(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool]:
 def _operands(product: fx.Node, inputs: Nodes) -> set[fx.Node]:
     """The operands of a product that its kernel does not load as they are: it reads rows through them."""
     return {n for n in product.all_input_nodes if n not in inputs}
+
+
+def _values(inside: set[fx.Node], rows: Expr, width: Expr, **options: Any) -> Values:
+    """Values of a table, whose names are none of the kernel's own variables."""
+    return Values(inside=inside, width=width, ranges=Ranges({R: rows, C: width}), taken=set(_TAKEN), **options)
 
 
 def _expert_of_row(node: fx.Node, counts: fx.Node) -> bool:
@@ -333,7 +340,7 @@ def _store_part(node: fx.Node, values: Values, rows: Expr, width: Expr) -> None:
     x: Any = node.args[0]
     if value_sizes(x)[1] != width:
         raise NoText(f"a sum over {value_sizes(x)[1]} columns, and the kernel has {width}")
-    term = f"tl.where(r_ok & c_ok, {values.converted(values.at(x, (R, C)), x, node)}, 0)"
+    term = f"tl.where(r_ok & c_ok, {converted(values.at(x, (R, C)), x, node)}, 0)"
     place = f"{node.name}_out + (inside // high).to(tl.int64) * {values.text(rows)} + r"
     values.body.append(f"tl.store({place}, tl.sum({term}, 1)[:, None], mask=r_ok)")
 
@@ -366,7 +373,7 @@ def _module(
     theirs += [f"{n.name}.stride({d})" for n in read for d in range(len(value_sizes(n)))]
     made = []
     for n in outputs:
-        shape = ", ".join(Values(set(), Integer(1), Ranges()).text(x) for x in value_sizes(n))
+        shape = ", ".join(Names().text(x) for x in value_sizes(n))
         made.append(f"{n.name}_out = torch.empty(({shape}), dtype={n.meta['val'].dtype}, device={read[0].name}.device)")
     return "\n".join(
         [

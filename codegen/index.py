@@ -51,6 +51,16 @@ class Ranges:
         largest = self._largest(x)
         return largest is not None and n.is_Integer and bool(largest < n)
 
+    def less(self, x: Expr, n: Expr) -> bool:
+        """Whether x < n is certain, where either may be negative."""
+        largest: Expr = Integer(0)
+        for factor, rest in (term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(x - n))):
+            size = self.sizes.get(rest)
+            if rest != 1 and factor > 0 and (size is None or not size.is_Integer):
+                return False
+            largest += factor if rest == 1 else max(factor, 0) * (size - 1 if size is not None else 0)
+        return bool(largest < 0)
+
     def div(self, x: Expr, n: Expr) -> Expr:
         """x // n."""
         if n == 1:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from foldcc.codegen.index import value_sizes
+from foldcc.codegen.names import NoText
 from foldcc.codegen.regions import Region, is_free, region
-from foldcc.codegen.values import NoText
 from foldcc.ir.node import argument, name_of
 from foldcc.rules.kinds import RESHAPES, SAME
 

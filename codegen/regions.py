@@ -20,8 +20,10 @@ from torch import Tensor, fx
 
 from foldcc.codegen.chains import chain_text, column_sum, column_sum_text
 from foldcc.codegen.index import MOVES
+from foldcc.codegen.lines import REDUCTIONS
+from foldcc.codegen.names import NoText
 from foldcc.codegen.pointwise import ANY, FLOATS, expression
-from foldcc.codegen.values import REDUCTIONS, SPECIAL, NoText
+from foldcc.codegen.values import SPECIAL
 from foldcc.ir.node import name_of
 from foldcc.rules.kinds import FILLS, named
 

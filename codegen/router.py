@@ -22,10 +22,12 @@ from sympy import Expr, Integer, Symbol
 from torch import Tensor, fx
 
 from foldcc.codegen.chains import bound
+from foldcc.codegen.dtypes import computed, converted
 from foldcc.codegen.index import Ranges, parted, value_sizes
+from foldcc.codegen.lines import REDUCTIONS
+from foldcc.codegen.names import Names, NoText
 from foldcc.codegen.pointwise import expression, number
 from foldcc.codegen.regions import Region, is_computed, is_free, region
-from foldcc.codegen.values import REDUCTIONS, NoText, Values, computed
 from foldcc.ir.node import argument, argument_or, name_of
 from foldcc.rules.kinds import FILLS, RESHAPES, SAME, UNITS, filled_with
 
@@ -52,10 +54,7 @@ class Tiles:
     largest: int = 1
     _known: dict[Any, str] = field(default_factory=dict)
     _tops: dict[tuple[fx.Node, int], tuple[str, str]] = field(default_factory=dict)
-    _values: Values = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._values = Values(set(), Integer(0), Ranges())
+    _values: Names = field(default_factory=Names)
 
     @property
     def symbols(self) -> set[Symbol]:
@@ -150,7 +149,7 @@ class Tiles:
     # --- values ---
 
     def keep(self, name: str, text: str) -> str:
-        found = self._values._name(name)
+        found = self._values.new(name)
         self.lines.append(f"{found} = {text}")
         return found
 
@@ -161,7 +160,7 @@ class Tiles:
         """Where an element of a tile is along each dimension of a node."""
         sizes, pads = value_sizes(node), self.pads(node, lead)
         row = Symbol(self.row(len(pads)), integer=True, nonnegative=True)
-        self._values._where[row] = frozenset()
+        self._values.where[row] = frozenset()
         spread = parted(row, sizes[:lead], Ranges({row: self.rows})) if self.by_row(node, lead) else [Integer(0)] * lead
         columns = [self.columns(len(pads), d, n) if n > 1 else "0" for d, n in enumerate(pads)]
         return [*map(self.number, spread), *columns]
@@ -188,7 +187,7 @@ class Tiles:
         self.lines.append(f"tl.store({node.name}_out + {at}, {value}, mask={self._mask(node, lead)})")
 
     def converted(self, x: fx.Node, lead: int, node: fx.Node) -> str:
-        return self._values.converted(self.tile(x, lead), x, node)
+        return converted(self.tile(x, lead), x, node)
 
     def _operand(self, x: fx.Node, node: fx.Node, lead: int) -> str:
         """An operand, with as many dimensions as the result."""

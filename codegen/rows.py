@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from foldcc.codegen.dtypes import computed
 from foldcc.codegen.index import value_sizes
+from foldcc.codegen.names import NoText
 from foldcc.codegen.regions import Region, region
-from foldcc.codegen.values import NoText, computed
 from foldcc.ir.node import argument, name_of
 
 _WIDEST = 1024  # columns of a tile

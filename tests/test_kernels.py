@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import foldcc
 from foldcc.codegen import source
 from foldcc.codegen.chains import chain_text, column_sum_text
-from foldcc.codegen.values import NoText
+from foldcc.codegen.names import NoText
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
