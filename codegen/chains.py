@@ -18,10 +18,11 @@ from typing import Any
 
 import sympy
 from sympy import Expr, Integer
-from torch import Tensor, fx
+from torch import fx
 
 from foldcc.codegen.dtypes import computed, converted
-from foldcc.codegen.index import Ranges, parted, product, sizes, value_sizes
+from foldcc.codegen.index import Ranges, parted, product, value_sizes
+from foldcc.codegen.launchers import allocated, arguments, bound, decided, parameters, read_of, results
 from foldcc.codegen.lines import COLUMNS, REDUCTIONS
 from foldcc.codegen.names import C, NoText, R
 from foldcc.codegen.values import Values
@@ -116,9 +117,6 @@ def chain_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], o
         store = f"tl.store({output.name}_out + {values.text(position)}, {text}, mask=r_ok{'' if by_row else ' & c_ok'})"
         (values.lines if by_row and looped else stores).append(store)
     values.body += stores
-    missing = [n for n in values.loads if n not in inputs]
-    if missing:
-        raise NoText(f"{missing[0].name} is read and not given")
     return _module(name, values, domain, inputs, outputs, reduces)
 
 
@@ -133,9 +131,9 @@ def _module(
     else:
         start = "" if reduces else "tl.program_id(1) * BW + "
         inner = [f"c = {start}tl.arange(0, BW)[None, :]", "c_ok = c < {W}", *values.body]
-    read = [n for n in inputs if n in values.loads]
+    read = read_of(inputs, values.loads)
     symbols = sorted({s.name for s in values.symbols})
-    head = [*(f"{n.name}_ptr" for n in read), *(f"{n.name}_out" for n in outputs), *_strides(read), *symbols]
+    head = [*parameters(read, results(outputs)), *symbols]
     kernel = [
         "@triton.jit",
         f"def {name}_kernel({', '.join([*head, 'BR: tl.constexpr', 'BW: tl.constexpr'])}):",
@@ -143,35 +141,19 @@ def _module(
         f"    r_ok = r < {rows}",
         *(f"    {line.replace('{W}', width)}" for line in inner),
     ]
-    needed = sorted({s.name for x in (domain.rows, domain.width) for s in x.free_symbols} | _free(outputs) | set(symbols))
+    needed = sorted({s.name for x in (domain.rows, domain.width) for s in x.free_symbols} | decided(outputs) | set(symbols))
     tile_rows, tile_width = _tile(domain, values.looped, reduces)
     grid = f"triton.cdiv({rows}, {tile_rows})," + ("" if reduces else f" triton.cdiv({width}, {tile_width})")
-    given = [*(n.name for n in read), *(f"{n.name}_out" for n in outputs), *_strides(read, "{}.stride({})"), *symbols]
+    given = [*arguments(read, results(outputs)), *symbols]
     call = f"{name}_kernel[({grid})]({', '.join([*given, f'BR={tile_rows}', f'BW={tile_width}'])})"
     launcher = [
         f"def {name}({', '.join(n.name for n in inputs)}):",
         *(f"    {s} = {bound(s, inputs)}" for s in needed),
-        *(f"    {_allocated(n, values, [*read, *inputs][0].name)}" for n in outputs),
+        *(f"    {allocated(n, [*read, *inputs][0])}" for n in outputs),
         *([f"    if {rows} * {width} > 0:", f"        {call}"] if needed else [f"    {call}"]),
-        f"    return {', '.join(f'{n.name}_out' for n in outputs)}",
+        f"    return {', '.join(results(outputs))}",
     ]
     return "\n".join([*kernel, "", "", *launcher])
-
-
-def _strides(nodes: Sequence[fx.Node], text: str = "{}_s{}") -> list[str]:
-    """The strides of tensors: as a kernel's parameters, or as a launcher reads them."""
-    return [text.format(n.name, d) for n in nodes for d in range(len(value_sizes(n)))]
-
-
-def _allocated(node: fx.Node, values: Values, beside: str) -> str:
-    """The line that makes room for a result."""
-    shape = "".join(f"{values.text(x)}, " for x in value_sizes(node)).strip()
-    return f"{node.name}_out = torch.empty(({shape}), dtype={node.meta['val'].dtype}, device={beside}.device)"
-
-
-def _free(nodes: Sequence[fx.Node]) -> set[str]:
-    """The sizes of nodes that data decide."""
-    return {s.name for n in nodes for size in value_sizes(n) for s in size.free_symbols}
 
 
 def _tile(domain: Domain, looped: bool, reduces: bool) -> tuple[int, int]:
@@ -186,20 +168,6 @@ def _tile(domain: Domain, looped: bool, reduces: bool) -> tuple[int, int]:
     return rows, width
 
 
-def bound(symbol: str, inputs: Sequence[fx.Node]) -> str:
-    """Where a launcher reads a size that data decide.
-
-    Raises:
-        NoText: no input has it as a dimension.
-    """
-    for n in inputs:
-        if isinstance(n.meta.get("val"), Tensor):
-            for d, size in enumerate(sizes(n.meta["val"].shape)):
-                if size.is_Symbol and size.name == symbol:
-                    return f"{n.name}.shape[{d}]"
-    raise NoText(f"no input has a dimension of {symbol}")
-
-
 def column_sum_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> str:
     """Two kernels and their launcher for a sum over leading dimensions and what it is made of."""
     (output,) = outputs
@@ -208,16 +176,13 @@ def column_sum_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Nod
     domain = Domain(sympy.cancel(_count(operand) / width), width)
     values = Values(inside={n for n in nodes if n is not output}, width=Integer(-1), ranges=domain.ranges)
     term = converted(values.at(operand, parted(R * width + C, value_sizes(operand), domain.ranges)), operand, output)
-    missing = [n for n in values.loads if n not in inputs]
-    if missing:
-        raise NoText(f"{missing[0].name} is read and not given")
     wide = computed(output.meta["val"].dtype)
-    read = [n for n in inputs if n in values.loads]
+    read = read_of(inputs, values.loads)
     symbols = sorted({s.name for s in values.symbols} | {s.name for x in (domain.rows, width) for s in x.free_symbols})
     w, rows = values.text(width), values.text(domain.rows)
     tile = min(128, 1 << max(0, int(width) - 1).bit_length()) if width.is_Integer else 128
-    head = [*(f"{n.name}_ptr" for n in read), "stripes", *_strides(read), *symbols, "S"]
-    given = [*(n.name for n in read), "stripes", *_strides(read, "{}.stride({})"), *symbols, "S"]
+    head = [*parameters(read, ["stripes"]), *symbols, "S"]
+    given = [*arguments(read, ["stripes"]), *symbols, "S"]
     return "\n".join(
         [
             "@triton.jit",
@@ -245,7 +210,7 @@ def column_sum_text(name: str, nodes: Sequence[fx.Node], inputs: Sequence[fx.Nod
             *(f"    {s} = {bound(s, inputs)}" for s in symbols),
             f"    S = min({_STRIPES}, max(1, triton.cdiv({rows}, {_STRIPE})))",
             f"    stripes = torch.empty((S, {w}), dtype={wide.replace('tl.', 'torch.')}, device={read[0].name}.device)",
-            f"    {_allocated(output, values, read[0].name)}",
+            f"    {allocated(output, read[0])}",
             f"    grid = triton.cdiv({w}, {tile})",
             f"    {name}_stripes[(grid, S)]({', '.join([*given, f'BR={_STRIPE}', f'BW={tile}'])})",
             f"    {name}_join[(grid,)]({', '.join(['stripes', f'{output.name}_out', *symbols])}, S, BS={_STRIPES}, BW={tile})",

@@ -20,10 +20,10 @@ import torch
 from sympy import Expr, Integer, Symbol
 from torch import Tensor, fx
 
-from foldcc.codegen.chains import bound
 from foldcc.codegen.dtypes import computed, converted
 from foldcc.codegen.index import Index, Ranges, value_sizes
-from foldcc.codegen.names import C, Names, NoText, R
+from foldcc.codegen.launchers import allocated, arguments, bound, decided, parameters, read_of, results
+from foldcc.codegen.names import C, NoText, R
 from foldcc.codegen.tiles import MANY, Tile, outer, tiles
 from foldcc.codegen.values import Values
 from foldcc.ir.node import argument_or, name_of
@@ -111,7 +111,7 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     alternate = columns.alternate
     if not columns.names:
         raise NoText(f"nothing is read of {product.name}")
-    _loadable((before, after), inputs)
+    read = read_of(inputs, {**before.loads, **after.loads, w: None})
 
     depth_text, width_text = before.text(depth), after.text(width)
     w_k, w_n = (1, 2) if transposed else (2, 1)
@@ -155,7 +155,6 @@ def linear_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
         body.append(f"{', '.join(names)} = tl.split(tl.reshape(acc, (BM, BN, 2)))")
     body += ["c = (block + tl.arange(0, BN))[None, :]", f"c_ok = c < {width_text}", *after.body]
 
-    read = [n for n in inputs if n in before.loads or n in after.loads or n is w]
     symbols = {*before.symbols, *after.symbols}
     beside = [n for n in after.loads if len(value_sizes(n)) == 2 and value_sizes(n)[0] == rows]
     # Tiles that the epilogue needs at once, beside those that it computes; one that puts every second column joins two.
@@ -208,7 +207,7 @@ def outer_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
     (one, left), (other, right) = (
         operand(n, c) for n, c in zip((x, grad) if transposed else (grad, x), (height, width), strict=True)
     )
-    _loadable((one, other), inputs)
+    read = read_of(inputs, {**one.loads, **other.loads})
     high, wide_text = one.text(height), other.text(width)
     # The longer side runs slowest, so that programs at one time share what they read.
     last_fast = f"tl.program_id(0) // tl.cdiv({wide_text}, BN)", f"tl.program_id(0) % tl.cdiv({wide_text}, BN)"
@@ -235,7 +234,6 @@ def outer_text(name: str, nodes: Nodes, inputs: Nodes, outputs: Nodes) -> str:
         f"place = {product.name}_out + (expert * {high} + m[:, None]) * {wide_text} + n[None, :]",
         f"tl.store(place, acc, mask=(m[:, None] < {high}) & (n[None, :] < {wide_text}))",
     ]
-    read = [n for n in inputs if n in one.loads or n in other.loads]
     launch = [
         f"BM, BN, BK, warps, stages = {_shape(outer(dtype), 1)}",
         f"row_ends = {counts.name}.cumsum(0).to({read[0].name}.device, non_blocking=True)",
@@ -366,32 +364,19 @@ def _module(
         NoText: one of these sizes is a dimension of no input.
     """
     sizes = sorted(s.name for s in symbols)
-    every = sorted({*sizes, *(s.name for n in outputs for size in value_sizes(n) for s in size.free_symbols)})
-    ours = [*extra, *(f"{n.name}_ptr" for n in read), *(f"{n.name}_out" for n in outputs)]
-    ours += [f"{n.name}_s{d}" for n in read for d in range(len(value_sizes(n)))]
-    theirs = [*extra, *(n.name for n in read), *(f"{n.name}_out" for n in outputs)]
-    theirs += [f"{n.name}.stride({d})" for n in read for d in range(len(value_sizes(n)))]
-    made = []
-    for n in outputs:
-        shape = ", ".join(Names().text(x) for x in value_sizes(n))
-        made.append(f"{n.name}_out = torch.empty(({shape}), dtype={n.meta['val'].dtype}, device={read[0].name}.device)")
+    ours = [*extra, *parameters(read, results(outputs)), *sizes]
+    theirs = [*extra, *arguments(read, results(outputs)), *sizes]
     return "\n".join(
         [
             "@triton.jit",
-            f"def {name}_kernel({', '.join([*ours, *sizes])}, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):",
+            f"def {name}_kernel({', '.join(ours)}, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):",
             *(f"    {line}" for line in body),
             "",
             "",
             f"def {name}({', '.join(n.name for n in inputs)}):",
-            *(f"    {s} = {bound(s, inputs)}" for s in every),
-            *(f"    {line}" for line in made),
-            *(f"    {line.replace('{arguments}', ', '.join([*theirs, *sizes]))}" for line in launch),
-            f"    return {', '.join(f'{n.name}_out' for n in outputs)}",
+            *(f"    {s} = {bound(s, inputs)}" for s in sorted({*sizes, *decided(outputs)})),
+            *(f"    {allocated(n, read[0])}" for n in outputs),
+            *(f"    {line.replace('{arguments}', ', '.join(theirs))}" for line in launch),
+            f"    return {', '.join(results(outputs))}",
         ]
     )
-
-
-def _loadable(values: Sequence[Values], inputs: Nodes) -> None:
-    missing = [n for v in values for n in v.loads if n not in inputs]
-    if missing:
-        raise NoText(f"{missing[0].name} is read and not given")

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from foldcc.codegen.chains import chain_text, column_sum, column_sum_text
 from foldcc.codegen.index import MOVES
-from foldcc.codegen.lines import REDUCTIONS
 from foldcc.codegen.names import NoText
 from foldcc.codegen.pointwise import ANY, FLOATS, expression
 from foldcc.codegen.values import SPECIAL
@@ -92,7 +91,7 @@ def is_computed(node: fx.Node) -> bool:
     if node.op != "call_function" or is_free(node) or not isinstance(node.meta.get("val"), Tensor):
         return False
     name = name_of(node.target)
-    if name in REDUCTIONS or name in SPECIAL or node.target in FLOATS or node.target in ANY:
+    if name in SPECIAL or node.target in FLOATS or node.target in ANY:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

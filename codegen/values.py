@@ -62,18 +62,14 @@ class Values(Lines):
         if node not in self.inside:
             return self.load(node, index)
         name = name_of(node.target)
-        if name in MOVES and name not in ("aten.clone",):
+        if name in MOVES and name != "aten.clone":
             return self.at(node.args[0], source_index(node, index, self.ranges))
         if node.target is operator.getitem:
             return self._piece(node, index)
-        if name in ("aten._to_copy", "aten.clone"):
-            return converted(self.at(node.args[0], index), node.args[0], node)
-        if name in REDUCTIONS:
-            return self._reduction(node, name, index)
         special = SPECIAL.get(name)
         return self._pointwise(node, index) if special is None else special(self, node, index)
 
-    # --- operators of an element each ---
+    # --- pointwise operators, and reductions ---
 
     def _pointwise(self, node: fx.Node, index: Index) -> str:
         if not isinstance(node.meta.get("val"), Tensor):
@@ -96,7 +92,11 @@ class Values(Lines):
         ahead = len(index) - len(sizes)
         return tuple(Integer(0) if n == 1 else index[ahead + d] for d, n in enumerate(sizes))
 
-    def _reduction(self, node: fx.Node, name: str, index: Index) -> str:
+    def _same(self, node: fx.Node, index: Index) -> str:
+        return converted(self.at(node.args[0], index), node.args[0], node)
+
+    def _reduction(self, node: fx.Node, index: Index) -> str:
+        name = name_of(node.target)
         operand: Any = node.args[0]
         shape = value_sizes(operand)
         dims = sorted(dims_of(node, len(shape)))
@@ -289,6 +289,9 @@ class Values(Lines):
 
 
 SPECIAL: dict[str, Callable[[Values, Any, Index], str]] = {
+    "aten.clone": Values._same,
+    "aten._to_copy": Values._same,
+    **dict.fromkeys(REDUCTIONS, Values._reduction),
     "aten.cat": Values._cat,
     "aten.slice_backward": Values._placed,
     "aten.slice_scatter": Values._placed,
