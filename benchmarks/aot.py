@@ -19,8 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from foldcc.codegen.tiles import SHARED
 from foldcc.tables import table
-from foldcc.tools.aot import MODELS, SHARED, SPILLED
+from foldcc.tools.machine_code import SPILLED
+from foldcc.tools.standard_models import MODELS
 
 HEAD = ["model", "kernels", "functions", "seconds", "most registers", "most spilled", "most shared", "grouped products use"]
 

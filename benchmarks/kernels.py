@@ -35,7 +35,7 @@ import foldcc
 from foldcc.errors import FoldError
 from foldcc.tables import table
 from foldcc.tools import tune
-from foldcc.tools.aot import standard_model
+from foldcc.tools.standard_models import standard_model
 from foldcc.tools.tune import Moe, Shifted, folded_experts, gated, on_device, random_weights
 
 SHAPES = {**tune.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K

@@ -19,7 +19,10 @@ from foldcc.codegen import source
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.tools import aot
-from foldcc.tools.aot import Compiled, Launch, main, report
+from foldcc.tools.aot import main, report
+from foldcc.tools.launches import Launch, launched
+from foldcc.tools.machine_code import SPILLED, Compiled
+from foldcc.tools.standard_models import MODELS, standard_model
 from tests.models import token_batch
 
 SIZES = {"vocab_size": 128, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 4}
@@ -58,11 +61,11 @@ def test_every_kernel_of_a_program_is_compiled(config: Path) -> None:
     done = compiled(config, "--seq", "64", "--json", str(told))
     assert done.returncode == 0, done.stdout + done.stderr
 
-    model = aot.standard_model(str(config))
+    model = standard_model(str(config))
     folded = foldcc.parallelize(model, FoldedMesh.parse("dp=1"), example_inputs=token_batch(2, 64), kernels="triton")
     rows = json.loads(told.read_text())
     assert {row["kernel"] for row in rows} == set(folded.kernels)
-    assert all(0 < row["registers"] <= 255 and row["spilled"] <= aot.SPILLED for row in rows)
+    assert all(0 < row["registers"] <= 255 and row["spilled"] <= SPILLED for row in rows)
     assert all(f"\n{name} " in done.stdout for name in folded.kernels)
 
 
@@ -75,7 +78,7 @@ def test_a_tile_that_does_not_fit_is_told(config: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", aot.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_the_kernels_of_a_standard_model_fit(model: str, tmp_path: Path) -> None:
     done = compiled(tmp_path / "none", "--model", model)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -135,7 +138,7 @@ def test_a_launcher_that_needs_data_is_an_error() -> None:
     kernel = SimpleNamespace(name="norm", path="norm.py")
     node: Any = SimpleNamespace(meta={"kernel": kernel}, target=launcher, args=(torch.zeros(1, device="meta"),))
     with pytest.raises(FoldError, match="The launcher norm needs data"):
-        aot._launched(node, 1)
+        launched(node, 1)
 
 
 def test_the_benchmark_of_kernels_wants_a_gpu() -> None:

@@ -40,7 +40,8 @@ from foldcc.errors import FoldError, listed
 from foldcc.mesh import FoldedMesh, init_folded_mesh
 from foldcc.module import FoldedModule
 from foldcc.tables import table
-from foldcc.tools import aot
+from foldcc.tools.launches import Launch, launches
+from foldcc.tools.machine_code import SPILLED, compile_all, complaint
 
 SHAPES = {  # H, I, E, K
     "Qwen3-30B-A3B": (2048, 768, 128, 8),
@@ -284,7 +285,7 @@ def failure(launcher: Launcher, arguments: Sequence[Any], wanted: Any) -> str:
     except Exception as error:  # whatever a compiler or a driver says
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     spilled = max((4 * getattr(c, "n_spills", 0) for c in compiled), default=0)
-    if spilled > aot.SPILLED:
+    if spilled > SPILLED:
         return f"it spills {spilled} bytes"
     far = max(map(_distance, _tensors(found), _tensors(wanted)))
     return "" if far <= _TOLERANCE else f"its result is {far:.1e} of the norm away from the first tile's"
@@ -333,16 +334,16 @@ def on_device(fn: Callable[[], Any], turns: int) -> float:
 def refused(name: str, dtype: torch.dtype, target: str, tried: Candidates, jobs: int) -> dict[tuple[str, Tile], str]:
     """Why candidates are none, by class and tile: kernels of a shape do not compile, do not fit, or spill."""
     kinds = {"grouped_linear": ("many", "few"), "grouped_outer": ("outer",)}
-    found: list[tuple[str, Tile, aot.Launch]] = []
+    found: list[tuple[str, Tile, Launch]] = []
     with source.only_compiled_for(target):
         layer, x = example(name, TOKENS[0], "meta", dtype)
         for tile, folded in emitted(layer, x, FoldedMesh.parse("dp=1"), dict.fromkeys(t for c in tried.values() for t in c)):
-            for launch in aot.launches(folded.program):
+            for launch in launches(folded.program):
                 kind = folded.kernels[launch.kernel].kind
                 if any(tile in tried[c] for c in kinds.get(kind, ())):
                     found.append((kind, tile, launch))
-    made = aot.compile_all([launch for *_, launch in found], target, jobs)
-    whys = [(kind, tile, aot.complaint(c, target)) for (kind, tile, _), c in zip(found, made, strict=True)]
+    made = compile_all([launch for *_, launch in found], target, jobs)
+    whys = [(kind, tile, complaint(c, target)) for (kind, tile, _), c in zip(found, made, strict=True)]
     return {(c, tile): why for kind, tile, why in whys if why for c in kinds[kind] if tile in tried[c]}
 
 
