@@ -34,11 +34,12 @@ from torch import Tensor, nn
 import foldcc
 from foldcc.errors import FoldError
 from foldcc.tables import table
-from foldcc.tools import tune
+from foldcc.tools import moe_layer
+from foldcc.tools.moe_layer import Moe, Shifted, folded_experts, gated, random_weights
 from foldcc.tools.standard_models import standard_model
-from foldcc.tools.tune import Moe, Shifted, folded_experts, gated, on_device, random_weights
+from foldcc.tools.timing import on_device
 
-SHAPES = {**tune.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K
+SHAPES = {**moe_layer.SHAPES, "Mixtral-8x22B": (6144, 16_384, 8, 2), "gpt-oss-120b": (2880, 2880, 128, 4)}  # H, I, E, K
 TOKENS = (8192, 32_768)
 STEPS = {"Qwen3-30B-A3B": 4, "Mixtral-8x7B": 2}  # layers
 CONTENDERS = ("Transformers, compiled", "Liger", "ScatterMoE", "SonicMoE", "MegaBlocks")  # beside foldcc and torch._grouped_mm

@@ -20,7 +20,7 @@ from foldcc.codegen import tiles
 from foldcc.codegen.tiles import CLASSES, PATH, Table, Tile
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
-from foldcc.tools import tune
+from foldcc.tools import candidates, moe_layer, timing, tune
 
 A, B, C = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)
 PLACES = ("Qwen3", "Mixtral", "OLMoE")
@@ -44,43 +44,43 @@ def at(*seconds: float) -> dict[str, float]:
 
 
 def test_the_tile_with_the_lowest_geometric_mean_is_chosen() -> None:
-    assert tune.chosen({A: at(1, 1, 1), B: at(0.9, 0.9, 0.9), C: at(1.2, 0.8, 1)}, A) == B
+    assert candidates.chosen({A: at(1, 1, 1), B: at(0.9, 0.9, 0.9), C: at(1.2, 0.8, 1)}, A) == B
 
 
 def test_a_tile_that_is_fast_on_one_shape_and_slow_on_the_others_is_not_chosen() -> None:
-    assert tune.chosen({A: at(10, 1, 1), B: at(5, 2, 2), C: at(9, 1, 1)}, A) == C  # B has the lowest sum
+    assert candidates.chosen({A: at(10, 1, 1), B: at(5, 2, 2), C: at(9, 1, 1)}, A) == C  # B has the lowest sum
 
 
 def test_a_tile_that_fails_somewhere_is_not_chosen() -> None:
-    assert tune.chosen({A: at(1, 1, 1), B: at(0.1, 0.1, math.inf), C: {"Qwen3": math.inf}}, A) == A
+    assert candidates.chosen({A: at(1, 1, 1), B: at(0.1, 0.1, math.inf), C: {"Qwen3": math.inf}}, A) == A
 
 
 @pytest.mark.parametrize("present", [A, B])
 def test_the_present_tile_stays_where_none_is_faster(present: Tile) -> None:
-    assert tune.chosen({A: at(1, 2, 3), B: at(1, 2, 3)}, present) == present
+    assert candidates.chosen({A: at(1, 2, 3), B: at(1, 2, 3)}, present) == present
 
 
 def test_tiles_that_all_fail_are_an_error() -> None:
     with pytest.raises(FoldError, match="None of 2 candidates runs everywhere"):
-        tune.chosen({A: at(1, math.inf, 1), B: at(math.inf, 1, 1)}, A)
+        candidates.chosen({A: at(1, math.inf, 1), B: at(math.inf, 1, 1)}, A)
 
 
 def test_a_class_that_was_not_measured_is_an_error() -> None:
     seconds = {"many": {A: at(1, 1, 1)}, "few": {A: {}}}
     with pytest.raises(FoldError, match="Nothing of the class 'few' was measured"):
-        tune.tuned(tiles.table(), "sm_90", 2, seconds, "made up")
+        candidates.tuned(tiles.table(), "sm_90", 2, seconds, "made up")
 
 
 def test_only_what_was_measured_changes() -> None:
     before = tiles.table()
-    after = tune.tuned(before, "sm_90", 2, {"many": {A: at(2, 2, 2), B: at(1, 1, 1)}}, "made up")
+    after = candidates.tuned(before, "sm_90", 2, {"many": {A: at(2, 2, 2), B: at(1, 1, 1)}}, "made up")
     assert after.tiles == {**before.tiles, ("sm_90", 2, "many"): B}
     assert after.origins == {**before.origins, ("sm_90", 2): "made up"}
 
 
 def test_what_changes_is_told_for_each_shape() -> None:
     seconds = {"few": {tiles.table().tiles["sm_90", 2, "few"]: at(2, 2, 2), B: at(1, 1.5, 1)}}
-    after = tune.tuned(tiles.table(), "sm_90", 2, seconds, "made up")
+    after = candidates.tuned(tiles.table(), "sm_90", 2, seconds, "made up")
     lines = tune.compared(tiles.table(), after, "sm_90", 2, seconds).splitlines()[2:]
     assert [(line.split()[1], line.split()[-1]) for line in lines] == [
         ("Qwen3", "0.50"),
@@ -94,7 +94,7 @@ def test_a_chip_that_is_new_starts_with_the_tiles_of_others() -> None:
     with_chip = before.with_chip("sm_89")
     assert before.with_chip("sm_90") == before
     assert all(with_chip.tiles["sm_89", e, c] == before.tiles["other", e, c] for e in (2, 4, 8) for c in CLASSES)
-    after = tune.tuned(with_chip, "sm_89", 2, {"few": {C: at(1, 1, 1)}}, "made up")
+    after = candidates.tuned(with_chip, "sm_89", 2, {"few": {C: at(1, 1, 1)}}, "made up")
     assert after.tiles["sm_89", 2, "few"] == C and list(after.origins)[-3:] == [("sm_89", e) for e in (2, 4, 8)]
 
 
@@ -105,7 +105,7 @@ def test_a_chip_that_is_new_starts_with_the_tiles_of_others() -> None:
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_candidates_fit_and_the_present_tile_is_the_first(chip: str, element: int) -> None:
     table = tiles.table().with_chip(chip)
-    found = tune.candidates(table, chip, element)
+    found = candidates.candidates(table, chip, element)
     assert list(found) == list(CLASSES)
     for name, tried in found.items():
         assert tried[0] == table.tiles[chip, element, name] and len(set(tried)) == len(tried) > 1
@@ -116,8 +116,8 @@ def test_candidates_fit_and_the_present_tile_is_the_first(chip: str, element: in
 
 
 def test_standard_shapes_have_many_rows_and_few() -> None:
-    for name in tune.SHAPES:
-        assert [tune.classes_of(name, n)["grouped_linear"] for n in tune.TOKENS] == ["many", "few"]
+    for name in moe_layer.SHAPES:
+        assert [timing.classes_of(name, n)["grouped_linear"] for n in moe_layer.TOKENS] == ["many", "few"]
 
 
 # --- the table ---
@@ -126,13 +126,13 @@ def test_standard_shapes_have_many_rows_and_few() -> None:
 def test_a_table_that_is_written_again_is_the_same_file(tmp_path: Path) -> None:
     table = Table.read()
     assert str(table) == PATH.read_text()
-    changed = tune.tuned(table.with_chip("sm_89"), "sm_89", 2, {"outer": {C: at(1, 1, 1)}}, 'timed on a "GPU"')
+    changed = candidates.tuned(table.with_chip("sm_89"), "sm_89", 2, {"outer": {C: at(1, 1, 1)}}, 'timed on a "GPU"')
     (tmp_path / "tiles.json").write_text(str(changed))
     assert Table.read(tmp_path / "tiles.json") == changed
 
 
 def test_a_change_of_a_tile_changes_two_lines() -> None:
-    before, after = tiles.table(), tune.tuned(tiles.table(), "sm_90", 2, {"few": {B: at(1, 1, 1)}}, "made up")
+    before, after = tiles.table(), candidates.tuned(tiles.table(), "sm_90", 2, {"few": {B: at(1, 1, 1)}}, "made up")
     pairs = zip(str(before).splitlines(), str(after).splitlines(), strict=True)
     assert [new for old, new in pairs if old != new] == [
         '      "from": "made up",',
@@ -240,7 +240,7 @@ def test_launchers_that_fail_or_spill_or_compute_something_else_are_none() -> No
     names = "right", "near", "registers in memory", "raises", "wrong", "unwritten"
     results = right, right + 1e-3, 9, RuntimeError("out of resource\n"), 2 * right, nan
     launchers = dict(zip(names, kernels(*results), strict=True))
-    whys = {name: tune.failure(launcher, (right,), right) for name, launcher in launchers.items()}
+    whys = {name: timing.failure(launcher, (right,), right) for name, launcher in launchers.items()}
     assert whys == {
         "right": "",
         "near": "",
@@ -250,7 +250,7 @@ def test_launchers_that_fail_or_spill_or_compute_something_else_are_none() -> No
         "unwritten": "its result is nan of the norm away from the first tile's",
     }
     with pytest.raises(torch.OutOfMemoryError):
-        tune.failure(kernels(torch.OutOfMemoryError())[0], (right,), right)
+        timing.failure(kernels(torch.OutOfMemoryError())[0], (right,), right)
 
 
 def test_a_launcher_is_timed_for_each_candidate_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,10 +258,10 @@ def test_a_launcher_is_timed_for_each_candidate_with_its_arguments(monkeypatch: 
         fn()
         return float(turns)
 
-    monkeypatch.setattr(tune, "on_device", on_device)
+    monkeypatch.setattr(timing, "on_device", on_device)
     right, seconds, out = torch.ones(4), {A: 1.0, B: 0.0, C: math.inf}, {}
     rivals = dict(zip((A, B, C), kernels(right, RuntimeError(), right), strict=True))
-    assert tune.timing(rivals, seconds, out, turns=3)(right).equal(right)
+    assert timing.timing(rivals, seconds, out, turns=3)(right).equal(right)
     assert seconds == {A: 4.0, B: math.inf, C: math.inf} and out == {B: "RuntimeError: "}
 
 
@@ -271,12 +271,12 @@ def test_every_product_of_a_layer_is_computed_with_every_candidate(
     if torch.cuda.is_available():
         pytest.skip("kernels are interpreted without a GPU")
     monkeypatch.setenv("FOLDCC_CACHE", str(tmp_path))
-    monkeypatch.setitem(tune.SHAPES, "tiny", (32, 16, 4, 2))
-    monkeypatch.setattr(tune, "TOKENS", (140, 8))
-    monkeypatch.setattr(tune, "on_device", lambda fn, turns: 1.0)
+    monkeypatch.setitem(moe_layer.SHAPES, "tiny", (32, 16, 4, 2))
+    monkeypatch.setattr(timing, "TOKENS", (140, 8))
+    monkeypatch.setattr(timing, "on_device", lambda fn, turns: 1.0)
     present, broken = Tile(32, 32, 32, 1, 1), Tile(48, 32, 16, 1, 1)
     tried = {"many": [present, broken], "few": [present, Tile(16, 32, 16, 1, 1)], "outer": [present]}
-    seconds = tune.all_measured(["tiny"], torch.float32, FoldedMesh.parse("dp=1"), tried, turns=1)
+    seconds = timing.all_measured(["tiny"], torch.float32, FoldedMesh.parse("dp=1"), tried, turns=1)
     many, few = "tiny, 140 tokens", "tiny, 8 tokens"
     assert seconds == {
         "many": {present: {many: 4.0}, broken: {many: math.inf}},  # up and down, forward and backward
@@ -295,9 +295,9 @@ def test_a_shape_that_memory_does_not_suffice_for_is_left_out(
             return {"many": {A: 1.0}}, {}
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(tune, "measured", measured)
+    monkeypatch.setattr(timing, "measured", measured)
     tried: Any = {"many": [A], "few": [], "outer": []}
-    seconds = tune.all_measured(["DeepSeek-V3", "OLMoE"], torch.bfloat16, FoldedMesh.parse("dp=1"), tried, turns=1)
+    seconds = timing.all_measured(["DeepSeek-V3", "OLMoE"], torch.bfloat16, FoldedMesh.parse("dp=1"), tried, turns=1)
     assert list(seconds["many"][A]) == ["OLMoE, 8192 tokens", "OLMoE, 256 tokens"]
     assert "is left out: memory does not suffice" in capsys.readouterr().out
 
@@ -308,7 +308,7 @@ def test_a_shape_that_memory_does_not_suffice_for_is_left_out(
 def test_a_dry_run_shows_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--dry-run", "--target", "sm_90"]) == 0
     told = capsys.readouterr().out
-    found = tune.candidates(tiles.table(), "sm_90", 2)
+    found = candidates.candidates(tiles.table(), "sm_90", 2)
     lines = [line.split()[0] for line in told.splitlines()[4:]]
     assert {name: lines.count(name) for name in CLASSES} == {name: len(tried) for name, tried in found.items()}
     assert "many    128      256    64      8       4           128  196,608" in told and "232,448" in told
