@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from foldcc.ir.node import operands
 from foldcc.ir.plan import OpLayouts, Plan
 from foldcc.ir.program import Program
-from foldcc.layout import INVARIANT, REPLICATED, Layout, State
+from foldcc.layout import INVARIANT, Layout
+from foldcc.plan.choice import Choice, op_layouts
 from foldcc.plan.interface import interface
-from foldcc.plan.search import Choice, choose
-from foldcc.plan.strategies import results_of
+from foldcc.plan.search import choose
 
 
 def filled(program: Program, plan: Plan) -> Plan:
@@ -32,27 +31,12 @@ def filled(program: Program, plan: Plan) -> Plan:
             chosen[axis] = choose(program, axis, chosen, taken, plan)
     ranks, slot_of = {a: program.mesh.size(a) for a in chosen}, interface(program)
 
-    def layout(node: fx.Node | None, states: dict[str, State | None]) -> Layout | None:
-        """With the states that there are; None for a value without any."""
-        there = {a: s for a, s in states.items() if s is not None}
-        if node is None or (states and not there):
-            return None
-        if not node.meta["grad"]:  # where no gradient flows, replicated and invariant are the same
-            there = {a: INVARIANT if s == REPLICATED else s for a, s in there.items()}
-        return Layout(node.meta["dims"], program.sizes, there, ranks)
-
     def entering(node: fx.Node) -> Layout:
         slot = slot_of.get(node, node)
         return Layout(node.meta["dims"], program.sizes, {a: c.slots.get(slot, INVARIANT) for a, c in chosen.items()}, ranks)
 
     def runs(node: fx.Node) -> OpLayouts:
-        given = [
-            layout(x, {a: c.strategies[node].operands[i] for a, c in chosen.items()}) for i, x in enumerate(operands(node))
-        ]
-        left = [
-            layout(r, {a: c.strategies[node].results[k] for a, c in chosen.items()}) for k, r in enumerate(results_of(node))
-        ]
-        return OpLayouts(tuple(given), tuple(left))
+        return op_layouts(program, node, {a: c.strategies[node] for a, c in chosen.items()})
 
     parameters = {s.names[0]: s.name for s in program.slots if s.kind == "parameter"}
     values = {n.name: entering(n) for n in program.graph.graph.nodes if n.op == "placeholder" or n.target is operator.getitem}

@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from torch import fx
 
-from foldcc.errors import FoldError, divides, divisors, listed
+from foldcc.errors import FoldError, divisors, listed
 from foldcc.ir.node import name_of, operands
 from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
-from foldcc.layout import INVARIANT, REPLICATED, Layout, Shard, State, Symbol
-from foldcc.ops.captured import PLAIN, captured_record
+from foldcc.layout import REPLICATED, Shard, State
 from foldcc.plan import costs, roles
+from foldcc.plan.choice import Choice, laid_out, op_layouts, plain, take
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
-from foldcc.plan.strategies import Strategist, Strategy, product_of, results_of, runs
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen on one axis: a strategy for each node, a state for each value that enters or leaves a block."""
-
-    strategies: dict[fx.Node, Strategy]
-    slots: dict[Any, State]
+from foldcc.plan.states import between_blocks, takes
+from foldcc.plan.strategies import Strategist, Strategy, results_of
+from foldcc.plan.work import Work
 
 
 class _AxisProblem:
@@ -49,34 +41,15 @@ class _AxisProblem:
         self.model = IntegerProgram()
         self.slot_of = interface(program)
         self.said = self._said()
-        self.hidden = roles.hidden(program)
+        self.work = Work(program, chosen, self.slot_of)
         self.batch = roles.batch(program)
-        self.takes = self._takes()
+        self.takes = takes(program, axis)
         self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes)
-        self.scale = self._reference()
         self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
         self.slots: dict[fx.Node, dict[State, int]] = {}
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.
         self.made: dict[fx.Node, dict[State, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.needed: dict[fx.Node, list[dict[State, list[int]]]] = defaultdict(list)
-
-    def _takes(self) -> set[Symbol | None]:
-        """The factors that the axis may divide: samples are dp's, sequences cp's, and what tp takes is a question of cost."""
-        if self.axis == "dp":
-            return {self.batch}
-        if self.axis != "cp":
-            return roles.factors(self.program) - {self.batch}
-        found = roles.sequences(self.program) - {self.batch}
-        if not found:
-            raise FoldError(
-                f"No input has a sequence that cp={self.ranks} could divide.",
-                mesh=str(self.program.mesh),
-                valid="cp=1; or inputs with a dimension beside that of their samples which no product with a weight sums over",
-            )
-        sizes = sorted({self.program.sizes[f] for f in found})
-        if all(n % self.ranks for n in sizes):
-            divides("positions", sizes[-1], "cp", self.ranks, mesh=str(self.program.mesh), valid=f"multiples of {self.ranks}")
-        return found
 
     def _said(self) -> dict[fx.Node, tuple[str, State]]:
         """What the plan says of values that enter the main graph or pass between blocks: by whose name, and the state."""
@@ -88,40 +61,6 @@ class _AxisProblem:
             if layout is not None and layout.view == "attention" and self.axis in layout.states:
                 found.setdefault(self.slot_of.get(node, node), (name, layout.states[self.axis]))
         return found
-
-    def _reference(self) -> float:
-        """The factor by which the batch is scaled so that each data-parallel rank holds the reference load."""
-        tokens = 1
-        for node in self.program.placeholders:
-            if self.program.slot(node.name).kind == "input":
-                tokens = max(tokens, int(np.prod([int(n) for n in node.meta["val"].shape[:2]])))
-        return costs.TOKENS * self.hidden * self.program.mesh.size("dp") / tokens
-
-    def elements(self, node: fx.Node) -> float:
-        """Elements of a value at the reference load, with what earlier axes have divided."""
-        count = float(np.prod([int(n) for n in node.meta["val"].shape]) or 1.0)
-        if any(self.batch in dim for dim in node.meta["dims"]):
-            count *= self.scale
-        for axis, choice in self.chosen.items():
-            state = choice.slots.get(self.slot_of.get(node)) if node in self.slot_of else _state_of(choice, node)
-            if isinstance(state, Shard):
-                count /= self.program.mesh.size(axis)
-        return count
-
-    def work(self, node: fx.Node) -> float:
-        rule, known = node.meta["rule"], captured_record(node.target)
-        passes = 3.0 if node.meta["grad"] else 1.0
-        results = [r for r in results_of(node) if r is not None]
-        traffic = costs.TRAFFIC * sum(self.elements(r) for r in results)
-        flops = 0.0
-        if rule is not None and (
-            known is PLAIN or (known.products and not known.placed)
-        ):  # what is placed elsewhere runs there
-            contracted = [x for x in rule.letters() if rule.summed(x) and len(rule.operands) > 1]
-            if contracted:
-                product = float(np.prod([rule.sizes[x] for x in contracted]))
-                flops = 2 * product * sum(self.elements(r) for r in results)
-        return passes * (traffic + costs.FLOPS * flops / self.hidden)
 
     def build(self) -> None:
         program = self.program
@@ -151,11 +90,11 @@ class _AxisProblem:
         if said is not None:
             there = [s for s in options if self._agrees(node, s, said)]
             if not there:
-                self._unfit(f"{block} {node.name}", said, (self._op_layouts(node, s) for s in options))
+                self._unfit(f"{block} {node.name}", said, *(op_layouts(self.program, node, {self.axis: s}) for s in options))
             options = there
         if self.axis == "tp" and "kv_heads" in node.meta.get("letters", ()):
             self._check_heads(node, options)
-        work = self.work(node) * times
+        work = self.work.of(node) * times
         found = []
         for s in options:
             found.append((s, self.model.variable(work * s.share, integer=True)))
@@ -168,12 +107,12 @@ class _AxisProblem:
             for s, v in found:
                 state = s.operands[i]
                 if state is not None:
-                    wanted[self._plain(x, state)].append(v)
+                    wanted[plain(x, state)].append(v)
             self.needed[x].append(wanted)
         for k, r in enumerate(results_of(node)):
             if r is not None:
                 for s, v in found:
-                    self.made[r][self._plain(r, s.results[k])].append(v)
+                    self.made[r][plain(r, s.results[k])].append(v)
 
     def _keeps_samples(self, node: fx.Node, strategy: Strategy) -> bool:
         """Whether each value that has the batch factor is divided along it: no rank holds another's samples."""
@@ -191,22 +130,12 @@ class _AxisProblem:
             *zip(results_of(node), strategy.results, said.results, strict=False),
         ]
         return all(
-            self._plain(x, state) == layout.states[self.axis]
+            plain(x, state) == layout.states[self.axis]
             for x, state, layout in pairs
             if x is not None and state is not None and layout is not None and self.axis in layout.states
         )
 
-    def _layout(self, node: fx.Node | None, state: State | None) -> Layout | None:
-        """A value's layout on this axis alone."""
-        if node is None or state is None:
-            return None
-        return Layout(node.meta["dims"], self.program.sizes, {self.axis: self._plain(node, state)}, {self.axis: self.ranks})
-
-    def _op_layouts(self, node: fx.Node, strategy: Strategy) -> OpLayouts:
-        given, left = zip(operands(node), strategy.operands, strict=False), zip(results_of(node), strategy.results, strict=True)
-        return OpLayouts(*(tuple(self._layout(x, s) for x, s in side) for side in (given, left)))
-
-    def _unfit(self, what: str, said: object, options: Iterable[object]) -> NoReturn:
+    def _unfit(self, what: str, said: object, *options: object) -> NoReturn:
         raise UnfitPlan(
             f"The plan's {what} is not possible on {self.axis}={self.ranks}.",
             plan=said,
@@ -214,20 +143,17 @@ class _AxisProblem:
             mesh=str(self.program.mesh),
         )
 
-    def _plain(self, node: fx.Node, state: State) -> State:
-        """Where no gradient flows, replicated and invariant are the same."""
-        return INVARIANT if state == REPLICATED and not node.meta["grad"] else state
-
     def _slot(self, slot: fx.Node) -> dict[State, int]:
         if slot in self.slots:
             return self.slots[slot]
-        states = self._slot_states(slot)
+        states = between_blocks(self.program, self.axis, slot, self.chosen, self.takes)
         if slot in self.said:
             name, state = self.said[slot]
             if state not in states:
-                self._unfit(name, self._layout(slot, state), (self._layout(slot, s) for s in states))
+                self._unfit(name, *(laid_out(self.program, slot, {self.axis: s}) for s in (state, *states)))
             states = [state]
-        holding = sum(self._holding(node) for node in self.program.placeholders if self.slot_of.get(node) is slot)
+        held = [node for node in self.program.placeholders if self.slot_of.get(node) is slot and self.axis != "dp"]
+        holding = sum(map(self.work.holding, held))
         found = {}
         for state in states:
             cost = holding / self.ranks if isinstance(state, Shard) else holding
@@ -236,50 +162,6 @@ class _AxisProblem:
         self.slots[slot] = found
         return found
 
-    def _slot_states(self, slot: fx.Node) -> list[State]:
-        kind = None
-        if slot.op == "placeholder" and slot.graph is self.program.graph.graph:
-            kind = self.program.slot(slot.name).kind
-            kind = None if kind == "tap" else kind  # laid out as what it is added to
-        if self.axis == "dp":
-            if kind == "input":
-                return [self._batch_state(slot)]
-            if kind is not None:
-                return [INVARIANT]
-            if any(self.batch in dim for dim in slot.meta["dims"]):
-                return [self._batch_state(slot)]
-        elif kind is not None and kind != "parameter":
-            return [INVARIANT]
-        found: list[State] = [INVARIANT]
-        for d, dim in enumerate(slot.meta["dims"]):
-            sizes = [self.program.sizes[f] for f in dim]
-            for axis, choice in self.chosen.items():
-                state = choice.slots.get(slot)
-                if isinstance(state, Shard) and state.dim == d:
-                    left = self.program.mesh.size(axis)
-                    for i in range(state.start, state.stop):
-                        share = min(left, sizes[i])
-                        sizes[i], left = sizes[i] // share, left // share
-            found += [Shard(d, a, b) for a, b in runs(sizes, self.ranks) if self.takes.issuperset(dim[a:b])]
-        return found
-
-    def _batch_state(self, node: fx.Node) -> State:
-        for d, dim in enumerate(node.meta["dims"]):
-            if self.batch in dim:
-                at = dim.index(self.batch)
-                divides("samples", self.program.sizes[self.batch], self.axis, self.ranks, mesh=str(self.program.mesh))
-                return Shard(d, at, at + 1)
-        return INVARIANT
-
-    def _holding(self, slot: fx.Node) -> float:
-        """What holding a whole weight matrix costs; vectors are too small to count."""
-        if self.axis == "dp" or self.program.slot(slot.name).kind != "parameter":
-            return 0.0
-        if sum(bool(dim) for dim in slot.meta["dims"]) < 2:
-            return 0.0
-        tokens = costs.TOKENS * self.hidden
-        return costs.HOLDING * tokens * float(np.prod([int(n) for n in slot.meta["val"].shape])) / self.hidden
-
     def _returned(self) -> None:
         done = set()
         for inner, outer in returns(self.program):
@@ -287,7 +169,7 @@ class _AxisProblem:
             if (inner, slot) in done:
                 continue
             done.add((inner, slot))
-            self.needed[inner].append({self._plain(inner, s): [v] for s, v in self._slot(slot).items()})
+            self.needed[inner].append({plain(inner, s): [v] for s, v in self._slot(slot).items()})
 
     def _moves(self) -> None:
         """A cost for every pair of a state in which a value is left and one in which it is needed."""
@@ -299,10 +181,10 @@ class _AxisProblem:
                 made: dict[State, list[int]]
                 if x.op == "placeholder":
                     made = {s: [v] for s, v in self.slots[self.slot_of[x]].items()}
-                    made = {self._plain(x, s): v for s, v in made.items()}
+                    made = {plain(x, s): v for s, v in made.items()}
                 else:
                     made = self.made[x]
-                size = self.elements(x)
+                size = self.work.elements(x)
                 # A move is paid once, however many consumers share it; each consumer's own plan keeps the bound tight.
                 paid: dict[tuple[State, State], int] = {}
                 for wanted in self.needed[x]:
@@ -328,7 +210,7 @@ class _AxisProblem:
         """Cost of a move. A parameter is used where it is kept: gathering it for use is another pass's business."""
         if x.meta.get("parameter") and isinstance(source, Shard) and source != target:
             return None
-        start = 0.0 if x.meta.get("parameter") else costs.START * costs.TOKENS * self.hidden**2
+        start = 0.0 if x.meta.get("parameter") else self.work.start
         return costs.move(source, target, size, self.ranks, x.meta["grad"], start)
 
     def _check_heads(self, node: fx.Node, options: list[Strategy]) -> None:
@@ -367,14 +249,6 @@ class _AxisProblem:
         )
 
 
-def _state_of(choice: Choice, node: fx.Node) -> State | None:
-    producer = node.args[0] if node.target is operator.getitem else node
-    strategy = choice.strategies.get(producer)
-    if strategy is None:
-        return None
-    return strategy.results[node.args[1] if node.target is operator.getitem else 0]
-
-
 def choose(program: Program, axis: str, chosen: dict[str, Choice], taken: dict[fx.Node, dict[Any, int]], plan: Plan) -> Choice:
     """The cheapest choice on one axis of all that the plan allows, given what was chosen on the axes before it."""
     problem = _AxisProblem(program, axis, chosen, taken, plan)
@@ -384,26 +258,6 @@ def choose(program: Program, axis: str, chosen: dict[str, Choice], taken: dict[f
         raise FoldError(f"No layout over {axis}={problem.ranks} satisfies every operator.", mesh=str(program.mesh))
     strategies = {n: max(found, key=lambda sv: x[sv[1]])[0] for n, found in problem.strategies.items()}
     states = {slot: max(found, key=lambda s: x[found[s]]) for slot, found in problem.slots.items()}
-    for node, strategy in strategies.items():
-        _take(node, strategy, problem.ranks, program.sizes, taken)
-    return Choice(strategies, states)
-
-
-def _take(
-    node: fx.Node, strategy: Strategy, ranks: int, sizes: dict[Symbol, int], taken: dict[fx.Node, dict[Any, int]]
-) -> None:
-    """Notes which part of which letter an axis has divided, for the axes after it."""
-    rule = node.meta["rule"]
-    if rule is None:
-        return
-    patterns = [*zip(rule.operands, strategy.operands, strict=False), *zip(rule.results, strategy.results, strict=True)]
-    for pattern, state in patterns:
-        if pattern is None or not isinstance(state, Shard):
-            continue
-        left = ranks
-        for key in product_of(pattern, state, node.meta["letters"]):
-            size = sizes[node.meta["letters"][key[0]][key[1]]] // taken[node].get(key, 1)
-            share = min(left, size)
-            taken[node][key] = taken[node].get(key, 1) * share
-            left //= share
-        return
+    choice = Choice(strategies, states)
+    take(program, axis, choice, taken)
+    return choice

@@ -1,0 +1,75 @@
+"""States: what a mesh axis may divide, and so the states of values that enter the main graph or pass between blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from foldcc.errors import FoldError, divides
+from foldcc.ir.program import Program
+from foldcc.layout import INVARIANT, Shard, State, Symbol
+from foldcc.plan import roles
+from foldcc.plan.choice import Choice
+from foldcc.plan.strategies import runs
+
+
+def takes(program: Program, axis: str) -> set[Symbol | None]:
+    """The factors that an axis may divide: samples are dp's, sequences cp's, and what tp takes is a question of cost."""
+    batch, ranks = roles.batch(program), program.mesh.size(axis)
+    if axis == "dp":
+        return {batch}
+    if axis != "cp":
+        return roles.factors(program) - {batch}
+    found = roles.sequences(program) - {batch}
+    if not found:
+        raise FoldError(
+            f"No input has a sequence that cp={ranks} could divide.",
+            mesh=str(program.mesh),
+            valid="cp=1; or inputs with a dimension beside that of their samples which no product with a weight sums over",
+        )
+    sizes = sorted({program.sizes[f] for f in found})
+    if all(n % ranks for n in sizes):
+        divides("positions", sizes[-1], "cp", ranks, mesh=str(program.mesh), valid=f"multiples of {ranks}")
+    return found
+
+
+def between_blocks(
+    program: Program, axis: str, slot: fx.Node, chosen: Mapping[str, Choice], divisible: set[Symbol | None]
+) -> list[State]:
+    """The states on an axis of a value that enters the main graph or passes between blocks.
+
+    Args:
+        chosen: what was chosen on the axes before.
+        divisible: the factors that the axis may divide.
+    """
+    kind, batch, ranks = None, roles.batch(program), program.mesh.size(axis)
+    if slot.op == "placeholder" and slot.graph is program.graph.graph:
+        kind = program.slot(slot.name).kind
+        kind = None if kind == "tap" else kind  # laid out as what it is added to
+    if axis == "dp":
+        samples = kind == "input" or (kind is None and any(batch in dim for dim in slot.meta["dims"]))
+        return [_by_samples(program, slot, batch, ranks)] if samples else [INVARIANT]
+    if kind not in (None, "parameter"):
+        return [INVARIANT]
+    found: list[State] = [INVARIANT]
+    for d, dim in enumerate(slot.meta["dims"]):
+        sizes = [program.sizes[f] for f in dim]
+        for before, choice in chosen.items():
+            state = choice.slots.get(slot)
+            if isinstance(state, Shard) and state.dim == d:
+                left = program.mesh.size(before)
+                for i in range(state.start, state.stop):
+                    share = min(left, sizes[i])
+                    sizes[i], left = sizes[i] // share, left // share
+        found += [Shard(d, a, b) for a, b in runs(sizes, ranks) if divisible.issuperset(dim[a:b])]
+    return found
+
+
+def _by_samples(program: Program, node: fx.Node, batch: Symbol | None, ranks: int) -> State:
+    for d, dim in enumerate(node.meta["dims"]):
+        if batch in dim:
+            at = dim.index(batch)
+            divides("samples", program.sizes[batch], "dp", ranks, mesh=str(program.mesh))
+            return Shard(d, at, at + 1)
+    return INVARIANT
