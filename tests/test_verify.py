@@ -99,7 +99,7 @@ def drawn(examples: int) -> Callable[..., Callable[..., None]]:
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 
 
-@drawn(8)
+@drawn(5)
 @given(case=programs(world=4))
 def test_no_program_is_a_false_alarm(case: Case) -> None:
     folded = foldcc.parallelize(case.model, case.mesh, example_inputs=case.inputs)
