@@ -15,6 +15,7 @@ import foldcc
 from foldcc import FoldError, Plan
 from foldcc.ir.plan import UnfitPlan
 from foldcc.passes.differentiate import Differentiate
+from foldcc.runtime.parameters import Places
 from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
@@ -230,6 +231,10 @@ def on_processes(plan: str, wanted: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         assert relative_error(p.grad.full_tensor(), wanted[name]) < 1e-10, name
     assert str(model.plan.parameters["up.weight"]) == "[w1, seq@tp] I(dp)"
+    with pytest.warns(UserWarning, match="Ranks have made different choices, .* rank 0's are taken"):
+        given = plan if dist.get_rank() == 0 else None
+        other = foldcc.parallelize(Mlp().double(), mesh, example_inputs=(X[:2].double(),), plan=given)
+    assert other.plan == model.plan
 
 
 def test_a_plan_on_processes() -> None:
@@ -252,3 +257,11 @@ def test_bf16_and_autocast_take_a_plan() -> None:
 def test_choices_survive_with_passes_and_the_gradients_of_other_outputs() -> None:
     model = folded_mlp()
     assert model.with_passes().plan == model.plan and Differentiate in {type(s.by) for s in model.stages}
+
+
+def test_a_program_that_holds_a_parameter_otherwise_is_refused() -> None:
+    usual, other = folded_mlp(), folded_mlp(plan="plan dp=2,tp=2\nstored\n  up.weight [w@tp, hidden@dp]")
+    places = Places(usual.mesh)
+    places.take(usual, usual.program)
+    with pytest.raises(FoldError, match=r"Parameter up.weight is held as .*, and another program holds it as .*@dp"):
+        places.take(usual, other.program)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from foldcc.errors import FoldError
+from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
 
 
@@ -98,6 +99,13 @@ class Stages(Sequence[Stage]):
         """The passes that ran after a stage."""
         first = [s.name for s in self].index(self[after].name)
         return [s.by for s in self._stages[first + 1 :] if s.by is not None]
+
+    def again(self, plan: Plan, *, check: Callable[[Program], None]) -> Stages:
+        """The same passes over what was captured, with other choices."""
+        captured = self[0]
+        return run_passes(
+            replace(captured.program, plan=plan), [s.by for s in self if s.by], seconds=captured.seconds, check=check
+        )
 
     def diff(self, first: str, second: str) -> str:
         """The lines that differ between two stages, as a unified diff."""

@@ -73,6 +73,15 @@ def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:
     )
 
 
+def choices_of_first(mesh: FoldedMesh, plan: str) -> str | None:
+    """The plan of rank 0, as text, where ranks have made other choices; None where they agree. Collective over the world."""
+    if mesh.is_virtual or _alike(mesh, _short(plan)):
+        return None
+    told = [plan]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def _short(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
