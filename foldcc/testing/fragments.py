@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from foldcc.errors import FoldError
-from foldcc.ir.parse import Graph, declared
+from foldcc.ir.parsed import Graph, declared
 from foldcc.ir.syntax import SLOT, Expression, Line, Section, Text, extend, typed
 from foldcc.ir.text import short, type_text
 from foldcc.ops.groups import active
