@@ -26,6 +26,7 @@ from foldcc.programs import Kept, Programs
 from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, choices_of_first, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
+from foldcc.runtime.keys import draw_keys
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling, one_at_a_time
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
@@ -110,12 +111,15 @@ class FoldedModule(nn.Module):
             **dict(self.named_parameters(remove_duplicate=False)),
             **dict(self.named_buffers(remove_duplicate=False)),
         }
+        keys = draw_keys(sum(s.kind == "key" for s in program.slots), self.mesh, self._compiler.device(self))
         values = []
         for slot, node in zip(program.slots, program.placeholders, strict=True):
             if slot.kind == "input":
                 values.append(next(inputs))
             elif slot.kind == "constant":
                 values.append(program.constants[slot.name])
+            elif slot.kind == "key":
+                values.append(next(keys))
             elif slot.kind == "tap":
                 values.append(kept.executable.zeros(node))
             else:

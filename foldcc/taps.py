@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.capture.observe import Recorder
 from foldcc.hooks import Events, Result, Seen
-from foldcc.ir.program import Program, Slot
+from foldcc.ir.program import Program, Slot, entering
 from foldcc.ir.rewrite import emit
 from foldcc.plan.interface import differentiated
 
@@ -78,18 +78,11 @@ def without_results(program: Program) -> Program:
 
 
 def _tap(graph: fx.Graph, slots: list[Slot], name: str, where: str, value: fx.Node) -> fx.Node:
-    """A placeholder like the value, before the inputs of the call."""
+    """A placeholder like the value."""
     like = value.meta["val"]
-    position = next((i for i, s in enumerate(slots) if s.kind == "input"), len(slots))
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    point = placeholders[position] if position < len(placeholders) else placeholders[-1].next
-    with graph.inserting_before(point):
-        node = graph.placeholder(name)
-    node.target = node.name
     with like.fake_mode:
-        node.meta["val"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    slots.insert(position, Slot(node.name, "tap", (where,), grad=True))
-    return node
+        zero = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return entering(graph, slots, Slot(name, "tap", (where,), grad=True), zero)
 
 
 def _placed(events: Events, places: Sequence[int]) -> Events:

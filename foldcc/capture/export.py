@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import functions, modules, normalize, packing, regions, transformers
+from foldcc.capture import functions, modules, normalize, packing, random, regions, transformers
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.errors import FoldError
@@ -101,6 +101,7 @@ def capture(
     _put_on(graph, device)
     packing.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
     normalize.normalize(graph)
+    slots = random.with_keys(graph, slots)
     literals = _without_literals(graph)
     out_spec = exported.call_spec.out_spec
     return Program(

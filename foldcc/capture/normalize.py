@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from foldcc import ops
-from foldcc.errors import FoldError
 from foldcc.ir.node import argument, name_of
-from foldcc.ir.rewrite import emit
+from foldcc.ir.rewrite import emit, inline
 from foldcc.rules.kinds import RESHAPES, SAME
 
 aten = torch.ops.aten
@@ -35,8 +34,6 @@ def normalize(graph: fx.GraphModule) -> None:
             node.target, node.args = aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
-        elif node.op == "call_function":
-            _check_random(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -63,35 +60,57 @@ def _cross_entropy(node: fx.Node) -> fx.Node:
 
 
 def _attention(node: fx.Node) -> fx.Node:
-    if argument(node, "dropout_p"):
-        raise FoldError(
-            f"Attention drops out with p={argument(node, 'dropout_p')}; random masks are not supported yet.",
-            at=node.meta.get("stack_trace", "").strip().splitlines()[-1:] or None,
-            valid="dropout_p=0.0",
-        )
-    if argument(node, "attn_mask") is not None:
-        return node
     q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-    if q.meta["val"].dim() != 4:
-        return node
+    dropout = argument(node, "dropout_p")
+    if argument(node, "attn_mask") is not None or q.meta["val"].dim() != 4:
+        return node if not dropout else _attended(node)
     scale = argument(node, "scale")
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
-    y = emit(node, ops.attention, q, k, v, None, None, scale, argument(node, "is_causal"), 0)
+    causal = argument(node, "is_causal")
+    keep = None
+    if dropout:
+        shape = (*q.meta["val"].shape[:3], k.meta["val"].shape[2])
+        keep = inline(node, lambda q: aten.bernoulli.p(q.new_empty(shape, dtype=torch.bool), 1 - dropout), q)
+    y = emit(node, ops.attention, q, k, v, None, None, scale, causal, 0, keep=keep, dropout=dropout)
     return emit(node, aten.transpose.int, y, 1, 2)
 
 
+def _attended(node: fx.Node) -> fx.Node:
+    """Attention with a mask that drops out, in the operators that it is made of."""
+    operands = [x for name in ("query", "key", "value", "attn_mask") if (x := argument(node, name)) is not None]
+    dropout, causal, scale, grouped = (argument(node, n) for n in ("dropout_p", "is_causal", "scale", "enable_gqa"))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        weights = torch._safe_softmax(scores, -1)
+        keep = aten.bernoulli.p(torch.empty_like(weights, dtype=torch.bool), 1 - dropout)
+        return weights * keep * _gain(dropout) @ v
+
+    return inline(node, attend, *operands)
+
+
 def _dropout(node: fx.Node) -> fx.Node:
-    if argument(node, "train") and argument(node, "p"):
-        raise FoldError(
-            f"The model drops out with p={argument(node, 'p')}; random masks are not supported yet.",
-            valid="p=0.0, or model.eval()",
-        )
-    found: fx.Node = argument(node, "input")
-    if isinstance(node.meta["val"], (tuple, list)):  # the result and its mask, which nothing reads
-        for item in list(node.users):
-            item.replace_all_uses_with(found)
-            node.graph.erase_node(item)
-    return found
+    """Dropout whose results are the operand and the mask, by a draw of the mask."""
+    x: fx.Node = argument(node, "input")
+    dropout = argument(node, "p") if argument(node, "train") is not False else 0.0
+    keep, y = None, x
+    if dropout:
+        keep = emit(node, aten.bernoulli.p, emit(node, aten.empty_like.default, x, dtype=torch.bool), 1 - dropout)
+        y = emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), _gain(dropout))
+    for item in list(node.users):
+        mask = item.args[1] == 1
+        _replace(item, (keep or emit(node, aten.ones_like.default, x, dtype=torch.bool)) if mask else y)
+    return y
+
+
+def _gain(dropout: float) -> float:
+    return 0.0 if dropout == 1 else 1 / (1 - dropout)
 
 
 def _copy(node: fx.Node) -> fx.Node:
@@ -131,18 +150,8 @@ def _histc(node: fx.Node) -> fx.Node:
 REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.scaled_dot_product_attention.default: _attention,
-    aten.dropout.default: _dropout,
     aten.native_dropout.default: _dropout,
     aten.copy.default: _copy,
     aten.histc.default: _histc,
     aten.type_as.default: _type_as,
 }
-
-
-def _check_random(node: fx.Node) -> None:
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        raise FoldError(
-            f"The model draws random numbers with {node.target}, which is not supported yet.",
-            valid="a model without dropout, jitter or noise, or model.eval()",
-        )

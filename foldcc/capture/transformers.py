@@ -45,8 +45,6 @@ def _attention(
     """
     used = {name: x for name, x in options.items() if name not in _HARMLESS and x is not None and x is not False}
     given = [f"{name}={x}" if isinstance(x, (bool, int, float, str)) else name for name, x in used.items()]
-    if dropout:
-        given.append(f"dropout={dropout}")
     if not used.get("output_attentions") and any(key.endswith("attentions") for key in _recorded()):
         given.append("output_attentions=True")
     valid = None
@@ -66,12 +64,27 @@ def _attention(
     if given:
         raise FoldError(
             f"{type(module).__name__} uses {', '.join(given)}, which foldcc's attention does not carry.",
-            carries=f"scale, softcap, sinks, grouped heads, {CARRIED}",
+            carries=f"scale, softcap, sinks, dropout, grouped heads, {CARRIED}",
         )
     if pattern.positions is not None:
         query = at_positions(query, pattern.positions)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    y = attention(query, key, value, s_aux, valid, float(scale), pattern.causal, pattern.window, softcap or 0.0)
+    keep = None
+    if dropout:
+        keep = query.new_empty((*query.shape[:3], key.shape[2]), dtype=torch.bool).bernoulli_(1 - dropout)
+    y = attention(
+        query,
+        key,
+        value,
+        s_aux,
+        valid,
+        float(scale),
+        pattern.causal,
+        pattern.window,
+        softcap or 0.0,
+        keep=keep,
+        dropout=dropout,
+    )
     return y, None
 
 

@@ -46,9 +46,10 @@ class Slot:
 
     Attributes:
         name: the placeholder's name.
-        kind: "parameter", "buffer", "constant" or "input"; or "tap", which is zero and whose gradient hooks are given.
+        kind: "parameter", "buffer", "constant" or "input"; or "tap", which is zero and whose gradient hooks are given; or
+            "key", of one draw of random numbers.
         names: the names under which the module tree holds a parameter or buffer (several, when tied), or the path of an
-            input in the call, such as `["input_ids"]`.
+            input in the call, such as `["input_ids"]`, or the number of a draw in the order in which the model draws.
         grad: the program gives it a gradient, if what it computes has one.
     """
 
@@ -183,6 +184,19 @@ class Program:
 
     def with_property(self, *names: str, **changes: Any) -> Program:
         return replace(self, properties=self.properties | set(names), **changes)
+
+
+def entering(graph: fx.Graph, slots: list[Slot], slot: Slot, value: torch.Tensor) -> fx.Node:
+    """A placeholder with this fake value before the inputs of the call, and its slot among the others."""
+    position = next((i for i, s in enumerate(slots) if s.kind == "input"), len(slots))
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    point = placeholders[position] if position < len(placeholders) else placeholders[-1].next
+    with graph.inserting_before(point):
+        node = graph.placeholder(slot.name)
+    node.target = node.name
+    node.meta["val"] = value
+    slots.insert(position, replace(slot, name=node.name))
+    return node
 
 
 def copied(graph: fx.GraphModule) -> fx.GraphModule:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source", "origin")
@@ -29,3 +32,17 @@ def emit(before: fx.Node, target: Any, *args: Any, about: fx.Node | None = None,
     with next(x.fake_mode for x in pytree.tree_leaves((values, named)) if isinstance(x, FakeTensor)):
         new.meta["val"] = target(*values, **named)
     return new
+
+
+def inline(before: fx.Node, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
+    """Inserts before a node, in its place of the model, the calls of which a function of tensors is made."""
+    fakes = [x.meta["val"] for x in values]
+    with fakes[0].fake_mode, torch.no_grad():
+        traced = make_fx(function)(*fakes)
+    copied = dict(zip(traced.graph.find_nodes(op="placeholder"), values, strict=True))
+    for node in (n for n in traced.graph.nodes if n.op == "call_function"):
+        with before.graph.inserting_before(before):
+            copied[node] = before.graph.node_copy(node, copied.__getitem__)
+        copied[node].meta = provenance(before) | {"val": node.meta["val"]}
+    (output,) = traced.graph.find_nodes(op="output")
+    return copied[output.args[0]]

@@ -33,6 +33,7 @@ from foldcc.ops.experts import (
 )
 from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
+from foldcc.ops.random import random_bits
 from foldcc.ops.scan import cumsum, from_ranks_before, of_ranks_behind
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "once",
     "pad",
     "permute",
+    "random_bits",
     "record",
     "records",
     "reduce_scatter",

@@ -1,9 +1,11 @@
 """Attention over grouped heads, as one node. Its meaning is PyTorch's own scaled_dot_product_attention.
 
 A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here. With a `softcap` c,
-scores s become c * tanh(s / c), before the mask. Queries may stand later than keys, from the position `start` on.
+scores s become c * tanh(s / c), before the mask. Queries may stand later than keys, from the position `start` on. With a
+`dropout` p, the weights that a mask does not keep are zero, and the others are divided by 1 - p.
 
-Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k], start [] -> [b, q, h, e], where h = g * r.
+Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k], start [], keep [b, h, q, k] -> [b, q, h, e],
+where h = g * r.
 """
 
 from __future__ import annotations
@@ -48,12 +50,14 @@ def _attend(
     window: int,
     softcap: float = 0.0,
     start: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     if window >= k.shape[2]:
         window = 0
     allowed = _allowed(q, k, valid, causal, window, start)
     grouped = q.shape[1] != k.shape[1]
-    if sinks is None and not softcap:
+    if sinks is None and not softcap and keep is None:
         y = scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale, enable_gqa=grouped
         )
@@ -69,9 +73,11 @@ def _attend(
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is None:
         weights = torch._safe_softmax(scores.to(torch.promote_types(q.dtype, torch.float32)), -1).to(q.dtype)
-        return (weights @ v).transpose(1, 2)
-    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    if keep is not None:
+        weights = weights * keep * (0.0 if dropout == 1 else 1 / (1 - dropout))
     return (weights @ v).transpose(1, 2)
 
 
@@ -110,14 +116,14 @@ def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str,
 
 attention = captured(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window, "
-    "float softcap=0.0, Tensor? start=None) -> Tensor",
+    "float softcap=0.0, Tensor? start=None, Tensor? keep=None, float dropout=0.0) -> Tensor",
     meaning="scaled_dot_product_attention over grouped heads",
     eager=_attend,
     shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
     autocast={"q", "k", "v"},
     rule=(
-        "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k]"
-        " -> b [q] (kv_heads group) [value_dim] ; linear 2"
+        "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k], ,"
+        " b (kv_heads group) [q] [k] -> b [q] (kv_heads group) [value_dim] ; linear 2"
     ),
     divisions=(
         Division(("kv_heads", "group"), stretch=True, lower=_selected),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from threading import RLock
 
 import torch
+from torch.random import fork_rng
 
 _COMPILES = RLock()
 
@@ -45,8 +46,11 @@ def traceable() -> Iterator[None]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Whatever the caller's switches are, passes trace and prove with gradients and without autocast."""
-    with torch.inference_mode(False), torch.enable_grad(), torch._C._DisableAutocast():
+    """Whatever the caller's switches are, passes trace and prove with gradients and without autocast.
+
+    And whenever that is, the caller's models draw the same random numbers.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch._C._DisableAutocast(), fork_rng(devices=[]):
         yield
 
 

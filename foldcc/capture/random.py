@@ -1,0 +1,74 @@
+"""Random numbers of a captured program: each draw is a function of a key of its own, which enters the program.
+
+    y = rand_like(x)        becomes        y = to(random_bits(key0, [arange(4), arange(16)]), f32) * 2**-24
+                                           key0: the first number that the model draws of the default generator
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from foldcc.errors import FoldError
+from foldcc.ir.node import argument, argument_or
+from foldcc.ir.program import Slot, entering, where
+from foldcc.ir.rewrite import inline
+from foldcc.ops.experts import activate, experts_node
+from foldcc.ops.operator import by_name
+from foldcc.ops.random import DRAWS, check_draw, name_of_draw
+
+
+def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    """Rewrites the graph in place; returns the slots and those of the keys, in the order in which the model draws.
+
+    Raises:
+        FoldError: what is drawn is no function of a key and of positions.
+    """
+    found = list(slots)
+    drawn = 0
+    for node in list(graph.graph.nodes):
+        if node.target is experts_node:
+            _check_activation(node)
+        name = name_of_draw(node.target)
+        if not name or argument_or(node, "dropout_p") == 0.0:
+            continue
+        given = by_name(node.target, node.args, node.kwargs)
+        check_draw(node.target, given)
+        like = node.meta["val"]
+        with like.fake_mode:
+            value = torch.empty((), dtype=torch.int64, device=like.device)
+        key = entering(graph.graph, found, Slot(f"key{drawn}", "key", (str(drawn),)), value)
+        drawn += 1
+        named = {n: x for n, x in given.items() if isinstance(x, fx.Node)}
+        rest = given | {"shape": tuple(like.shape), "dtype": like.dtype}
+        new = inline(node, partial(_drawn, DRAWS[name], tuple(named), rest), key, *named.values())
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return tuple(found)
+
+
+def _drawn(draw: Any, names: Sequence[str], rest: dict[str, Any], key: Tensor, *operands: Tensor) -> Tensor:
+    found: Tensor = draw(key, rest | dict(zip(names, operands, strict=True)))
+    return found
+
+
+def _check_activation(node: fx.Node) -> None:
+    """The rows of an expert are tokens in the order of a routing, so what is drawn for a row has no position."""
+    width = argument(node, "w_up").meta["val"].shape[2 if argument(node, "transposed") else 1]
+    with torch.no_grad():
+        traced = make_fx(lambda rows: activate(rows, argument(node, "act")))(torch.empty(2, width, device="meta"))
+    for inside in traced.graph.nodes:
+        if name_of_draw(inside.target):
+            raise FoldError(
+                f"The activation of experts draws random numbers with {inside.target}: it is given the rows of one expert, "
+                "which have no places of their own.",
+                at=where(node),
+                valid="dropout on the tokens before the experts or behind them",
+            )

@@ -1,0 +1,157 @@
+"""Random numbers that are a function of a key and of where an element stands, and of nothing else.
+
+    bits = random_bits(key, [rows, columns])        rows [4], columns [16]: 24 random bits for each element of [4, 16]
+
+A rank that is given its own positions draws the numbers of these positions: every division gives the same numbers, and so does
+drawing them again. Such generators are called counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405). The mixer is that
+of splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldcc.errors import FoldError
+from foldcc.ops.captured import Captured, registered
+from foldcc.ops.operator import Operator, operator
+
+BITS = 24  # what a float32 below 1 holds, so that a number is the same in every type
+_GOLDEN = -0x61C8864680B583EB  # odd constants of splitmix64, as signed integers
+_MIXER = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """A shift that brings zeros, where that of signed integers brings copies of the sign."""
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    for by, factor in _MIXER:
+        z.bitwise_xor_(_shifted(z, by)).mul_(factor)
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def _bits(key: Tensor, at: Sequence[Tensor]) -> Tensor:
+    z = _mixed(key.clone())
+    for positions in at:
+        z = _mixed(z.unsqueeze(-1) + (positions + 1) * _GOLDEN)
+    return _shifted(z, 64 - BITS).to(torch.int32)
+
+
+random_bits: Operator = operator(
+    "random_bits(Tensor key, Tensor[] at) -> Tensor",
+    meaning="random bits for each element, of a key and its positions: at[d] are those along dimension d",
+    eager=_bits,
+    shape=lambda key, at: key.new_empty([x.shape[0] for x in at], dtype=torch.int32),
+)
+
+
+def _rule(at: Sequence[Any], **_: Any) -> str:
+    letters = [chr(ord("A") + d) for d in range(len(at))]
+    return f"{', '.join(['', *letters])} -> {' '.join(letters)}"
+
+
+registered(
+    Captured(
+        overload=random_bits.overload,
+        local=random_bits.overload,
+        meaning=random_bits.meaning,
+        defined=None,
+        rule=_rule,
+    )
+)
+
+
+# --- what PyTorch's random operators draw, of these bits ---
+
+Options = Mapping[str, Any]  # shape, dtype and device of the result, and the operator's arguments by name
+
+
+def bits_of(key: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bits of a whole tensor of a shape."""
+    return random_bits(key, [torch.arange(n, device=key.device) for n in shape])
+
+
+def _units(bits: Tensor, given: Options) -> Tensor:
+    """Multiples of 2**-24 in [0, 1)."""
+    return bits.to(torch.float64 if given["dtype"] == torch.float64 else torch.float32) * 2.0**-BITS
+
+
+def _fixed(x: Any) -> Any:
+    """A parameter of a distribution, which gets no gradient."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def kept(key: Tensor, shape: Sequence[int], share: float) -> Tensor:
+    """A mask that is true for a share of the elements."""
+    return bits_of(key, shape) < round(share * 2**BITS)
+
+
+def _bernoulli(key: Tensor, given: Options) -> Tensor:
+    share = given.get("p", given.get("self"))
+    if isinstance(share, Tensor):
+        return (_units(bits_of(key, given["shape"]), given) < share.detach()).to(given["dtype"])
+    return kept(key, given["shape"], share).to(given["dtype"])
+
+
+def _uniform(key: Tensor, given: Options) -> Tensor:
+    low, high = given.get("from", 0.0), given.get("to", 1.0)
+    found = (_units(bits_of(key, given["shape"]), given) * (high - low) + low).to(given["dtype"])
+    # Narrow types round numbers up to the end, which is none of them; PyTorch does the same on CUDA.
+    return torch.where(found == high, low, found) if given["dtype"].itemsize < 4 else found
+
+
+def _normal(key: Tensor, given: Options) -> Tensor:
+    """Box and Muller's, of two numbers for each."""
+    first, second = _units(bits_of(key, [*given["shape"], 2]), given).unbind(-1)
+    found = (torch.log1p(-first) * -2).sqrt() * (second * (2 * math.pi)).cos()
+    return (found * _fixed(given.get("std", 1.0)) + _fixed(given.get("mean", 0.0))).to(given["dtype"])
+
+
+def _exponential(key: Tensor, given: Options) -> Tensor:
+    return (torch.log1p(-_units(bits_of(key, given["shape"]), given)) / -given["lambd"]).to(given["dtype"])
+
+
+def _integers(key: Tensor, given: Options) -> Tensor:
+    low = given.get("low", 0)
+    return (((bits_of(key, given["shape"]).long() * (given["high"] - low)) >> BITS) + low).to(given["dtype"])
+
+
+# By the operator's name, without the _ of one that writes into its operand.
+DRAWS: dict[str, Callable[[Tensor, Options], Tensor]] = {
+    "bernoulli": _bernoulli,
+    "exponential": _exponential,
+    **dict.fromkeys(("normal", "normal_functional", "randn", "randn_like"), _normal),
+    **dict.fromkeys(("rand", "rand_like", "uniform"), _uniform),
+    **dict.fromkeys(("randint", "randint_like"), _integers),
+}
+
+
+def name_of_draw(target: Any) -> str:
+    """What DRAWS calls an operator; empty if it makes no random numbers."""
+    random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    return target._schema.name.removeprefix("aten::").rstrip("_") if random else ""
+
+
+def check_draw(target: Any, given: Options) -> None:
+    """Raises:
+    FoldError: what an operator draws is no function of a key and of positions.
+    """
+    why = ""
+    name = name_of_draw(target)
+    if name not in DRAWS and name != "native_dropout":
+        why = "whose numbers are not drawn for each element alone"
+    elif given.get("generator") is not None:
+        why = "with a generator of its own, where numbers come from the default one"
+    elif name.startswith("randint") and given["high"] - given.get("low", 0) > 2**BITS:
+        why = f"from more than 2**{BITS} integers"
+    if why:
+        raise FoldError(
+            f"The model draws random numbers with {target}, {why}.",
+            valid="dropout, rand, randn, randint, bernoulli, uniform_, normal_, exponential_; or model.eval()",
+        )
