@@ -137,6 +137,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "aten.sum", lambda n: _reduced(aten.sum.default, aten.sum.dim_IntList, n)
     yield "aten.mean", lambda n: _reduced(aten.mean.default, aten.mean.dim, n)
     yield from each("softmax log_softmax", "int", lambda f, n: (f, real(n(), some(n), n()), axis(n, 3)))
+    yield from each("_safe_softmax", "default", lambda f, n: (f, real(n(), some(n), n()), axis(n, 3)))
     yield from each("_softmax _log_softmax", "default", lambda f, n: (f, real(n(), n(), n()), axis(n, 3), False))
     yield from each("cumsum cumprod", "default", lambda f, n: (f, real(n(), some(n)), axis(n, 2)))
     yield from each("sort argsort", "default", lambda f, n: (f, real(n(), n()), axis(n, 2), n() > 3))

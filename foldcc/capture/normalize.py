@@ -7,15 +7,16 @@ becomes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from foldcc import ops
 from foldcc.ir.node import argument, name_of
-from foldcc.ir.rewrite import emit, inline
+from foldcc.ir.rewrite import emit, inline, replace_node
 from foldcc.rules.kinds import RESHAPES, SAME
 
 aten = torch.ops.aten
@@ -27,21 +28,15 @@ def normalize(graph: fx.GraphModule) -> None:
     """Rewrites the graph in place."""
     for node in list(graph.graph.nodes):
         if node.target in REWRITES:
-            _replace(node, REWRITES[node.target](node))
+            replace_node(node, REWRITES[node.target](node))
         elif name_of(node.target) in _DROPPED:
-            _replace(node, node.args[0])
+            replace_node(node, node.args[0])
         elif name_of(node.target) in RESHAPES - {"aten.reshape"}:
             node.target, node.args = aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-def _replace(node: fx.Node, new: Any) -> None:
-    if new is not node:
-        node.replace_all_uses_with(new)
-        node.graph.erase_node(node)
 
 
 def _cross_entropy(node: fx.Node) -> fx.Node:
@@ -76,23 +71,33 @@ def _attention(node: fx.Node) -> fx.Node:
 
 
 def _attended(node: fx.Node) -> fx.Node:
-    """Attention with a mask that drops out, in the operators that it is made of."""
-    operands = [x for name in ("query", "key", "value", "attn_mask") if (x := argument(node, name)) is not None]
-    dropout, causal, scale, grouped = (argument(node, n) for n in ("dropout_p", "is_causal", "scale", "enable_gqa"))
+    """Attention that drops out and has a mask, in the operators that it is made of."""
+    q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
+    dropout, scale = argument(node, "dropout_p"), argument(node, "scale")
+    width, heads = q.meta["val"].shape[-1], q.meta["val"].shape[-3:][0]
+    k, v = ((_repeated(node, x, heads) for x in (k, v))) if argument(node, "enable_gqa") else (k, v)
+    scores = emit(node, aten.matmul.default, q, emit(node, aten.transpose.int, k, -2, -1))
+    scores = emit(node, aten.mul.Tensor, scores, width**-0.5 if scale is None else scale)
+    pairs = scores.meta["val"].shape[-2:]
+    if argument(node, "is_causal"):
+        every = inline(node, lambda x: x.new_ones(pairs, dtype=torch.bool), scores)
+        mask = emit(node, aten.tril.default, every)
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        scores = emit(node, aten.masked_fill.Scalar, scores, emit(node, aten.logical_not.default, mask), -math.inf)
+    elif mask is not None:
+        scores = emit(node, aten.add.Tensor, scores, mask)
+    weights = emit(node, aten._safe_softmax.default, scores, -1)
+    keep = emit(node, aten.bernoulli.p, emit(node, aten.empty_like.default, weights, dtype=torch.bool), 1 - dropout)
+    weights = emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, weights, keep), _gain(dropout))
+    return emit(node, aten.matmul.default, weights, v)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if grouped:
-            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if causal:
-            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        weights = torch._safe_softmax(scores, -1)
-        keep = aten.bernoulli.p(torch.empty_like(weights, dtype=torch.bool), 1 - dropout)
-        return weights * keep * _gain(dropout) @ v
 
-    return inline(node, attend, *operands)
+def _repeated(node: fx.Node, x: fx.Node, heads: int) -> fx.Node:
+    """Each of fewer heads as often as there are query heads for it."""
+    shape = x.meta["val"].shape
+    each = [*shape[:-2], heads // shape[-3], *shape[-2:]]
+    spread = emit(node, aten.expand.default, emit(node, aten.unsqueeze.default, x, -3), each)
+    return emit(node, aten.reshape.default, spread, [*shape[:-3], heads, *shape[-2:]])
 
 
 def _dropout(node: fx.Node) -> fx.Node:
@@ -105,7 +110,7 @@ def _dropout(node: fx.Node) -> fx.Node:
         y = emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), _gain(dropout))
     for item in list(node.users):
         mask = item.args[1] == 1
-        _replace(item, (keep or emit(node, aten.ones_like.default, x, dtype=torch.bool)) if mask else y)
+        replace_node(item, (keep or emit(node, aten.ones_like.default, x, dtype=torch.bool)) if mask else y)
     return y
 
 

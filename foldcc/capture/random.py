@@ -15,12 +15,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from foldcc.errors import FoldError
-from foldcc.ir.node import argument, argument_or
+from foldcc.ir.node import argument
 from foldcc.ir.program import Slot, entering, where
-from foldcc.ir.rewrite import inline
+from foldcc.ir.rewrite import emit, inline, replace_node
 from foldcc.ops.experts import activate, experts_node
 from foldcc.ops.operator import by_name
 from foldcc.ops.random import DRAWS, check_draw, name_of_draw
+
+aten = torch.ops.aten
 
 
 def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
@@ -35,11 +37,14 @@ def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
         if node.target is experts_node:
             _check_activation(node)
         name = name_of_draw(node.target)
-        if not name or argument_or(node, "dropout_p") == 0.0:
+        given = by_name(node.target, node.args, node.kwargs) if name else {}
+        if not name or given.get("dropout_p") == 0:
             continue
-        given = by_name(node.target, node.args, node.kwargs)
         check_draw(node.target, given)
         like = node.meta["val"]
+        if given.get("p") in (0, 1):  # certain, and drawn by nobody
+            replace_node(node, emit(node, aten.full_like.default, given["self"], given["p"], dtype=like.dtype))
+            continue
         with like.fake_mode:
             value = torch.empty((), dtype=torch.int64, device=like.device)
         key = entering(graph.graph, found, Slot(f"key{drawn}", "key", (str(drawn),)), value)
@@ -47,8 +52,7 @@ def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
         named = {n: x for n, x in given.items() if isinstance(x, fx.Node)}
         rest = given | {"shape": tuple(like.shape), "dtype": like.dtype}
         new = inline(node, partial(_drawn, DRAWS[name], tuple(named), rest), key, *named.values())
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
+        replace_node(node, new)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return tuple(found)

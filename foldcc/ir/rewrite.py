@@ -37,7 +37,7 @@ def emit(before: fx.Node, target: Any, *args: Any, about: fx.Node | None = None,
 def inline(before: fx.Node, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
     """Inserts before a node, in its place of the model, the calls of which a function of tensors is made."""
     fakes = [x.meta["val"] for x in values]
-    with fakes[0].fake_mode, torch.no_grad():
+    with fakes[0].fake_mode, torch.no_grad(), torch._C.DisableTorchFunction():  # as it is written, whatever lifts the model
         traced = make_fx(function)(*fakes)
     copied = dict(zip(traced.graph.find_nodes(op="placeholder"), values, strict=True))
     for node in (n for n in traced.graph.nodes if n.op == "call_function"):
@@ -46,3 +46,10 @@ def inline(before: fx.Node, function: Callable[..., Any], *values: fx.Node) -> f
         copied[node].meta = provenance(before) | {"val": node.meta["val"]}
     (output,) = traced.graph.find_nodes(op="output")
     return copied[output.args[0]]
+
+
+def replace_node(node: fx.Node, new: fx.Node) -> None:
+    """Puts another node in a node's place, which goes."""
+    if new is not node:
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)

@@ -77,9 +77,9 @@ def bits_of(key: Tensor, shape: Sequence[int]) -> Tensor:
     return random_bits(key, [torch.arange(n, device=key.device) for n in shape])
 
 
-def _units(bits: Tensor, given: Options) -> Tensor:
-    """Multiples of 2**-24 in [0, 1)."""
-    return bits.to(torch.float64 if given["dtype"] == torch.float64 else torch.float32) * 2.0**-BITS
+def _units(key: Tensor, given: Options, wide: torch.dtype = torch.float32) -> Tensor:
+    """Multiples of 2**-24 in [0, 1), at least as wide as they are asked for."""
+    return bits_of(key, given["shape"]).to(torch.promote_types(given["dtype"], wide)) * 2.0**-BITS
 
 
 def _fixed(x: Any) -> Any:
@@ -95,26 +95,26 @@ def kept(key: Tensor, shape: Sequence[int], share: float) -> Tensor:
 def _bernoulli(key: Tensor, given: Options) -> Tensor:
     share = given.get("p", given.get("self"))
     if isinstance(share, Tensor):
-        return (_units(bits_of(key, given["shape"]), given) < share.detach()).to(given["dtype"])
+        return (_units(key, given) < share.detach()).to(given["dtype"])
     return kept(key, given["shape"], share).to(given["dtype"])
 
 
 def _uniform(key: Tensor, given: Options) -> Tensor:
     low, high = given.get("from", 0.0), given.get("to", 1.0)
-    found = (_units(bits_of(key, given["shape"]), given) * (high - low) + low).to(given["dtype"])
+    found = (_units(key, given) * (high - low) + low).to(given["dtype"])
     # Narrow types round numbers up to the end, which is none of them; PyTorch does the same on CUDA.
     return torch.where(found == high, low, found) if given["dtype"].itemsize < 4 else found
 
 
 def _normal(key: Tensor, given: Options) -> Tensor:
-    """Box and Muller's, of two numbers for each."""
-    first, second = _units(bits_of(key, [*given["shape"], 2]), given).unbind(-1)
+    """Box and Muller's, of two numbers for each; in float64, because logarithms of vectors and of numbers round differently."""
+    first, second = _units(key, {**given, "shape": (*given["shape"], 2)}, torch.float64).unbind(-1)
     found = (torch.log1p(-first) * -2).sqrt() * (second * (2 * math.pi)).cos()
     return (found * _fixed(given.get("std", 1.0)) + _fixed(given.get("mean", 0.0))).to(given["dtype"])
 
 
 def _exponential(key: Tensor, given: Options) -> Tensor:
-    return (torch.log1p(-_units(bits_of(key, given["shape"]), given)) / -given["lambd"]).to(given["dtype"])
+    return (torch.log1p(-_units(key, given, torch.float64)) / -given["lambd"]).to(given["dtype"])
 
 
 def _integers(key: Tensor, given: Options) -> Tensor:
