@@ -2,9 +2,9 @@
 
     bits = random_bits(key, [rows, columns])        rows [4], columns [16]: 24 random bits for each element of [4, 16]
 
-A rank that is given its own positions draws the numbers of these positions: every division gives the same numbers, and so does
-drawing them again. Such generators are called counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405). The mixer is that
-of splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195).
+A rank that is given its own positions draws the numbers of these positions: every division gives the same numbers, and so
+does drawing them again. Such generators are called counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405). The mixer
+is that of splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195).
 """
 
 from __future__ import annotations

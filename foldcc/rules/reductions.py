@@ -49,7 +49,8 @@ def _along(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) 
     return build([letters], results, [source, *outputs], whole=whole, wishes=wishes)
 
 
-_ALONG = "softmax log_softmax _softmax _log_softmax _safe_softmax topk sort argsort cumprod amax amin argmax max min any all prod"
+_ALONG = """softmax log_softmax _softmax _log_softmax _safe_softmax topk sort argsort cumprod amax amin argmax max min any all
+prod"""
 RULES: dict[str, Notation | Derived] = {
     "aten.histc": notation("... -> [experts]"),
     "aten.rms_norm": notation("... [h], [h] -> ... [h]"),

@@ -54,10 +54,13 @@ def random_inputs(
         if slot.kind in ("buffer", "constant") and kept is not None and kept.device.type != "meta":
             data[node] = kept.detach().cpu()
     field.near[:] = _thresholds(program, data)
+    keys = torch.Generator().manual_seed(field.seed)  # as the module draws them, see `origin`
     for slot, node in zip(program.slots, program.placeholders, strict=True):
         like = node.meta["val"]
         if node in data:
             found[slot.name] = field.numbers(data[node]) if data[node].is_floating_point() else data[node]
+        elif slot.kind == "key":
+            found[slot.name] = torch.empty((), dtype=torch.int64).random_(generator=keys)
         elif like.is_floating_point():
             found[slot.name] = field.random(like.shape, generator)
             if slot.kind == "input" and (equal := _numbers(node, _moved, _EQUAL)):

@@ -20,6 +20,7 @@ import foldcc.verification.layers
 import foldcc.verification.order  # noqa: F401  (each fills the table)
 from foldcc.errors import FoldError
 from foldcc.ops import record
+from foldcc.ops.random import DRAWS
 from foldcc.verification.field import FUNCTIONS, Field
 from foldcc.verification.functions import pointwise
 from foldcc.verification.meanings import MEANINGS, MOVES, value
@@ -31,7 +32,7 @@ _COPIES = frozenset(
     """_reshape_alias _unsafe_view cat clone contiguous expand flatten flip gather index index_select masked_select repeat
     reshape roll stack view""".split()
 )
-_RANDOM = {"native_dropout", "dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "multinomial", "randint"}
+_RANDOM = {*DRAWS, "dropout", "multinomial", "native_dropout", "randperm"}
 
 
 class NoMeaning(FoldError):
@@ -77,7 +78,7 @@ class FieldMode(TorchDispatchMode):
 
     def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], in_place: bool) -> Any:
         if name in _CASTS:
-            return self._cast(args[0], kwargs.get("dtype"))
+            return self._cast(args[0], next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), None))
         if func.namespace != "aten" or name in _RANDOM:
             raise NoMeaning(func)
         lifted = {k: _lifted(v) for k, v in kwargs.items()}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
 from foldcc.capture.export import as_exported, capture
@@ -33,6 +34,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.program import Program
 from foldcc.runtime.modes import traceable
 from foldcc.taps import without_results
+from foldcc.verification.drawn import Drawn
 from foldcc.verification.field import Field
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.mode import FieldMode, NoMeaning
@@ -189,6 +191,7 @@ class Module:
         self.returned: list[Any] = []
         self.spec: pytree.TreeSpec | None = None
         self.gradients: list[dict[str, Tensor]] = []
+        self.drawn = Drawn()
 
     def run(self, objectives: Sequence[tuple[bool, ...]], look: Callable[[str, nn.Module], Any] | None = None) -> None:
         """Forward, and if that has the outputs that the captured program has, backward for each choice of outputs.
@@ -201,6 +204,7 @@ class Module:
             try:
                 with torch.set_grad_enabled(self.origin.grad):
                     self.returned, self.spec = pytree.tree_flatten(model(*args, **kwargs))
+                self._check_drawn()
             except (FoldError, RuntimeError, IndexError, TypeError, ValueError) as error:  # of the model's own code
                 raise Missing("the module does not run over a field", error) from None
             if self._differentiable():
@@ -222,6 +226,12 @@ class Module:
                 for path, inner in model.named_modules():
                     look(path, inner)
             functional_call(_Around(model), {f"model.{n}": x for n, x in held.items()}, (both,), tie_weights=False)
+
+    def _check_drawn(self) -> None:
+        """What nothing reads is not captured, and the numbers that are drawn behind it have other keys."""
+        read = sum(s.kind == "key" for s in self.captured.slots)
+        if self.drawn.count > read:
+            raise Missing(f"the module draws random numbers {self.drawn.count} times, of which {read} are read")
 
     def _gradients(self, given: Sequence[bool]) -> dict[str, Tensor]:
         each = zip(self.outputs() or (), self.reference.tangents, given, strict=True)
@@ -251,6 +261,9 @@ class Module:
             named = {"scaled_dot_product_attention": _attend, "rms_norm": plain.rms_norm}
             stack.enter_context(changed(vars(torch.nn.functional), named))
             stack.enter_context(_Foreign(self.field))
+            stack.enter_context(fork_rng(devices=[]))
+            torch.manual_seed(self.field.seed)
+            self.drawn = stack.enter_context(Drawn())
             torch.set_default_dtype(torch.float64)
             stack.callback(torch.set_default_dtype, before)
             yield
@@ -377,8 +390,6 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p:
-        raise NoMeaning(_ATTENTION[1], " with dropout")
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -387,4 +398,4 @@ def _attend(
     if attn_mask is not None:
         allowed = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
-    return torch.ops.aten._safe_softmax.default(scores, -1) @ v
+    return torch.dropout(torch.ops.aten._safe_softmax.default(scores, -1), dropout_p, True) @ v

@@ -101,12 +101,13 @@ def _call(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return read[0] if local else _crossed(mesh, node, read[0])
     if node.target is reshard:
         return _once(mesh, node, read[0]) if isinstance(read[0], Ranked) else read[0]
-    if known is None and not any(isinstance(x, Ranked) for x in read):
+    alone = known is None or "axes" not in known.arguments(node.args, dict(node.kwargs))
+    if alone and not any(isinstance(x, Ranked) for x in read):
         return call(node, _with(node.args, values), _with(node.kwargs, values))
     whole = [x for x in node.all_input_nodes if isinstance(values[x], Tensor)]
     values = values | {x: _divided(values[x], None if local else x.meta["layout"], mesh) for x in whole}
     calls = [_on_rank(node, values, r) for r in range(mesh.world_size)]
-    if known is not None and "axes" in known.arguments(node.args, dict(node.kwargs)):
+    if known is not None and not alone:
         return Ranked(_together(mesh, known, [list(known.arguments(args, kwargs).values()) for args, kwargs in calls]))
     return Ranked(call(node, args, kwargs) for args, kwargs in calls)
 
