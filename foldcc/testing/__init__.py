@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from foldcc.testing.batches import decoder_batch, uneven_batch
     from foldcc.testing.configs import DecoderConfig, ExpertsConfig
     from foldcc.testing.decoder import Decoder
+    from foldcc.testing.draws import drawing_alike
     from foldcc.testing.equivalence import Equivalence, check_equivalence
     from foldcc.testing.float64 import in_float64
     from foldcc.testing.folds import folded_meshes
@@ -35,6 +36,7 @@ __all__ = [
     "check_equivalence",
     "decoder_batch",
     "dense_models",
+    "drawing_alike",
     "end_processes",
     "folded_meshes",
     "in_float64",
@@ -53,6 +55,7 @@ _HOMES = {  # imported on first use: pytest loads the plugin beside this in ever
     "batches": ["decoder_batch", "uneven_batch"],
     "configs": ["DecoderConfig", "ExpertsConfig"],
     "decoder": ["Decoder"],
+    "draws": ["drawing_alike"],
     "equivalence": ["Equivalence", "check_equivalence"],
     "float64": ["in_float64"],
     "folds": ["folded_meshes"],

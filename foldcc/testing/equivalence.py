@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
 from foldcc.api import parallelize
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.testing.draws import drawing_alike
 from foldcc.testing.float64 import in_float64
 
 # A gradient that is zero by algebra, such as that of a bias on all keys, is a sum of roundings on both sides. It counts as
@@ -57,8 +59,8 @@ def check_equivalence(
 ) -> Equivalence:
     """Compares a model, folded on a virtual mesh, with itself in this process, both in float64.
 
-    The objective is the output's `loss` if it has one, else all floating-point outputs, each weighted by random
-    numbers. A Transformers model loops over its experts in the comparison (`experts_implementation="eager"`), so that
+    Both draw the same random numbers, where the model drops out or is noisy. The objective is the output's `loss` if it has
+    one, else all floating-point outputs, each weighted by random numbers. A Transformers model loops over its experts in the comparison (`experts_implementation="eager"`), so that
     the two sides share no code of foldcc's. The model itself is left as it is.
 
     Args:
@@ -81,10 +83,15 @@ def check_equivalence(
         for config in {id(c): c for m in reference.modules() if (c := getattr(m, "config", None)) is not None}.values():
             if hasattr(config, "_experts_implementation"):
                 config._experts_implementation = "eager"
-        wanted, found = _outputs(reference(*given, **named)), _outputs(folded(*given, **named))
-        assert wanted.keys() == found.keys(), f"outputs {sorted(found)} instead of {sorted(wanted)}"
-        _objective(wanted).backward()
-        _objective(found).backward()
+        with fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with drawing_alike():
+                wanted = _outputs(reference(*given, **named))
+                _objective(wanted).backward()
+            torch.manual_seed(0)
+            found = _outputs(folded(*given, **named))
+            assert wanted.keys() == found.keys(), f"outputs {sorted(found)} instead of {sorted(wanted)}"
+            _objective(found).backward()
     outputs = {path: relative_error(found[path], wanted[path]) for path in wanted}
     parameters = dict(folded.named_parameters())
     least = _SMALL * hypot(*(float(p.grad.norm()) for p in reference.parameters() if p.grad is not None))
