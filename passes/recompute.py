@@ -11,7 +11,7 @@ computed again:
     none         nothing: all that is read is kept
     kernels      pointwise operators where kernels read their result, and views
     selective    pointwise operators and views
-    blocks       all but what came from other ranks, choices such as the experts of a token, and random numbers
+    blocks       all but what came from other ranks, and choices such as the experts of a token
     0 < f < 1    of what none keeps, the share f of the bytes: as blocks does, but what costs most to compute again is kept
 
 The plan says what is kept, and may have said it before.
@@ -32,7 +32,7 @@ from foldcc import ops
 from foldcc.errors import FoldError
 from foldcc.inspect.flops import flops_of
 from foldcc.ir.joint import Joint
-from foldcc.ir.node import argument_or, name_of
+from foldcc.ir.node import name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes
@@ -172,7 +172,7 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 def _may_again(node: fx.Node) -> bool:
-    """Whether a node gives the same again, and asks no other rank: neither random, nor a choice, nor a collective."""
+    """Whether a node gives the same again, and asks no other rank: neither a choice, nor a collective."""
     if "getitem" in str(node.target):
         return _may_again(node.args[0])
     known = record(node.target)
@@ -180,9 +180,8 @@ def _may_again(node: fx.Node) -> bool:
         return False
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
     chosen = any(isinstance(x, Tensor) and x.dim() and not x.is_floating_point() and x.dtype != torch.bool for x in values)
-    simple = _is_pointwise(node) or _is_view(node) or _named(node) in CREATORS
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and argument_or(node, "dropout_p") != 0.0
-    return not random and (simple or not chosen)
+    drawn = node.target is ops.random_bits.overload  # a function of its key
+    return drawn or _is_pointwise(node) or _is_view(node) or _named(node) in CREATORS or not chosen
 
 
 def _in_kernel(node: fx.Node) -> bool:

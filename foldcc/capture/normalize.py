@@ -75,7 +75,7 @@ def _attended(node: fx.Node) -> fx.Node:
     q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
     dropout, scale = argument(node, "dropout_p"), argument(node, "scale")
     width, heads = q.meta["val"].shape[-1], q.meta["val"].shape[-3:][0]
-    k, v = ((_repeated(node, x, heads) for x in (k, v))) if argument(node, "enable_gqa") else (k, v)
+    k, v = (_repeated(node, x, heads) for x in (k, v)) if argument(node, "enable_gqa") else (k, v)
     scores = emit(node, aten.matmul.default, q, emit(node, aten.transpose.int, k, -2, -1))
     scores = emit(node, aten.mul.Tensor, scores, width**-0.5 if scale is None else scale)
     pairs = scores.meta["val"].shape[-2:]

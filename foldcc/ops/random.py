@@ -102,8 +102,8 @@ def _bernoulli(key: Tensor, given: Options) -> Tensor:
 def _uniform(key: Tensor, given: Options) -> Tensor:
     low, high = given.get("from", 0.0), given.get("to", 1.0)
     found = (_units(key, given) * (high - low) + low).to(given["dtype"])
-    # Narrow types round numbers up to the end, which is none of them; PyTorch does the same on CUDA.
-    return torch.where(found == high, low, found) if given["dtype"].itemsize < 4 else found
+    # Narrow types round numbers up to 1, which is none of them: logarithms of 1 - u are taken. PyTorch does the same on CUDA.
+    return torch.where(found == 1, low, found) if high == 1 and given["dtype"].itemsize < 4 else found
 
 
 def _normal(key: Tensor, given: Options) -> Tensor:

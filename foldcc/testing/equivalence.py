@@ -60,8 +60,9 @@ def check_equivalence(
     """Compares a model, folded on a virtual mesh, with itself in this process, both in float64.
 
     Both draw the same random numbers, where the model drops out or is noisy. The objective is the output's `loss` if it has
-    one, else all floating-point outputs, each weighted by random numbers. A Transformers model loops over its experts in the comparison (`experts_implementation="eager"`), so that
-    the two sides share no code of foldcc's. The model itself is left as it is.
+    one, else all floating-point outputs, each weighted by random numbers. A Transformers model loops over its experts in the
+    comparison (`experts_implementation="eager"`), so that the two sides share no code of foldcc's. The model itself is left
+    as it is.
 
     Args:
         mesh: a virtual mesh or its text, such as "dp=2,tp=2|ep=4".

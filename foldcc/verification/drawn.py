@@ -15,6 +15,8 @@ from foldcc.ops.random import DRAWS, check_draw, kept, name_of_draw
 class Drawn(TorchDispatchMode):
     """Inside it, each random operator takes one number from the default generator, and draws what that is the key of.
 
+    One that is given a generator of its own draws from that, as ever.
+
     Attributes:
         count: how often something was drawn.
     """
@@ -27,7 +29,7 @@ class Drawn(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         name = name_of_draw(func)
         given = by_name(func, args, kwargs) if name else {}
-        if not name or given.get("dropout_p") == 0 or given.get("train") is False:
+        if not name or given.get("dropout_p") == 0 or given.get("train") is False or given.get("generator") is not None:
             return func(*args, **kwargs)
         check_draw(func, given)
         found = self._draw(name, given)

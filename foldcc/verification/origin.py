@@ -37,7 +37,7 @@ from foldcc.taps import without_results
 from foldcc.verification.drawn import Drawn
 from foldcc.verification.field import Field
 from foldcc.verification.inputs import random_inputs
-from foldcc.verification.mode import FieldMode, NoMeaning
+from foldcc.verification.mode import FieldMode
 from foldcc.verification.proof import Difference, Proof
 from foldcc.verification.reference import Reference, Undefined, least
 
