@@ -1,7 +1,11 @@
 """Random numbers of a captured program: each draw is a function of a key of its own, which enters the program.
 
-    y = rand_like(x)        becomes        y = to(random_bits(key0, [arange(4), arange(16)]), f32) * 2**-24
-                                           key0: the first number that the model draws of the default generator
+    y = rand_like(x)
+becomes
+    bits = random_bits(key0, [arange(4), arange(16)])
+    y = to(bits, f32) * 2**-24
+
+where key0 is the first number that the model draws from PyTorch's default generator in a call.
 """
 
 from __future__ import annotations
