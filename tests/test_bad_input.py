@@ -227,6 +227,13 @@ def _autocast(model: nn.Module, y: Tensor) -> Tensor:
         return y @ y.transpose(1, 2)
 
 
+def _dropping(model: nn.Module, y: Tensor) -> Tensor:
+    tokens = y.flatten(0, 1)
+    weights, chosen = tokens.softmax(-1).topk(2)
+    w = torch.ones(tokens.shape[1], 4, tokens.shape[1])
+    return foldcc.ops.experts(tokens, chosen, weights, w, w.transpose(1, 2), activation_fn=lambda rows: F.dropout(rows, 0.1))
+
+
 UNCAPTURABLE = {
     "a loop over experts": (_loop, "depends on the values in a tensor"),
     "a condition": (lambda model, y: y if y.sum() > 0 else -y, "depends on the values in a tensor"),
@@ -236,12 +243,10 @@ UNCAPTURABLE = {
     ),
     "a number": (lambda model, y: y * y.sum().item(), "aten.item.default is a number, which depends"),
     "a buffer that changes": (_mutated, "The forward pass changes seen"),
-    "dropout": (lambda model, y: F.dropout(y, 0.1), r"drops out with p=0\.1"),
-    "attention that drops out": (
-        lambda model, y: F.scaled_dot_product_attention(y, y, y, dropout_p=0.1),
-        r"Attention drops out with p=0\.1",
-    ),
-    "noise": (lambda model, y: y + torch.rand_like(y), "draws random numbers with aten.rand_like"),
+    "a random order": (lambda model, y: y[:, torch.randperm(y.shape[1])], "with aten.randperm.default, whose numbers are not"),
+    "a random choice": (lambda model, y: y[:, torch.multinomial(y[0, 0].exp(), 2)], "with aten.multinomial.default, whose"),
+    "a large range": (lambda model, y: y + torch.randint(2**30, (1,)), "draws random numbers with aten.randint.default, from"),
+    "experts that drop out": (_dropping, "The activation of experts draws random numbers with aten"),
     "autocast": (_autocast, "switches on autocast to torch.bfloat16"),
 }
 
@@ -306,7 +311,6 @@ POSITIONS = torch.arange(16).expand(4, 16).contiguous()
 OPTIONS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "chunks": (_llama4, {}, "attention mask with chunks"),
     "a mask that is read": (_doge, {}, r"computes with its attention mask itself \(mask\.dtype\)"),
-    "dropout": (lambda: tiny_model("llama", attention_dropout=0.1).train(), {}, r"LlamaAttention uses dropout=0\.1"),
     "a whole mask": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D}, r"a mask of shape \[4, 1, 16, 16\]"),
     "a mask of 3 dims": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D[:, 0]}, r"has shape \[4, 16, 16\]"),
     "a longer mask": (

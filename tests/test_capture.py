@@ -130,10 +130,10 @@ def test_capturing_leaves_the_model_and_the_library_as_they_were(tracer: str) ->
 
 @both_tracers
 def test_a_capture_that_fails_leaves_the_model_and_the_library_as_they_were(tracer: str) -> None:
-    model = tiny_model("llama", num_hidden_layers=1, attention_dropout=0.5).train()
+    model = tiny_model("llama", num_hidden_layers=1).train()
     before = state(model), registries()
-    with pytest.raises(foldcc.FoldError, match=r"dropout=0\.5"):
-        captured(model, tracer, **token_batch(4))
+    with pytest.raises(foldcc.FoldError, match="a mask of shape"):
+        captured(model, tracer, **token_batch(4), attention_mask=torch.ones(4, 1, 16, 16, dtype=torch.bool))
     assert (state(model), registries()) == before
 
 
@@ -355,8 +355,7 @@ def test_a_program_belongs_to_a_mode() -> None:
     folded = foldcc.parallelize(model, FoldedMesh.parse("dp=2"), example_inputs=(activations(),))
     torch.testing.assert_close(folded(activations()), model(activations()))
     folded.train()
-    with pytest.raises(foldcc.FoldError, match="random"):
-        folded(activations())
+    assert float((folded(activations()) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
     assert not model.training
 
 

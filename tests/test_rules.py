@@ -88,6 +88,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.token_loss", lambda n: (ops.token_loss, real(t := n(), v := n()), ids(v, t), 1)
     yield "foldcc.attention", _attention
     yield "foldcc.experts", _experts
+    yield "foldcc.random_bits", lambda n: (ops.random_bits.overload, torch.tensor(7), [torch.arange(n()), torch.arange(n())])
     yield "aten.scaled_dot_product_attention", _masked_attention
     yield "aten.matmul", lambda n: (aten.matmul.default, real(n(), 1, n(), k := n()), real(n(), k, n()))
     yield "aten.arange", lambda n: (aten.arange.default, n())

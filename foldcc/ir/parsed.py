@@ -23,7 +23,7 @@ from foldcc.layout import Layout
 from foldcc.ops.layout import cross_fold, reshard
 
 _DTYPES = {short(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
-_ENTERS = re.compile(r"(argument|parameter|buffer|constant|input|tap|gradient of result) ?(.*)")
+_ENTERS = re.compile(r"(argument|parameter|buffer|constant|input|key|tap|gradient of result) ?(.*)")
 _NAME = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s,]+")
 
 

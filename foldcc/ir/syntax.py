@@ -26,7 +26,7 @@ from foldcc.mesh import FoldedMesh
 _TYPE = r"size (?P<size>[^\s,]+)|(?P<dtype>[a-z]+\d*)(?P<layout>\[[^\]]*\](?: (?:[RPIV0?]|V\|P)\([^)]*\))*)?"
 _TYPE += r"(?: on (?P<device>[\w:]+))?"
 _VALUE = re.compile(rf"%(?P<name>\w+)\s*(?::\s*(?P<type>{_TYPE})\s*)?= (?P<operation>.*)")
-SLOT = re.compile(r"(argument|parameter|buffer|constant|input|tap|gradient of result \d+)\b(?!\()")
+SLOT = re.compile(r"(argument|parameter|buffer|constant|input|key|tap|gradient of result \d+)\b(?!\()")
 _HEADING = re.compile(r"(?P<name>\w+)(?: (?P<direction>forward|backward))?(?: × \d+)?")
 _TYPED = re.compile(r"\[((?:[u\d][u\d*+ ]*(?:@[^\]\s]+)?(?:, )?)*)\]((?: \S+\([^)]*\))*)")
 _TOKEN = re.compile(
