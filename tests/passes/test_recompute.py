@@ -120,3 +120,19 @@ def test_results_are_there_anyway() -> None:
 def test_what_reads_nothing_keeps_nothing() -> None:
     arguments = "%x : f32[8] = argument\n%dy : f32[8] = gradient of result 0"
     kept(f"{arguments}\n%y = aten.neg(%x)\n%dx = aten.neg(%dy)\nreturn [[%y], [%dx]]", "")
+
+
+def test_a_mask_is_drawn_again() -> None:
+    text = """
+        %x   : f32[64, 64] = argument
+        %key : i64[] = argument
+        %dy  : f32[64, 64] = gradient of result 0
+        %rows = aten.arange(64, device=cpu)
+        %bits = random_bits(%key, [%rows, %rows])
+        %mask = aten.lt(%bits, 8388608)
+        %y  = aten.mul(%x, %mask)
+        %dx = aten.mul(%dy, %mask)
+        return [[%y], [%dx, None]]
+        """
+    assert_rewrites(Recompute(policy="blocks"), text, f"{text}\nkeep [%key, %rows]")
+    assert_rewrites(Recompute(policy="selective"), text, f"{text}\nkeep [%mask]")
