@@ -16,7 +16,7 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.ir.node import argument, name_of
-from foldcc.ir.rewrite import emit, inline, replace_node
+from foldcc.ir.rewrite import emit, replace_node
 from foldcc.rules.kinds import RESHAPES, SAME
 
 aten = torch.ops.aten
@@ -64,8 +64,8 @@ def _attention(node: fx.Node) -> fx.Node:
     causal = argument(node, "is_causal")
     keep = None
     if dropout:
-        shape = (*q.meta["val"].shape[:3], k.meta["val"].shape[2])
-        keep = inline(node, lambda q: aten.bernoulli.p(q.new_empty(shape, dtype=torch.bool), 1 - dropout), q)
+        pairs = [*q.meta["val"].shape[:3], k.meta["val"].shape[2]]
+        keep = _kept(node, emit(node, aten.new_empty.default, q, pairs), dropout)
     y = emit(node, ops.attention, q, k, v, None, None, scale, causal, 0, keep=keep, dropout=dropout)
     return emit(node, aten.transpose.int, y, 1, 2)
 
@@ -73,28 +73,25 @@ def _attention(node: fx.Node) -> fx.Node:
 def _attended(node: fx.Node) -> fx.Node:
     """Attention that drops out and has a mask, in the operators that it is made of."""
     q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
-    dropout, scale = argument(node, "dropout_p"), argument(node, "scale")
-    width, heads = q.meta["val"].shape[-1], q.meta["val"].shape[-3:][0]
-    k, v = (_repeated(node, x, heads) for x in (k, v)) if argument(node, "enable_gqa") else (k, v)
+    scale = argument(node, "scale")
+    k, v = (_repeated(node, x, q) for x in (k, v)) if argument(node, "enable_gqa") else (k, v)
     scores = emit(node, aten.matmul.default, q, emit(node, aten.transpose.int, k, -2, -1))
-    scores = emit(node, aten.mul.Tensor, scores, width**-0.5 if scale is None else scale)
-    pairs = scores.meta["val"].shape[-2:]
+    scores = emit(node, aten.mul.Tensor, scores, q.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
     if argument(node, "is_causal"):
-        every = inline(node, lambda x: x.new_ones(pairs, dtype=torch.bool), scores)
-        mask = emit(node, aten.tril.default, every)
+        pairs = list(scores.meta["val"].shape[-2:])
+        mask = emit(node, aten.tril.default, emit(node, aten.new_ones.default, scores, pairs, dtype=torch.bool))
     if mask is not None and mask.meta["val"].dtype == torch.bool:
         scores = emit(node, aten.masked_fill.Scalar, scores, emit(node, aten.logical_not.default, mask), -math.inf)
     elif mask is not None:
         scores = emit(node, aten.add.Tensor, scores, mask)
-    weights = emit(node, aten._safe_softmax.default, scores, -1)
-    keep = emit(node, aten.bernoulli.p, emit(node, aten.empty_like.default, weights, dtype=torch.bool), 1 - dropout)
-    weights = emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, weights, keep), _gain(dropout))
+    weights, dropout = emit(node, aten._safe_softmax.default, scores, -1), argument(node, "dropout_p")
+    weights = _scaled(node, weights, _kept(node, weights, dropout), dropout)
     return emit(node, aten.matmul.default, weights, v)
 
 
-def _repeated(node: fx.Node, x: fx.Node, heads: int) -> fx.Node:
+def _repeated(node: fx.Node, x: fx.Node, queries: fx.Node) -> fx.Node:
     """Each of fewer heads as often as there are query heads for it."""
-    shape = x.meta["val"].shape
+    shape, heads = x.meta["val"].shape, queries.meta["val"].shape[-3]
     each = [*shape[:-2], heads // shape[-3], *shape[-2:]]
     spread = emit(node, aten.expand.default, emit(node, aten.unsqueeze.default, x, -3), each)
     return emit(node, aten.reshape.default, spread, [*shape[:-3], heads, *shape[-2:]])
@@ -104,14 +101,20 @@ def _dropout(node: fx.Node) -> fx.Node:
     """Dropout whose results are the operand and the mask, by a draw of the mask."""
     x: fx.Node = argument(node, "input")
     dropout = argument(node, "p") if argument(node, "train") is not False else 0.0
-    keep, y = None, x
-    if dropout:
-        keep = emit(node, aten.bernoulli.p, emit(node, aten.empty_like.default, x, dtype=torch.bool), 1 - dropout)
-        y = emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), _gain(dropout))
+    keep = _kept(node, x, dropout)
+    y = _scaled(node, x, keep, dropout) if dropout else x
     for item in list(node.users):
-        mask = item.args[1] == 1
-        replace_node(item, (keep or emit(node, aten.ones_like.default, x, dtype=torch.bool)) if mask else y)
+        replace_node(item, (y, keep)[item.args[1]])
     return y
+
+
+def _kept(node: fx.Node, like: fx.Node, dropout: float) -> fx.Node:
+    """A mask of the elements that are not dropped."""
+    return emit(node, aten.bernoulli.p, emit(node, aten.empty_like.default, like, dtype=torch.bool), 1 - dropout)
+
+
+def _scaled(node: fx.Node, x: fx.Node, keep: fx.Node, dropout: float) -> fx.Node:
+    return emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), _gain(dropout))
 
 
 def _gain(dropout: float) -> float:
