@@ -8,6 +8,7 @@ those of balanced routing (`foldcc/ir/sizes.py`).
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ class Policies(Mapping[tuple[int, str], Memory]):
 
 def memory(program: Program) -> Memory:
     """What a rank holds in a training step of a program that is lowered."""
-    walk, held = _Walk(program), dict.fromkeys(("parameter", "buffer", "constant", "input", "tap"), 0.0)
+    walk, held = _Walk(program), defaultdict[str, float](float)
     slots = []
     for slot, node in zip(program.slots, program.placeholders, strict=True):
         like, layout = node.meta["val"], node.meta["layout"]
@@ -130,7 +131,7 @@ def memory(program: Program) -> Memory:
     return Memory(
         parameters=held["parameter"],
         buffers=held["buffer"] + held["constant"],
-        inputs=held["input"],
+        inputs=held["input"] + held["key"],
         gradients=gradients,
         moments=MOMENTS * held["parameter"],
         kept=kept,
