@@ -112,7 +112,7 @@ class FoldedModule(nn.Module):
             **dict(self.named_buffers(remove_duplicate=False)),
         }
         keys = draw_keys(sum(s.kind == "key" for s in program.slots), self.mesh, self._compiler.device(self))
-        values = []
+        values, updated = [], set(program.updates.values())
         for slot, node in zip(program.slots, program.placeholders, strict=True):
             if slot.kind == "input":
                 values.append(next(inputs))
@@ -123,12 +123,16 @@ class FoldedModule(nn.Module):
             elif slot.kind == "tap":
                 values.append(kept.executable.zeros(node))
             else:
-                values.append(self._places.local(slot.names[0], held[slot.names[0]]))
+                value = self._places.local(slot.names[0], held[slot.names[0]])
+                # What the backward pass reads is the value that was there in this forward pass.
+                values.append(value.clone() if slot.name in updated else value)
         others = partial(self._for_gradients, kept)
-        if not program.observed:
-            return program.returned(kept.executable(values, others))
-        after = partial(call_backward, self, program.observed, kept.executable.no_gradient)
+        after = partial(call_backward, self, program.observed, kept.executable.no_gradient) if program.observed else None
         outputs = kept.executable(values, others, after)
+        with torch.no_grad():
+            for i, name in program.updates.items():
+                first = program.slot(name).names[0]
+                self._places.local(first, held[first]).copy_(outputs[i])
         call_forward(self, program.observed, outputs)
         return program.returned(outputs)
 

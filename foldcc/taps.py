@@ -72,7 +72,8 @@ def without_results(program: Program) -> Program:
         return program
     program = program.copied()
     returned: Any = program.output.args[0]
-    program.output.args = (tuple(returned[: program.out_spec.num_leaves - len(program.literals)]),)
+    own = program.out_spec.num_leaves - len(program.literals) + len(program.updates)
+    program.output.args = (tuple(returned[:own]),)
     slots = tuple(replace(s, grad=s.grad and s.kind != "tap") for s in program.slots)
     return replace(program, slots=slots, observed=())
 

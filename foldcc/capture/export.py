@@ -14,13 +14,14 @@ import torch._dynamo.exc
 import torch._dynamo.variables.base
 import torch.fx.experimental.symbolic_shapes
 from torch import fx, nn
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from foldcc.capture import functions, modules, normalize, packing, random, regions, transformers
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
+from foldcc.capture.updates import return_updates
 from foldcc.errors import FoldError
 from foldcc.hooks import told
 from foldcc.ir.program import Program, Slot
@@ -64,7 +65,7 @@ def capture(
         recorder: for the modules that hooks watch, whose marks the program returns last.
 
     Raises:
-        FoldError: the model's graph depends on the values in a tensor, or it changes its own buffers.
+        FoldError: the model's graph depends on the values in a tensor, or it changes what is no buffer of it.
     """
     if tracer not in TRACERS:
         raise FoldError(f"There is no tracer {tracer!r}.", valid=", ".join(TRACERS))
@@ -93,22 +94,25 @@ def capture(
     exported = exported.run_decompositions({})
     for node in exported.graph.nodes:
         _keep_source(node, sources)
-    _refuse_mutation(exported)
     regions.refuse_unknown(exported.graph_module)
     graph = fx.GraphModule(nn.Module(), _renamed(exported.graph))
     slots = _tied(graph, _slots(model, exported, graph, args, kwargs))
     _drop_constants(graph, slots)
+    marks = len(recorder.marks) if recorder is not None else 0
+    updated = return_updates(graph, exported.graph_signature.output_specs, slots, marks)
     _put_on(graph, device)
     packing.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
     normalize.normalize(graph)
     slots = random.with_keys(graph, slots)
     literals = _without_literals(graph)
-    out_spec = exported.call_spec.out_spec
+    out_spec = exported.call_spec.out_spec.child(0) if recorder is not None and recorder.watches else exported.call_spec.out_spec
+    first = out_spec.num_leaves - len(literals)
     return Program(
         graph=graph,
         slots=slots,
-        out_spec=out_spec.child(0) if recorder is not None and recorder.watches else out_spec,
+        out_spec=out_spec,
         literals=literals,
+        updates={first + i: name for i, name in enumerate(updated)},
         constants={s.name: _constant(model, exported.constants[s.names[0]], device) for s in slots if s.kind == "constant"},
         mesh=mesh,
         properties=frozenset({"captured"}),
@@ -272,12 +276,3 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-
-
-def _refuse_mutation(exported: torch.export.ExportedProgram) -> None:
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind != OutputKind.USER_OUTPUT:
-            raise FoldError(
-                f"The forward pass changes {spec.target}, and a folded program has no state of its own.",
-                valid="a forward that returns what it computes; model.eval() if the change is made in training only",
-            )

@@ -135,7 +135,7 @@ def _differences(program: Program, other: Program) -> list[tuple[fx.Node, tuple[
     """The operators whose second operand is another number in the other program; None if more than that differs."""
     nodes, others = list(program.graph.graph.nodes), list(other.graph.graph.nodes)
     same = (program.slots, program.out_spec, len(nodes)) == (other.slots, other.out_spec, len(others))
-    if not same or not _same(program.literals, other.literals) or not _same(program.constants, other.constants):
+    if not same or program.updates != other.updates or not _same(program.literals, other.literals) or not _same(program.constants, other.constants):
         return None
     twins = dict(zip(nodes, others, strict=True))
     found = []

@@ -63,6 +63,7 @@ def program_of(text: Text) -> Program:
         main = Graph(text, mains[0], sections)
         program = replace(program, graph=main.build(), slots=tuple(main.slots), batch_dims=main.batch_dims)
         _settle(program, program.graph, main)
+        slots = main
         kept = {name: graph.kept for name, graph in main.blocks.items() if graph.kept is not None}
         together = {f"{name}_{FORWARD}": graph.together for name, graph in main.blocks.items() if graph.together}
         if len(mains) > 1:
@@ -73,7 +74,16 @@ def program_of(text: Text) -> Program:
             together |= {name: graph.together for name, graph in main.blocks.items() if graph.together}
     program = replace(program, plan=Plan(mesh=str(text.mesh), model=text.name, zero=text.zero, kept=kept, together=together))
     outputs = program.outputs
-    program = replace(program, out_spec=pytree.tree_structure(tuple(outputs)))
+    if missing := [name for i, name in text.updates.items() if i >= len(outputs) or name not in slots.nodes]:
+        raise FoldError(
+            f"The text says that {missing[0]} is updated, which is no slot, or by an output that is not there.",
+            valid=", ".join(slots.nodes),
+        )
+    program = replace(
+        program,
+        out_spec=pytree.tree_structure(tuple(outputs[: min(text.updates, default=len(outputs))])),
+        updates={i: slots.nodes[name].name for i, name in text.updates.items()},
+    )
     if text.wanted is None:
         return program
     wanted, graded = ([str(i) in told.split(",") for i in range(len(outputs))] for told in text.wanted)

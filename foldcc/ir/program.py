@@ -73,6 +73,7 @@ class Program:
         sizes: size of each factor.
         backward: the main backward graph, for gradients of the outputs that are wanted; None if no slot is given a gradient.
         batch_dims: by the path of an input, which of its dimensions is samples, or None; empty means the first.
+        updates: by the position of an output, the slot of the buffer whose new value it is.
         observed: what hooks on modules are called with.
         wanted: for each output, whether a backward pass is given its gradient; None until `outline`.
         plan: the choices that were made, and those that passes are to make.
@@ -89,6 +90,7 @@ class Program:
     literals: Mapping[int, Any] = field(default_factory=dict)
     name: str = "program"
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    updates: Mapping[int, str] = field(default_factory=dict)
     observed: Events = ()
     wanted: tuple[bool, ...] | None = None
     plan: Plan = field(default_factory=Plan)
@@ -167,7 +169,7 @@ class Program:
 
     def returned(self, outputs: Sequence[Any]) -> Any:
         """What the model returns, made of what the main graph returns."""
-        tensors = iter(outputs)  # those for hooks come last
+        tensors = iter(outputs)  # updates of buffers, and what is for hooks, come behind
         leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(self.out_spec.num_leaves)]
         return pytree.tree_unflatten(leaves, self.out_spec)
 

@@ -103,6 +103,7 @@ class Text:
 
     Attributes:
         holds, wanted: None where the text does not say.
+        updates: by the position of an output, the buffer whose new value it is.
     """
 
     mesh: FoldedMesh
@@ -112,6 +113,7 @@ class Text:
     factors: dict[sympy.Symbol, int] = field(default_factory=dict)
     holds: frozenset[str] | None = None
     zero: int = 0
+    updates: dict[int, str] = field(default_factory=dict)
     wanted: tuple[str, str] | None = None
     sections: list[Section] = field(default_factory=list)
 
@@ -171,7 +173,7 @@ def extend(found: Text, lines: Iterable[tuple[int, str]], block: str = "main") -
                 section.leaving[word] = (number, rest)
             else:
                 section.lines.append(line_of(found, section, number, line, "" if where == found.name else where, source))
-        elif word in ("program", "factors", "holds", "zero", "wanted") and not found.sections:
+        elif word in ("program", "factors", "holds", "zero", "updates", "wanted") and not found.sections:
             _head(found, number, line, word, rest)
         elif heading := _HEADING.fullmatch(line):
             section, where, source = Section(heading["name"], heading["direction"] or "", number), "", ""
@@ -222,6 +224,11 @@ def _head(found: Text, number: int, line: str, word: str, rest: str) -> None:
         if rest not in ("1", "2", "3"):
             raise bad(number, line, "is no stage of ZeRO", "zero 3")
         found.zero = int(rest)
+    elif word == "updates":
+        pairs = [pair.rpartition("=") for pair in rest.split()]
+        if not pairs or not all(place.isdigit() for _, _, place in pairs):
+            raise bad(number, line, "does not say which outputs are new values of buffers", "updates b_count=1")
+        found.updates = {int(place): name for name, _, place in pairs}
     else:
         wanted = re.fullmatch(r"(none|[\d,]+) of (none|[\d,]+)", rest)
         if wanted is None:

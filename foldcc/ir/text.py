@@ -4,6 +4,7 @@
     factors batch=8 seq=16 hidden=64
     holds annotated, captured, dispatched, outlined, sharded
     wanted 0 of 0,1                                                    # of two outputs with gradients, the first is given one
+    updates b_count=2                                                  # the third is the new value of a buffer
 
     block1 × 56
       # model.layers.0.mlp.experts                                     modeling_mixtral.py:118
@@ -57,6 +58,8 @@ def stage_text(stage: Stage) -> str:
     ]
     if program.plan.zero:
         lines.append(f"zero {program.plan.zero}")
+    if program.updates:
+        lines.append(" ".join(["updates", *(f"{name}={i}" for i, name in program.updates.items())]))
     if program.wanted is not None:
         lines.append(f"wanted {_places(program.wanted)} of {_places([n.meta.get('grad', True) for n in program.outputs])}")
     for _, _, text in sections(program):

@@ -57,7 +57,7 @@ def losses(program: Program) -> tuple[bool, ...]:
     computed from it: a sum of losses is one, and its terms are not.
     """
     outputs, flowing = program.outputs, differentiated(program)
-    own = outputs[: program.out_spec.num_leaves - len(program.literals)]  # those for hooks come last
+    own = outputs[: program.out_spec.num_leaves - len(program.literals)]  # updates of buffers, and those for hooks, come behind
     scalars = {n for n in own if n in flowing and n.meta["val"].dim() == 0}
     parts: set[fx.Node] = set()
     for node in reversed(program.graph.graph.nodes):
@@ -76,8 +76,9 @@ def _differentiable(node: fx.Node) -> bool:
 def interface(program: Program) -> dict[fx.Node, fx.Node]:
     """The representative of each value of the main graph and each formal or returned value of a block.
 
-    A block's formals are one with all that they are called with, because the block's program is shared. Returned values
-    are keyed by the main graph's node; `returns` says which nodes those are.
+    A block's formals are one with all that they are called with, because the block's program is shared. The new value of a
+    buffer is one with the buffer, because it is held as that is. Returned values are keyed by the main graph's node; `returns`
+    says which nodes those are.
     """
     parent: dict[fx.Node, fx.Node] = {}
 
@@ -94,6 +95,9 @@ def interface(program: Program) -> dict[fx.Node, fx.Node]:
         for user in call.users:
             first = results.setdefault((str(call.target), user.args[1]), user)
             parent[find(user)] = find(first)
+    outputs, held = program.outputs, {n.name: n for n in program.placeholders}
+    for i, name in program.updates.items():
+        parent[find(outputs[i])] = find(held[name])
     return {n: find(n) for n in list(parent)}
 
 

@@ -181,6 +181,7 @@ class Module:
 
     Attributes:
         returned: the leaves of what it returns.
+        updated: the buffers that it updates, as it leaves them.
         gradients: of what is trained, for each choice of the outputs that are given a gradient.
     """
 
@@ -189,6 +190,7 @@ class Module:
         self.trained = [slot.name for slot in captured.slots if slot.grad]
         self.values = {n: x.clone().requires_grad_(n in self.trained) for n, x in reference.inputs.items()}
         self.returned: list[Any] = []
+        self.updated: list[Tensor] = []
         self.spec: pytree.TreeSpec | None = None
         self.gradients: list[dict[str, Tensor]] = []
         self.drawn = Drawn()
@@ -207,6 +209,8 @@ class Module:
                 self._check_drawn()
             except (FoldError, RuntimeError, IndexError, TypeError, ValueError) as error:  # of the model's own code
                 raise Missing("the module does not run over a field", error) from None
+            left = dict(model.named_buffers(remove_duplicate=False))
+            self.updated = [left[slot.names[0]].detach() for slot in updated]
             if self._differentiable():
                 try:
                     self.gradients = [self._gradients(given) for given in objectives]
@@ -216,6 +220,9 @@ class Module:
         model, slots = self.origin.model, self.captured.slots
         held = {name: self.values[s.name] for s in slots if s.kind in ("parameter", "buffer") for name in s.names}
         held = {**self._other_buffers(held), **held}
+        updated = [self.captured.slot(name) for name in self.captured.updates.values()]
+        for slot in updated:
+            held |= dict.fromkeys(slot.names, self.values[slot.name].clone())  # for it may be run again
         values = {s.names[0]: self.values[s.name] for s in slots if s.kind == "input"}
         args, kwargs = as_exported(model, (), self.origin.arguments)
         args, kwargs = pytree.tree_map_with_path(
@@ -275,7 +282,7 @@ class Module:
             return None
         if any(type(self.returned[i]) is not type(x) or self.returned[i] != x for i, x in literals.items()):
             return None
-        found = [x for i, x in enumerate(self.returned) if i not in literals]
+        found = [*(x for i, x in enumerate(self.returned) if i not in literals), *self.updated]
         alike = all(isinstance(x, Tensor) and x.shape == y.shape for x, y in zip(found, self.reference.outputs, strict=True))
         return found if alike else None
 

@@ -95,7 +95,8 @@ def _shortened(program: Program) -> Program:
         if node.name in unused:
             graph.erase_node(node)
     program.graph.recompile()
-    return replace(program, slots=tuple(s for s in program.slots if s.name not in unused))
+    updates = {i: name for i, name in program.updates.items() if name not in unused}
+    return replace(program, slots=tuple(s for s in program.slots if s.name not in unused), updates=updates)
 
 
 # --- smaller factors ---
