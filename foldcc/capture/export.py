@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import functions, modules, normalize, packing, random, regions, transformers
+from foldcc.capture import batch_norm, functions, modules, normalize, packing, random, regions, transformers
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.capture.updates import return_updates
@@ -91,7 +91,7 @@ def capture(
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
     regions.detach_no_grad(exported)
-    exported = exported.run_decompositions({})
+    exported = exported.run_decompositions(batch_norm.DECOMPOSED)
     for node in exported.graph.nodes:
         _keep_source(node, sources)
     regions.refuse_unknown(exported.graph_module)
