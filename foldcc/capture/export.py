@@ -90,13 +90,14 @@ def capture(
         stack.enter_context(observing(model, recorder or Recorder()))
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
+    _untie(model, exported)
     regions.detach_no_grad(exported)
     exported = exported.run_decompositions(batch_norm.DECOMPOSED)
     for node in exported.graph.nodes:
         _keep_source(node, sources)
     regions.refuse_unknown(exported.graph_module)
     graph = fx.GraphModule(nn.Module(), _renamed(exported.graph))
-    slots = _tied(graph, _slots(model, exported, graph, args, kwargs))
+    slots = _slots(model, exported, graph, args, kwargs)
     _drop_constants(graph, slots)
     marks = len(recorder.marks) if recorder is not None else 0
     updated = return_updates(graph, exported.graph_signature.output_specs, slots, marks)
@@ -105,7 +106,8 @@ def capture(
     normalize.normalize(graph)
     slots = random.with_keys(graph, slots)
     literals = _without_literals(graph)
-    out_spec = exported.call_spec.out_spec.child(0) if recorder is not None and recorder.watches else exported.call_spec.out_spec
+    out_spec = exported.call_spec.out_spec
+    out_spec = out_spec.child(0) if recorder is not None and recorder.watches else out_spec
     first = out_spec.num_leaves - len(literals)
     return Program(
         graph=graph,
@@ -233,17 +235,21 @@ def _slots(
     return tuple(slots)
 
 
-def _tied(graph: fx.GraphModule, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """A tensor that the module tree holds under several names is one placeholder, so that it has one layout."""
-    nodes = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
-    first: dict[tuple[str, ...], str] = {}
-    kept = []
-    for slot in slots:
-        if slot.kind not in ("parameter", "buffer") or first.setdefault(slot.names, slot.name) == slot.name:
-            kept.append(slot)
+def _untie(model: nn.Module, exported: torch.export.ExportedProgram) -> None:
+    """A tensor that the module tree holds under several names is one placeholder, so that it has one layout and one value."""
+    held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    first: dict[int, fx.Node] = {}
+    left = []
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    for spec, node in zip(exported.graph_signature.input_specs, list(placeholders), strict=True):
+        there = held.get(spec.target) if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) else None
+        if there is None or first.setdefault(id(there), node) is node:
+            left.append(spec)
         else:
-            nodes[slot.name].replace_all_uses_with(nodes[first[slot.names]])
-    return tuple(kept)
+            node.replace_all_uses_with(first[id(there)])
+            exported.graph.erase_node(node)
+    exported.graph_signature.input_specs[:] = left
+    exported.graph_module.recompile()
 
 
 def _drop_constants(graph: fx.GraphModule, slots: tuple[Slot, ...]) -> None:

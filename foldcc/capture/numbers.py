@@ -134,8 +134,8 @@ def as_inputs(program: Program, other: Program, numbers: Mapping[str, tuple[Any,
 def _differences(program: Program, other: Program) -> list[tuple[fx.Node, tuple[Any, Any]]] | None:
     """The operators whose second operand is another number in the other program; None if more than that differs."""
     nodes, others = list(program.graph.graph.nodes), list(other.graph.graph.nodes)
-    same = (program.slots, program.out_spec, len(nodes)) == (other.slots, other.out_spec, len(others))
-    if not same or program.updates != other.updates or not _same(program.literals, other.literals) or not _same(program.constants, other.constants):
+    same = all(getattr(program, x) == getattr(other, x) for x in ("slots", "out_spec", "updates")) and len(nodes) == len(others)
+    if not same or not _same(program.literals, other.literals) or not _same(program.constants, other.constants):
         return None
     twins = dict(zip(nodes, others, strict=True))
     found = []

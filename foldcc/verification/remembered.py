@@ -65,8 +65,8 @@ def _code() -> bytes:
 
 
 def _lines(program: Program) -> Iterator[str]:
-    yield f"{program.name} {program.mesh} {program.slots} {program.batch_dims} {program.literals} {program.updates} {program.wanted}"
-    yield f"{sorted((f.name, n) for f, n in program.sizes.items())} {sorted(program.properties)}"
+    yield f"{program.name} {program.mesh} {program.slots} {program.batch_dims} {program.literals} {program.wanted}"
+    yield f"{program.updates} {sorted((f.name, n) for f, n in program.sizes.items())} {sorted(program.properties)}"
     for main in program.mains:
         for name, graph in (("main", main), *main.named_children()):
             yield name
