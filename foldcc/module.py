@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -23,6 +24,7 @@ from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
+from foldcc.runtime.accumulation import Accumulation
 from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, choices_of_first, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
@@ -84,6 +86,7 @@ class FoldedModule(nn.Module):
         self._verified = verified
         self._check_ranks = check_ranks and not mesh.is_virtual
         self._started = False
+        self._keeps = False  # gradients unreduced, inside no_sync
         self._unset: Unset = {}
         refuse_hooks(model)
         copy_tree(model, self, mesh)
@@ -191,12 +194,14 @@ class FoldedModule(nn.Module):
         proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
         return replace(made, proof=proof)
 
-    def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> Executable:
-        """What runs a backward pass that is given the gradients of these outputs."""
+    def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> tuple[Executable, Accumulation]:
+        """What runs a backward pass that is given the gradients of these outputs, and what waits to be reduced with them."""
+        parameters = {} if self.mesh.is_virtual else dict(self.named_parameters())
+        accumulation = Accumulation(self.mesh, parameters, self._keeps and not self.mesh.is_virtual)
         if self._check_ranks:
-            agree_on_gradients(self.mesh, told_outputs(wanted))
+            agree_on_gradients(self.mesh, f"{told_outputs(wanted)}{accumulation}")
         if wanted == kept.executable.program.wanted:
-            return kept.executable
+            return kept.executable, accumulation
         with one_at_a_time():
             other = self._programs.find_other(kept, wanted)
             if other is None:
@@ -204,7 +209,27 @@ class FoldedModule(nn.Module):
                 with compiling():
                     other = self._proved(other)
                 self._programs.keep_other(other, kept)
-        return other.executable
+        return other.executable, accumulation
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """As of `DistributedDataParallel`: backward passes in this context leave gradients unreduced, and the first one outside
+        of it adds its own and reduces them all, once.
+
+            for i, batch in enumerate(batches):
+                with model.no_sync() if i + 1 < len(batches) else nullcontext():
+                    model(**batch).loss.backward()
+
+        In between, `.grad` is a DTensor of terms of a sum (`Partial`) in the layout in which the program uses the parameter. It
+        adds up over programs of different shapes, its `full_tensor()` is the right gradient, and `zero_grad` drops it. With
+        `zero=1` to `3` a rank then holds whole gradients, not its share. What needs no reduction is in `.grad` as ever. On a
+        virtual mesh, where nothing is sent, every backward pass leaves `.grad` complete.
+        """
+        before, self._keeps = self._keeps, True
+        try:
+            yield
+        finally:
+            self._keeps = before
 
     def with_passes(self, *passes: Pass) -> FoldedModule:
         """The same module, with the same parameters, its newest program rewritten by passes of your own.

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.torch_version import TorchVersion
 
 import foldcc
 import foldcc.ops
@@ -201,7 +200,6 @@ class Forward(nn.Module):
     def __init__(self, function: Any):
         super().__init__()
         self.linear, self.function = nn.Linear(16, 16), function
-        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.function(self, self.linear(x))

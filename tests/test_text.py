@@ -21,6 +21,7 @@ from foldcc.ops.groups import active
 from foldcc.passes import check_types, run_passes
 from foldcc.passes.lower import Lower
 from foldcc.runtime import simulate
+from foldcc.runtime.accumulation import Accumulation
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.placement import cut
 from foldcc.testing import assert_rewrites, program
@@ -89,7 +90,7 @@ def run(module: foldcc.FoldedModule, program: Program) -> list[Tensor]:
     held |= {f"['{name}']": x for name, x in BATCH.items()}
     values = [held[s.names[0]].detach().requires_grad_(s.grad) for s in program.slots]
     executable = Executable(program)
-    outputs = executable(values, lambda given: executable)
+    outputs = executable(values, lambda given: (executable, Accumulation(executable.program.mesh, {}, keep=False)))
     wanted = [x for x, there in zip(outputs, program.wanted or (), strict=True) if there]
     torch.autograd.backward(wanted, [torch.ones_like(x) for x in wanted])
     return [*outputs, *(v.grad for v in values if v.grad is not None)]

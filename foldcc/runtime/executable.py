@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from foldcc.ir.program import Program
 from foldcc.ir.walk import follow
 from foldcc.layout import Layout
 from foldcc.ops.groups import active
+from foldcc.runtime.accumulation import Accumulation, Phases
 from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.runtime.simulate import simulate
 
 After = Callable[[Mapping[str, Tensor | None]], None]
-Others = Callable[[tuple[bool, ...]], "Executable"]
+Others = Callable[[tuple[bool, ...]], tuple["Executable", Accumulation]]
 
 
 @dataclass
@@ -38,13 +39,18 @@ class Executable:
         self.layouts: list[Layout] = [n.meta["layout"] for n in self.program.placeholders]
         self.outputs = self.program.outputs
 
+    @cached_property
+    def phases(self) -> Phases:
+        return Phases.of(self.program)
+
     def __call__(self, values: Sequence[Tensor], others: Others, after: After | None = None) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
 
         On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
 
         Args:
-            others: gives the program whose backward pass is for the gradients of these outputs; its forward pass is the same.
+            others: gives the program whose backward pass is for the gradients of these outputs, and whose forward pass is the
+                same; and what gradients wait for a reduction.
             after: called behind each backward pass with the gradients of taps by name, laid out like outputs.
         """
         if self.program.backward is None:
@@ -115,7 +121,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, executable: Executable, others: Others, after: After | None, *values: Tensor) -> Any:
         outputs, saved = executable.forward([v.detach() for v in values])
         _save(ctx, saved)
-        ctx.executable, ctx.programs, ctx.after = executable, others, after
+        ctx.programs, ctx.after = others, after
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
         return tuple(outputs)
@@ -127,13 +133,11 @@ class _Step(torch.autograd.Function):
                 "Gradients of gradients were asked for with create_graph=True, and a backward pass has none.",
                 valid="create_graph=False; gradients of gradients from the model in one process",
             )
-        executable: Executable = ctx.executable
-        given = tuple(g is not None for g in gradients)
-        executable = ctx.programs(given)
-        assert executable.program.backward is not None
+        executable: Executable
+        executable, accumulation = ctx.programs(tuple(g is not None for g in gradients))
         layouts = [n.meta["layout"] for n in executable.program.objectives]
         tangents = executable.enter([g.contiguous() for g in gradients if g is not None], layouts)
-        result = executable.run(executable.program.backward, [*_saved(ctx), *tangents])
+        result = accumulation.backward(executable, [*_saved(ctx), *tangents])
         placeholders = executable.program.placeholders
         if executable.virtual:
             columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
