@@ -73,7 +73,11 @@ class Phases:
 def _only_reduces(call: fx.Node, gradients: Sequence[Any]) -> bool:
     """Whether a call reduces gradients, none of which is added to what comes another way."""
     name = str(call.target)
-    return unshards(name) and not name.endswith("_again") and all(item in gradients and len(item.users) == 1 for item in call.users)
+    return (
+        unshards(name)
+        and not name.endswith("_again")
+        and all(item in gradients and len(item.users) == 1 for item in call.users)
+    )
 
 
 @dataclass(frozen=True)
