@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import foldcc
 from foldcc import ops
 from foldcc.runtime.accumulation import Phases
-from foldcc.testing import in_float64, run_distributed
+from foldcc.testing import run_distributed
 
 
 class Routed(nn.Module):

@@ -2,9 +2,9 @@
 
     dw = unshard1(dv)          becomes          first:  dv            then:  dw = unshard1(dv + what has waited)
 
-A backward pass reduces a parameter's gradient in the transpose of the block that unshards it (`passes/store.py`). Before that each
-rank has a term of a sum, and terms add up as gradients do. Until they are reduced they are the parameter's `.grad`, a DTensor that
-says so: whoever reads it has the right value, and `zero_grad` of any optimizer drops it.
+A backward pass reduces a parameter's gradient in the transpose of the block that unshards it (`passes/store.py`). Before that
+each rank has a term of a sum, and terms add up as gradients do. Until they are reduced they are the parameter's `.grad`, a
+DTensor that says so: whoever reads it has the right value, and `zero_grad` of any optimizer drops it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch import Tensor, fx
+from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from foldcc.ir.program import Program, unshards
@@ -85,18 +84,18 @@ class Accumulation:
     """How a backward pass goes on with gradients that wait.
 
     Attributes:
-        parameters: by name; none on a virtual mesh, where nothing is sent and nothing waits.
+        parameters: DTensors by name; none on a virtual mesh, where nothing is sent and nothing waits.
         keep: this one leaves gradients unreduced as well.
     """
 
     mesh: FoldedMesh
-    parameters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, Any]
     keep: bool
 
     @property
     def waiting(self) -> list[str]:
         """The parameters whose gradients wait."""
-        return [n for n, p in self.parameters.items() if isinstance(p, DTensor) and _waits(p)]
+        return [n for n, p in self.parameters.items() if p.grad is not None and p.grad.placements != p.placements]
 
     def __str__(self) -> str:
         """What ranks have to agree on."""
@@ -108,41 +107,36 @@ class Accumulation:
         """The gradients of the program's slots, None for those that wait now."""
         waiting = self.waiting
         if not self.keep and not waiting:
+            assert executable.program.backward is not None
             return executable.run(executable.program.backward, values)
         phases = executable.phases
         gradients, taken = executable.run(phases.first, values)
-        terms = {name: (i, self._terms(name, taken[i], layout)) for i, (name, layout) in phases.terms.items()}
         if self.keep:
-            for name, (_, new) in terms.items():
-                self._add(name, new)
+            for i, (name, layout) in phases.terms.items():
+                self._add(name, taken[i], layout)
             return gradients
-        taken = list(taken)
+        taken, places = list(taken), {name: (i, layout) for i, (name, layout) in phases.terms.items()}
         for name in waiting:
-            there, kept = terms.get(name), self.parameters[name].grad
-            if there is not None and kept.placements == there[1].placements:
-                taken[there[0]] = kept.to_local() + taken[there[0]]
-                self.parameters[name].grad = None
-            else:
-                self.parameters[name].grad = redistributed(kept, self.parameters[name].placements)
+            p, place = self.parameters[name], places.get(name)
+            if place is not None and list(p.grad.placements) == self._placements(place[1]):
+                taken[place[0]] = p.grad.to_local() + taken[place[0]]
+                p.grad = None
+            else:  # this program has no part in it, or uses the parameter in another layout
+                p.grad = redistributed(p.grad, p.placements)
         reduced = executable.run(phases.reduce, taken)
         return [g if r is None else r for g, r in zip(gradients, reduced, strict=True)]
 
-    def _terms(self, name: str, local: Tensor, layout: Layout) -> DTensor:
-        p: Any = self.parameters[name]
+    def _placements(self, layout: Layout) -> list[Placement]:
+        """Those of a layout, terms of a sum where it says so."""
         axes = zip(self.mesh.axes(layout.view), placements(layout, self.mesh), strict=True)
-        there = [Partial() if layout.states.get(axis) == PARTIAL else placement for axis, placement in axes]
-        return DTensor.from_local(local, p.device_mesh, there, run_check=False, shape=p.shape, stride=p.stride())
+        return [Partial() if layout.states.get(axis) == PARTIAL else placement for axis, placement in axes]
 
-    def _add(self, name: str, new: DTensor) -> None:
-        p: Any = self.parameters[name]
-        if p.grad is None:
-            p.grad = new
-        elif p.grad.placements == new.placements:
-            both = p.grad.to_local() + new.to_local()
-            p.grad = DTensor.from_local(both, p.device_mesh, new.placements, run_check=False, shape=p.shape, stride=p.stride())
-        else:  # one of them is reduced, or another program has left it in another layout
-            p.grad = redistributed(p.grad, p.placements) + redistributed(new, p.placements)
-
-
-def _waits(p: Any) -> bool:
-    return p.grad is not None and p.grad.placements != p.placements
+    def _add(self, name: str, terms: Tensor, layout: Layout) -> None:
+        """Adds what this rank has of a gradient to what waits."""
+        p, there = self.parameters[name], self._placements(layout)
+        same = p.grad is not None and list(p.grad.placements) == there
+        terms = p.grad.to_local() + terms if same else terms
+        new: Any = DTensor.from_local(terms, p.device_mesh, there, run_check=False, shape=p.shape, stride=p.stride())
+        if p.grad is not None and not same:  # it is reduced, or another program has left it in another layout
+            new = redistributed(p.grad, p.placements) + redistributed(new, p.placements)
+        p.grad = new
