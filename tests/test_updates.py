@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import foldcc
 from foldcc import ops
+from foldcc.capture.updates import return_updates
 from foldcc.errors import FoldError
 from foldcc.ir.parse import parse_stage
 from foldcc.passes import Pass
@@ -235,7 +236,19 @@ def test_an_update_that_is_not_reduced_is_refused_and_a_wrong_one_is_found() -> 
     with pytest.raises(FoldError, match="over dp is missing"):
         folded.with_passes(Changed(drop=True))
     proof = foldcc.verify(folded.with_passes(Changed(drop=False)))
-    assert not proof.ok and "Output 1" in str(proof)
+    assert not proof.ok and "Buffer mean" in str(proof)
+
+
+def test_state_that_capture_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(graph: Any, *given: Any) -> list[str]:
+        names = return_updates(graph, *given)
+        (output,) = graph.graph.find_nodes(op="output")
+        output.args = (output.args[0][:-1],)
+        return names[:-1]
+
+    monkeypatch.setattr("foldcc.capture.export.return_updates", forgetful)
+    with pytest.raises(FoldError, match="(?s)The capture is wrong: Buffer mean differs"):
+        foldcc.parallelize(Mean(), "dp=2", example_inputs=(torch.randn(4, 3, 8),), verify=True)
 
 
 def test_the_text_of_a_stage_says_which_outputs_are_updates() -> None:

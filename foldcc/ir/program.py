@@ -173,6 +173,10 @@ class Program:
         leaves = [self.literals[i] if i in self.literals else next(tensors) for i in range(self.out_spec.num_leaves)]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
+    def told_output(self, i: int) -> str:
+        """An output as a person reads it."""
+        return f"Buffer {self.slot(self.updates[i]).names[0]}" if i in self.updates else f"Output {i}"
+
     def batch_dim(self, node: fx.Node) -> int | None:
         """Which dimension of an input is samples."""
         return self.batch_dims.get(self.slot(node.name).names[0], 0 if node.meta["val"].dim() else None)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
@@ -36,10 +35,11 @@ from foldcc.runtime.modes import traceable
 from foldcc.taps import without_results
 from foldcc.verification.drawn import Drawn
 from foldcc.verification.field import Field
+from foldcc.verification.formulas import Formulas, attend
 from foldcc.verification.inputs import random_inputs
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.proof import Difference, Proof
-from foldcc.verification.reference import Reference, Undefined, least
+from foldcc.verification.reference import Reference, Undefined
 
 ELEMENTS = 5_000_000  # of parameters and inputs, that are run
 _MISSING = "the capture is not proved"
@@ -159,7 +159,7 @@ def _round(origin: Origin, captured: Program, field: Field, buffers: Mapping[str
     inputs = random_inputs(captured, field, buffers, generator, full_rows=True)
     inputs |= {s.name: torch.zeros_like(inputs[s.name]) for s in captured.slots if s.kind == "tap"}
     try:
-        with _Plain(origin.dtype):
+        with Formulas(origin.dtype):
             reference = Reference(captured, field, inputs, generator)
     except Undefined as error:
         raise Missing("the captured program has no value on what was drawn", error) from None
@@ -181,7 +181,8 @@ class Module:
 
     Attributes:
         returned: the leaves of what it returns.
-        updated: the buffers that it updates, as it leaves them.
+        updated: the buffers that the captured program updates, as the module leaves them.
+        changed: a buffer that the module changes and the captured program does not, if there is one.
         gradients: of what is trained, for each choice of the outputs that are given a gradient.
     """
 
@@ -191,6 +192,7 @@ class Module:
         self.values = {n: x.clone().requires_grad_(n in self.trained) for n, x in reference.inputs.items()}
         self.returned: list[Any] = []
         self.updated: list[Tensor] = []
+        self.changed: str | None = None
         self.spec: pytree.TreeSpec | None = None
         self.gradients: list[dict[str, Tensor]] = []
         self.drawn = Drawn()
@@ -210,7 +212,10 @@ class Module:
             except (FoldError, RuntimeError, IndexError, TypeError, ValueError) as error:  # of the model's own code
                 raise Missing("the module does not run over a field", error) from None
             left = dict(model.named_buffers(remove_duplicate=False))
-            self.updated = [left[slot.names[0]].detach() for slot in updated]
+            self.updated = [left[slot.names[0]].detach().clone() for slot in updated]
+            self.changed = next((n for n, x in kept.items() if _content(left[n]) != _content(x)), None)
+            for slot in updated:  # a checkpoint runs forward again in the backward pass, of the state that there was
+                held[slot.names[0]].data.copy_(self.values[slot.name])
             if self._differentiable():
                 try:
                     self.gradients = [self._gradients(given) for given in objectives]
@@ -221,6 +226,7 @@ class Module:
         held = {name: self.values[s.name] for s in slots if s.kind in ("parameter", "buffer") for name in s.names}
         held = {**self._other_buffers(held), **held}
         updated = [self.captured.slot(name) for name in self.captured.updates.values()]
+        kept = {s.names[0]: self.reference.inputs[s.name] for s in slots if s.kind == "buffer" and s not in updated}
         for slot in updated:
             held |= dict.fromkeys(slot.names, self.values[slot.name].clone())  # for it may be run again
         values = {s.names[0]: self.values[s.name] for s in slots if s.kind == "input"}
@@ -263,9 +269,9 @@ class Module:
                 module.training = training
             stack.enter_context(as_written(model))
             stack.enter_context(inlined())
-            plain = stack.enter_context(_Plain(self.origin.dtype))
+            plain = stack.enter_context(Formulas(self.origin.dtype))
             # A checkpoint calls functions in the backward pass, without the modes of functions.
-            named = {"scaled_dot_product_attention": _attend, "rms_norm": plain.rms_norm}
+            named = {"scaled_dot_product_attention": attend, "rms_norm": plain.rms_norm}
             stack.enter_context(changed(vars(torch.nn.functional), named))
             stack.enter_context(_Foreign(self.field))
             stack.enter_context(fork_rng(devices=[]))
@@ -296,9 +302,11 @@ class Module:
             return Difference(what="What is returned, or its shape,", rank=0, capture=True)
         if any(bool(x.detach().isnan().any()) for x in outputs):
             raise Missing("the module divides by zero on what was drawn")
+        if self.changed is not None:
+            return Difference(what=f"Buffer {self.changed}", rank=0, capture=True)
         for i, (x, y) in enumerate(zip(outputs, self.reference.outputs, strict=True)):
             if not torch.equal(x.detach(), y.detach()):
-                return Difference(what=f"Output {i}", rank=0, capture=True, node=self.first_unlike())
+                return Difference(what=self.captured.told_output(i), rank=0, capture=True, node=self.first_unlike())
             if not self._differentiable():
                 return Difference(what=f"Whether output {i} has a gradient", rank=0, capture=True)
         return None
@@ -357,52 +365,3 @@ class _Foreign(FieldMode):
 
     def _element(self, x: Tensor) -> Tensor:
         return self.field.numbers(x) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-_ATTENTION = (torch.nn.functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-
-_NORMS = (torch.nn.functional.rms_norm, torch.rms_norm)
-
-
-class _Plain(TorchFunctionMode):
-    """Of an operator that has several implementations the formula, on both sides: one of attention's takes the scale apart.
-
-    What depends on the type of an operand depends on the type of the parameters, for elements have no other.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _ATTENTION:
-            return _attend(*args, **kwargs)
-        if func in _NORMS:
-            return self.rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def rms_norm(self, input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        return torch.rms_norm(input, shape, weight, least(self.dtype) if eps is None else eps)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    if attn_mask is not None:
-        allowed = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
-    return torch.dropout(torch.ops.aten._safe_softmax.default(scores, -1), dropout_p, True) @ v

@@ -190,7 +190,7 @@ def _round(
         rank = wrong_rank(values, wanted.detach(), layout, mesh, field)
         if rank is not None:
             told = reading(values, wanted.detach(), layout, mesh, field)
-            found = Difference(what=f"Output {i}", rank=rank, reading=told)
+            found = Difference(what=captured.told_output(i), rank=rank, reading=told)
             return (locate_forward(stages, run, found) if isinstance(run, Folded) else found), ()
     trained = [s.name for s in program.slots if s.grad]
     outputs = f"{len(run.outputs)} outputs, on each of {mesh.world_size} ranks"
