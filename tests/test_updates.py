@@ -19,6 +19,7 @@ from foldcc import ops
 from foldcc.capture.updates import return_updates
 from foldcc.errors import FoldError
 from foldcc.ir.parse import parse_stage
+from foldcc.layout import INVARIANT
 from foldcc.passes import Pass
 from foldcc.testing import in_float64, program, run_distributed
 from foldcc.testing.text import derived
@@ -151,6 +152,8 @@ def test_state_is_updated_as_in_one_process(mesh: str, run: Any, options: dict[s
     if options.get("verify"):
         assert not folded.proof.missing  # the module's own state is compared as well
     assert reference.steps == folded.steps == (5 if run is run_in_every_mode else 3)
+    for i in folded.program.updates:
+        assert {*folded.program.outputs[i].meta["layout"].states.values()} == {INVARIANT}  # every rank holds all of a buffer
     assert folded.codes.again is folded.steps
     assert_alike(folded, reference)
 
