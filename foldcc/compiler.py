@@ -30,6 +30,7 @@ from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, for_kernels, recomputing, run_passes
 from foldcc.programs import Kept
+from foldcc.runtime.agreement import choices_of_first
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.samples import refuse_attention_over_samples, sample_dims
@@ -142,6 +143,17 @@ class Compiler:
             later = run_passes(start[-1].program, named, check=check_types, progress=self.progress)
         stages = Stages([*start, *list(later)[1:]])
         return replace(kept, executable=Executable(stages[-1].program), stages=stages, proof=None, others={})
+
+    def chosen_alike(self, made: Kept) -> Kept:
+        """The program with the choices of rank 0: ranks with different ones would wait for each other without end."""
+        plan = choices_of_first(self.mesh, str(made.executable.program.plan))
+        if plan is None:
+            return made
+        warnings.warn(
+            "Ranks have made different choices, of other plans or on other machines: rank 0's are taken.", stacklevel=2
+        )
+        stages = made.stages.again(Plan.parse(plan), check=check_types)
+        return replace(made, stages=stages, executable=Executable(stages[-1].program))
 
     def under(self, stages: Stages, zero: int, policies: Sequence[str]) -> Iterator[Program]:
         """What these stages would end with, lowered, under another storage and each of some policies of what is kept."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
 from foldcc.runtime.accumulation import Accumulation
-from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, choices_of_first, on_one_rank
+from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.keys import draw_keys
@@ -165,7 +164,7 @@ class FoldedModule(nn.Module):
         with one_at_a_time():
             made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
             with compiling():
-                made = self._chosen_alike(made)
+                made = self._compiler.chosen_alike(made)
                 made = self._proved(made)
                 self._places.take(self, made.executable.program)
             self._programs.keep(made, replaced)
@@ -174,17 +173,6 @@ class FoldedModule(nn.Module):
             self._programs.announce_copies(found.copies)
         if fixed:
             self._structure = call.structure
-
-    def _chosen_alike(self, made: Kept) -> Kept:
-        """The program with the choices of rank 0: ranks with different ones would wait for each other without end."""
-        plan = choices_of_first(self.mesh, str(made.executable.program.plan))
-        if plan is None:
-            return made
-        warnings.warn(
-            "Ranks have made different choices, of other plans or on other machines: rank 0's are taken.", stacklevel=2
-        )
-        stages = made.stages.again(Plan.parse(plan), check=check_types)
-        return replace(made, stages=stages, executable=Executable(stages[-1].program))
 
     def _proved(self, made: Kept) -> Kept:
         if not self._verified:

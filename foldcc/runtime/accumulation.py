@@ -103,7 +103,7 @@ class Accumulation:
         told = f", beside {len(waiting)} gradients that wait for a reduction" if waiting else ""
         return f"{told}, without a reduction" if self.keep else told
 
-    def backward(self, executable: Executable, values: Sequence[Any]) -> Any:
+    def backward(self, executable: Executable, values: list[Any]) -> Any:
         """The gradients of the program's slots, None for those that wait now."""
         waiting = self.waiting
         if not self.keep and not waiting:
