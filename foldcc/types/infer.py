@@ -137,7 +137,10 @@ class Typing:
             raise illegal(node, "is not linear in terms of a sum", part, self.told(node, values))
         pieces = now.pieces if known in _BUCKETS else ()
         longer, shorter = (_elements(node), _elements(node.all_input_nodes[0])) if pieces else (1, 1)
-        return Value(types, tuple((self._collective(node, known, x, values, part), n * longer // shorter) for x, n in pieces))
+        found = ((self._collective(node, known, x, values, part), n * longer // shorter) for x, n in pieces)
+        if known is ops.reduce_scatter:  # rows do not show which dimension of a piece is divided
+            found = ((Value(self._set(x.types, dict.fromkeys(on, UNKNOWN))), n) for x, n in found)
+        return Value(types, tuple(found))
 
     def _set(self, types: Mapping[str, Type], changed: Mapping[str, Type]) -> dict[str, Type]:
         """Other types on some axes; atoms of the other view over the same ranks follow."""
