@@ -147,7 +147,7 @@ def test_parts_of_gradients_are_summed_in_rows_one_for_each_rank() -> None:
         %parts = aten.split_with_sizes(%sums, [64, 64])
         %da    = aten.reshape(getitem(%parts, 0), [4, 16])
         %db    = aten.reshape(getitem(%parts, 1), [8, 8])
-        return [%da, %db]
+        return [%da : f32[4, 16] V(dp), %db : f32[8, 8] V(dp)]
         joined [[da, db]]
         """,
     )
