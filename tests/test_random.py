@@ -107,6 +107,18 @@ def test_bits_are_even_and_neighbours_are_independent() -> None:
         assert abs(float(torch.corrcoef(torch.stack([bits.flatten(), neighbour.flatten()]).double())[0, 1])) < 0.012
 
 
+def test_bits_do_not_depend_on_how_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(), (5,), (0, 3), (3, 5), (2, 3, 5)]
+    wanted = [bits_of(torch.tensor(3), shape) for shape in shapes]
+    assert [x.shape for x in wanted] == shapes
+    monkeypatch.setattr("foldcc.ops.random._AT_ONCE", 7)
+    for shape, bits in zip(shapes, wanted, strict=True):
+        assert torch.equal(bits_of(torch.tensor(3), shape), bits)
+        for start in (1, 3) if len(shape) == 2 else ():  # a part of the columns
+            own = [torch.arange(shape[0]), torch.arange(start, shape[1])]
+            assert torch.equal(random_bits(torch.tensor(3), own), bits[:, start:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_number_is_rounded_up_to_1(dtype: torch.dtype) -> None:
     with drawing_alike():

@@ -22,6 +22,7 @@ from foldcc.ops.operator import Operator, operator
 
 BITS = 24  # what a float32 below 1 holds, so that a number is the same in every type
 _GOLDEN = -0x61C8864680B583EB  # odd constants of splitmix64, as signed integers
+_AT_ONCE = 1 << 22  # elements that are mixed at once, in 8 bytes each
 _MIXER = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
 
 
@@ -38,8 +39,19 @@ def _mixed(z: Tensor) -> Tensor:
 
 def _bits(key: Tensor, at: Sequence[Tensor]) -> Tensor:
     z = _mixed(key.clone())
-    for positions in at:
+    for positions in at[:-1]:
         z = _mixed(z.unsqueeze(-1) + (positions + 1) * _GOLDEN)
+    if not at:
+        return _narrowed(z)
+    columns = (at[-1] + 1) * _GOLDEN
+    found = z.new_empty((z.numel(), len(columns)), dtype=torch.int32)
+    step = max(1, _AT_ONCE // max(1, len(columns)))
+    for rows, into in zip(z.view(-1, 1).split(step), found.split(step), strict=True):
+        into.copy_(_narrowed(_mixed(rows + columns)))
+    return found.view(*z.shape, len(columns))
+
+
+def _narrowed(z: Tensor) -> Tensor:
     return _shifted(z, 64 - BITS).to(torch.int32)
 
 
