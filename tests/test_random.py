@@ -16,12 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 import foldcc
 from foldcc.capture import normalize
-from foldcc.ops.random import bits_of, random_bits
+from foldcc.ops.random import everywhere, random_bits
 from foldcc.passes import Pass
 from foldcc.testing import check_equivalence, drawing_alike, in_float64, program, run_distributed
 
 aten = torch.ops.aten
 FOLDS = ["dp=1", "dp=2,tp=2", "dp=2,cp=4"]
+
+
+def bits_of(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return random_bits(key, everywhere(shape, key.device))
 
 
 class Dropping(nn.Module):

@@ -24,7 +24,7 @@ from foldcc.ir.program import Slot, entering, where
 from foldcc.ir.rewrite import emit, inline, replace_node
 from foldcc.ops.experts import activate, experts_node
 from foldcc.ops.operator import by_name
-from foldcc.ops.random import DRAWS, check_draw, name_of_draw
+from foldcc.ops.random import DRAWS, check_draw, everywhere, name_of_draw
 
 aten = torch.ops.aten
 
@@ -54,16 +54,19 @@ def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
         key = entering(graph.graph, found, Slot(f"key{drawn}", "key", (str(drawn),)), value)
         drawn += 1
         named = {n: x for n, x in given.items() if isinstance(x, fx.Node)}
-        rest = given | {"shape": tuple(like.shape), "dtype": like.dtype}
-        new = inline(node, partial(_drawn, DRAWS[name], tuple(named), rest), key, *named.values())
+        rest = given | {"dtype": like.dtype}
+        new = inline(node, partial(_drawn, DRAWS[name], like.shape, tuple(named), rest), key, *named.values())
         replace_node(node, new)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return tuple(found)
 
 
-def _drawn(draw: Any, names: Sequence[str], rest: dict[str, Any], key: Tensor, *operands: Tensor) -> Tensor:
-    found: Tensor = draw(key, rest | dict(zip(names, operands, strict=True)))
+def _drawn(
+    draw: Any, shape: Sequence[int], names: Sequence[str], rest: dict[str, Any], key: Tensor, *operands: Tensor
+) -> Tensor:
+    given = {**rest, **dict(zip(names, operands, strict=True)), "at": everywhere(shape, key.device)}
+    found: Tensor = draw(key, given)
     return found
 
 

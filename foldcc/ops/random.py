@@ -81,17 +81,17 @@ registered(
 
 # --- what PyTorch's random operators draw, of these bits ---
 
-Options = Mapping[str, Any]  # shape, dtype and device of the result, and the operator's arguments by name
+Options = Mapping[str, Any]  # positions and dtype of what is drawn, `at` and `dtype`, and the operator's arguments by name
 
 
-def bits_of(key: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bits of a whole tensor of a shape."""
-    return random_bits(key, [torch.arange(n, device=key.device) for n in shape])
+def everywhere(shape: Sequence[int], device: torch.device) -> list[Tensor]:
+    """The positions of a whole tensor."""
+    return [torch.arange(n, device=device) for n in shape]
 
 
 def _units(key: Tensor, given: Options, wide: torch.dtype = torch.float32) -> Tensor:
     """Multiples of 2**-24 in [0, 1), at least as wide as they are asked for."""
-    return bits_of(key, given["shape"]).to(torch.promote_types(given["dtype"], wide)) * 2.0**-BITS
+    return random_bits(key, given["at"]).to(torch.promote_types(given["dtype"], wide)) * 2.0**-BITS
 
 
 def _fixed(x: Any) -> Any:
@@ -99,16 +99,16 @@ def _fixed(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def kept(key: Tensor, shape: Sequence[int], share: float) -> Tensor:
+def kept(key: Tensor, at: Sequence[Tensor], share: float) -> Tensor:
     """A mask that is true for a share of the elements."""
-    return bits_of(key, shape) < round(share * 2**BITS)
+    return random_bits(key, at) < round(share * 2**BITS)
 
 
 def _bernoulli(key: Tensor, given: Options) -> Tensor:
     share = given.get("p", given.get("self"))
     if isinstance(share, Tensor):
         return (_units(key, given) < share.detach()).to(given["dtype"])
-    return kept(key, given["shape"], share).to(given["dtype"])
+    return kept(key, given["at"], share).to(given["dtype"])
 
 
 def _uniform(key: Tensor, given: Options) -> Tensor:
@@ -120,7 +120,8 @@ def _uniform(key: Tensor, given: Options) -> Tensor:
 
 def _normal(key: Tensor, given: Options) -> Tensor:
     """Box and Muller's, of two numbers for each; in float64, because logarithms of vectors and of numbers round differently."""
-    first, second = _units(key, {**given, "shape": (*given["shape"], 2)}, torch.float64).unbind(-1)
+    both = [*given["at"], *everywhere([2], key.device)]
+    first, second = _units(key, {**given, "at": both}, torch.float64).unbind(-1)
     found = (torch.log1p(-first) * -2).sqrt() * (second * (2 * math.pi)).cos()
     return (found * _fixed(given.get("std", 1.0)) + _fixed(given.get("mean", 0.0))).to(given["dtype"])
 
@@ -131,7 +132,7 @@ def _exponential(key: Tensor, given: Options) -> Tensor:
 
 def _integers(key: Tensor, given: Options) -> Tensor:
     low = given.get("low", 0)
-    return (((bits_of(key, given["shape"]).long() * (given["high"] - low)) >> BITS) + low).to(given["dtype"])
+    return (((random_bits(key, given["at"]).long() * (given["high"] - low)) >> BITS) + low).to(given["dtype"])
 
 
 # By the operator's name, without the _ of one that writes into its operand.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldcc.ops.operator import by_name
-from foldcc.ops.random import DRAWS, check_draw, kept, name_of_draw
+from foldcc.ops.random import DRAWS, check_draw, everywhere, kept, name_of_draw
 
 
 class Drawn(TorchDispatchMode):
@@ -43,10 +43,11 @@ class Drawn(TorchDispatchMode):
             return (like * share, found.bool()) if name == "native_dropout" else found
         self.count += 1
         key = torch.empty((), dtype=torch.int64).random_().to(like.device)
+        at = everywhere(like.shape, like.device)
         if name == "native_dropout":
-            keep = kept(key, like.shape, share)
+            keep = kept(key, at, share)
             return like * keep * (1 / share), keep
-        return DRAWS[name](key, given | {"shape": tuple(like.shape), "dtype": like.dtype})
+        return DRAWS[name](key, given | {"at": at, "dtype": like.dtype})
 
 
 def _like(name: str, given: dict[str, Any]) -> Tensor:
