@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import parallelize
+    from foldcc.api import init_parameters, parallelize
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "clip_grad_norm_",
     "init_folded_mesh",
+    "init_parameters",
     "load_kernels",
     "parallelize",
     "register_experts",
@@ -49,6 +50,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "Plan": "foldcc.ir.plan",
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
+    "init_parameters": "foldcc.api",
     "load_kernels": "foldcc.codegen",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",

@@ -20,7 +20,8 @@ from foldcc.call import Call
 from foldcc.capture import capture
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
-from foldcc.errors import FoldError, divisors
+from foldcc.capture.transformers import initialiser
+from foldcc.errors import FoldError, divisors, listed
 from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh
@@ -28,6 +29,7 @@ from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
 from foldcc.passes.recompute import Recompute
+from foldcc.runtime.initial import initialise
 
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
@@ -197,6 +199,24 @@ def _chosen_mesh(
     return FoldedMesh.from_device_mesh(mesh, ep=max(d for d in divisors(stage) if shared % d == 0))
 
 
+def init_parameters(model: FoldedModule, seed: int) -> None:
+    """Gives every parameter of a folded model its initial values, which are the same on every fold, bit for bit.
+
+    Modules initialise themselves: by `_init_weights` of a Transformers model, else by their `reset_parameters`. What they draw
+    depends on the seed, on the parameter's name and on where an element stands; each rank draws for the part that it holds.
+    So a model may be built on meta, folded, allocated by `to_empty` and initialised, and no rank holds a whole parameter that
+    it would not keep. The numbers are not those that PyTorch's generators give.
+
+    Raises:
+        FoldError: a parameter is on meta, is initialised in a way that is no function of its positions, or by nothing.
+    """
+    on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if on_meta:
+        raise FoldError(f"{on_meta[0]} is on meta.", parameters=listed(on_meta), valid='folded.to_empty(device="cpu") before')
+    original = model._compiler.model
+    initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
+
+
 _OPTIONS = [p.name for p in inspect.signature(parallelize).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-__all__ = ["FoldedModule", "parallelize"]
+__all__ = ["FoldedModule", "init_parameters", "parallelize"]

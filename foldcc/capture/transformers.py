@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -210,6 +210,11 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The model's own `dummy_inputs`, None if it has none."""
     found = getattr(model, "dummy_inputs", None)
     return found if isinstance(found, dict) else None
+
+
+def initialiser(model: nn.Module) -> Callable[[nn.Module], None] | None:
+    """What a Transformers model initialises the parameters of one of its modules with; None for any other model."""
+    return getattr(model, "_init_weights", None) if _is_transformers(model) else None
 
 
 def checkpoints(model: nn.Module) -> bool:

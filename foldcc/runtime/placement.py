@@ -38,6 +38,14 @@ def cut(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
     return x
 
 
+def positions(at: Sequence[Tensor], layout: Layout, mesh: FoldedMesh, rank: int) -> list[Tensor]:
+    """Which positions a rank holds along each dimension, of those of the whole."""
+    found = list(at)
+    for axis, dim, outer in _steps(layout):
+        found[dim] = collectives.cut(found[dim], 0, outer, mesh.size(axis), mesh.coordinate(rank, axis))
+    return found
+
+
 def parts(x: Tensor, layout: Layout, mesh: FoldedMesh) -> list[Tensor]:
     """Every rank's part of a global tensor; ranks that hold the same are given the same tensor."""
     steps = _steps(layout)

@@ -8,7 +8,7 @@ from foldcc.errors import FoldError
 
 _NOT_PROVED = (
     "rounding: casts are the identity, and every sum is exact",
-    "randomness: that the bits of a key and a position look random, and how a model is initialised",
+    "randomness: that the bits of a key and a position look random, and the initial values of parameters",
     "PyTorch's own kernels, collectives and derivative formulas, which both programs trust",
 )
 
