@@ -19,7 +19,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.norm = nn.Embedding(64, 32), nn.LayerNorm(32)
+        self.embed, self.norm = nn.Embedding(64, 32, padding_idx=-2), nn.LayerNorm(32)
         self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -50,6 +50,7 @@ def test_weights_are_the_same_on_every_fold_and_others_with_another_seed() -> No
 def test_weights_have_the_distributions_that_modules_ask_for() -> None:
     folded = initialised("dp=2,tp=2")
     assert float(folded.embed.weight.detach().std()) == pytest.approx(1, abs=0.05) and not folded.norm.bias.any()
+    assert not folded.embed.weight[-2].any() and bool(folded.embed.weight[:-2].any(1).all())
     bound = 32**-0.5
     assert 0.95 * bound < float(folded.up.weight.detach().abs().max()) < bound
     assert float(folded.up.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
@@ -94,14 +95,15 @@ class Odd(Plain):
             self.scale.copy_(torch.arange(8.0))
         elif self.how == "read":
             self.scale.normal_()
-            self.scale[0].zero_()
+            self.scale.div_(self.scale.norm())
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.scale.sum()
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("copied", "runs aten.copy_"), ("read", "runs aten.select"), ("not", "Nothing initialises scale")]
+    ("how", "message"),
+    [("copied", "runs aten.copy_"), ("read", "runs aten.linalg_vector_norm"), ("not", "Nothing initialises scale")],
 )
 def test_what_is_no_function_of_positions_is_an_error(how: str, message: str) -> None:
     folded = foldcc.parallelize(Odd(how), "dp=2", example_inputs={"ids": IDS})

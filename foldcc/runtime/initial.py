@@ -6,7 +6,7 @@ Modules initialise themselves, as they are written. What they draw into a parame
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldcc.errors import FoldError, listed
@@ -22,6 +23,9 @@ from foldcc.mesh import FoldedMesh
 from foldcc.ops.operator import by_name
 from foldcc.ops.random import DRAWS, check_draw, everywhere, name_of_draw
 from foldcc.runtime.placement import positions
+
+aten = torch.ops.aten
+_CONSTANT = (aten.fill_.Scalar, aten.zero_.default)
 
 
 def initialise(
@@ -78,37 +82,48 @@ class _Initial(TorchDispatchMode):
         self.path = ""
         self.written: set[str] = set()
         self.draws: Counter[str] = Counter()
+        self.rows: dict[int, tuple[Tensor, Tensor, int]] = {}  # what stands for a row of a parameter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        read = [self.names[id(x)] for x in _tensors((args, kwargs)) if id(x) in self.names]
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         name = name_of_draw(func)
-        if not read and not name:
+        if func is aten.select.int and id(args[0]) in self.names and args[1] == 0:
+            row = torch.empty(args[0].shape[1:])
+            self.rows[id(row)] = (row, args[0], args[2] % len(args[0]))
+            return row
+        if not name and not any(id(x) in self.names or id(x) in self.rows for x in given):
             return func(*args, **kwargs)
-        alone = func._schema.is_mutable and len(read) == 1 == len(list(_tensors((args, kwargs))))
-        if not alone:
+        if func in _CONSTANT and id(args[0]) in self.rows:
+            _, parameter, place = self.rows[id(args[0])]
+            local, at = self._held(parameter)
+            local[at[0] == place] = args[1] if func is aten.fill_.Scalar else 0
+            return args[0]
+        if not (func._schema.is_mutable and len(given) == 1 and id(given[0]) in self.names):
             raise FoldError(
                 f"An initialisation runs {func}, which is no function of a parameter's own positions.",
                 at=self.path,
                 valid="normal_, uniform_ and other draws, constants, and arithmetic with numbers, in place; or load_state_dict",
             )
-        self.written.update(read)
+        self.written.add(self.names[id(args[0])])
         if not name:
             return func(*args, **kwargs)
-        self._draw(func, name, read[0], args[0], by_name(func, args, kwargs))
+        self._draw(func, name, args[0], by_name(func, args, kwargs))
         return args[0]
 
-    def _draw(self, func: Any, operator: str, name: str, parameter: Tensor, given: dict[str, Any]) -> None:
+    def _draw(self, func: Any, operator: str, parameter: Tensor, given: dict[str, Any]) -> None:
         check_draw(func, given)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        at = everywhere(parameter.shape, local.device)
-        if isinstance(parameter, DTensor) and name in self.layouts:
-            at = positions(at, self.layouts[name], self.mesh, dist.get_rank())
+        local, at = self._held(parameter)
+        name = self.names[id(parameter)]
         told = f"{self.seed} {name} {self.draws[name]}".encode()
         self.draws[name] += 1
         key = int.from_bytes(blake2b(told, digest_size=8).digest(), "little", signed=True)
         local.copy_(DRAWS[operator](torch.tensor(key, device=local.device), given | {"at": at, "dtype": local.dtype}))
 
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    return (x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, Tensor))
+    def _held(self, parameter: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What this rank holds of a parameter, and its positions along each dimension."""
+        if not isinstance(parameter, DTensor):
+            return parameter, everywhere(parameter.shape, parameter.device)
+        local, layout = parameter.to_local(), self.layouts.get(self.names[id(parameter)])
+        at = everywhere(parameter.shape, local.device)
+        return local, at if layout is None else positions(at, layout, self.mesh, dist.get_rank())
