@@ -23,7 +23,7 @@ from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
-from foldcc.runtime.accumulation import Accumulation
+from foldcc.runtime.accumulation import MAY_WAIT, Accumulation
 from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
@@ -184,8 +184,8 @@ class FoldedModule(nn.Module):
 
     def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> tuple[Executable, Accumulation]:
         """What runs a backward pass that is given the gradients of these outputs, and what waits to be reduced with them."""
-        parameters = {} if self.mesh.is_virtual else dict(self.named_parameters())
-        accumulation = Accumulation(self.mesh, parameters, self._keeps and not self.mesh.is_virtual)
+        waits = MAY_WAIT and not self.mesh.is_virtual
+        accumulation = Accumulation(self.mesh, dict(self.named_parameters()) if waits else {}, self._keeps and waits)
         if self._check_ranks:
             agree_on_gradients(self.mesh, f"{told_outputs(wanted)}{accumulation}")
         if wanted == kept.executable.program.wanted:
@@ -211,7 +211,7 @@ class FoldedModule(nn.Module):
         In between, `.grad` is a DTensor of terms of a sum (`Partial`) in the layout in which the program uses the parameter. It
         adds up over programs of different shapes, its `full_tensor()` is the right gradient, and `zero_grad` drops it. With
         `zero=1` to `3` a rank then holds whole gradients, not its share. What needs no reduction is in `.grad` as ever. On a
-        virtual mesh, where nothing is sent, every backward pass leaves `.grad` complete.
+        virtual mesh, where nothing is sent, and with PyTorch 2.11, every backward pass leaves `.grad` complete.
         """
         before, self._keeps = self._keeps, True
         try:

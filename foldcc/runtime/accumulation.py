@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.torch_version import TorchVersion
 
 from foldcc.ir.program import Program, unshards
 from foldcc.layout import PARTIAL, Layout
@@ -24,6 +26,8 @@ from foldcc.runtime.placement import placements, redistributed
 
 if TYPE_CHECKING:
     from foldcc.runtime.executable import Executable
+
+MAY_WAIT = TorchVersion(torch.__version__) >= "2.12"  # before, DTensor takes a gradient that is not there for zeros
 
 
 @dataclass(frozen=True)
