@@ -104,15 +104,19 @@ class FoldedModule(nn.Module):
             self._compile(call)
             kept = self._find(call)
             assert kept is not None
-        if self._check_ranks and not self._started:
-            agree_on_start(self.mesh, call.tensors(), self._places.of(self))
-            self._started = True
         program = kept.executable.program
         inputs = call.inputs(kept.free, self._compiler.device(self))
         held = {
             **dict(self.named_parameters(remove_duplicate=False)),
             **dict(self.named_buffers(remove_duplicate=False)),
         }
+        first = {slot.name: slot.names[0] for slot in program.slots}
+        state = {i: self._places.local(first[name], held[first[name]]) for i, name in program.updates.items()}
+        if self._check_ranks and not self._started:
+            layouts = [node.meta["layout"] for node in kept.executable.outputs]
+            buffers = {first[name]: (state[i], layouts[i]) for i, name in program.updates.items()}
+            agree_on_start(self.mesh, call.tensors(), {**self._places.of(self), **buffers})
+            self._started = True
         keys = draw_keys(sum(s.kind == "key" for s in program.slots), self.mesh, self._compiler.device(self))
         values, updated = [], set(program.updates.values())
         for slot, node in zip(program.slots, program.placeholders, strict=True):
@@ -132,9 +136,8 @@ class FoldedModule(nn.Module):
         after = partial(call_backward, self, program.observed, kept.executable.no_gradient) if program.observed else None
         outputs = kept.executable(values, others, after)
         with torch.no_grad():
-            for i, name in program.updates.items():
-                first = program.slot(name).names[0]
-                self._places.local(first, held[first]).copy_(outputs[i])
+            for i, buffer in state.items():
+                buffer.copy_(outputs[i])
         call_forward(self, program.observed, outputs)
         return program.returned(outputs)
 

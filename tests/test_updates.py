@@ -161,6 +161,10 @@ def test_state_is_updated_as_in_one_process(mesh: str, run: Any, options: dict[s
 def updated_on_a_rank(text: str) -> dict[str, Any]:
     mesh = foldcc.FoldedMesh.parse(text, "cpu")
     dp, place = mesh.size("dp"), mesh.coordinate(dist.get_rank(), "dp")
+    other = Mean()
+    other.mean[0] += dist.get_rank()
+    with pytest.raises(FoldError, match="has another mean than rank 0"):
+        foldcc.parallelize(other, mesh)(torch.zeros(2, 3, 8))
     folded = foldcc.parallelize(stateful(torch.float32), mesh, zero=2)
     for seed in (0, 1):
         folded(samples(seed, dtype=torch.float32).chunk(dp)[place]).backward()

@@ -93,10 +93,10 @@ def _alike(mesh: FoldedMesh, number: int) -> bool:
     return bool((numbers == numbers[0]).all())
 
 
-def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], parameters: Mapping[str, tuple[Tensor, Layout]]) -> None:
-    """Compares the samples of ranks that share a data-parallel coordinate, and the replicas of each parameter.
+def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping[str, tuple[Tensor, Layout]]) -> None:
+    """Compares the samples of ranks that share a data-parallel coordinate, and the replicas of each parameter or buffer.
 
-    Collective over the world; reads every parameter once. A parameter is compared by a checksum of what this rank holds.
+    Collective over the world; reads each once. They are compared by a checksum of what this rank holds.
 
     Raises:
         FoldError: on all ranks: which rank was given other samples, or holds another weight.
@@ -106,18 +106,18 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], parameters: M
     compared: list[tuple[str, int, int]] = []  # what, its checksum, the rank to compare with
     for name, x in inputs.items():
         compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, tuple(shared))[0]))
-    for name, (x, layout) in parameters.items():
+    for name, (x, layout) in held.items():
         alike = tuple(a for a in mesh.axes(layout.view) if not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))
     mine = torch.tensor([checksum for _, checksum, _ in compared], dtype=torch.int64, device=device)
     every = torch.empty((mesh.world_size, len(compared)), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(every.flatten(), mine)
-    held = every.tolist()
-    differ = [(what, first) for i, (what, checksum, first) in enumerate(compared) if held[first][i] != checksum]
+    found = every.tolist()
+    differ = [(what, first) for i, (what, checksum, first) in enumerate(compared) if found[first][i] != checksum]
     told: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(told, differ[:1])
-    for other, found in enumerate(told):
-        for what, first in found:
+    for other, others in enumerate(told):
+        for what, first in others:
             raise FoldError(
                 f"Rank {other} has {what} than rank {first}, and they share it.",
                 mesh=str(mesh),
