@@ -82,7 +82,7 @@ class _AxisProblem:
         if self.axis == "dp":
             # Only an operator that cannot run on a part of the samples is given them whole.
             options = [s for s in options if self._keeps_samples(node, s)] or options
-        if not node.meta["grad"]:
+        if not any(x is not None and x.meta["grad"] for x in (node, *operands(node))):
             options = [s for s in options if REPLICATED not in s.results or s.operands == ()]
         if not options:
             self._infeasible(node)
