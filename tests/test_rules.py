@@ -110,6 +110,10 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "aten.gather", lambda n: (aten.gather.default, *_places(n))
     yield "aten.scatter", lambda n: (aten.scatter.value, *_places(n), 1.5)
     yield "aten.scatter_add", lambda n: (aten.scatter_add.default, *(p := _places(n)), real(*p[2].shape))
+    yield "aten.index_add", lambda n: (
+        aten.index_add.default, x := real(n(), n(), n()), d := axis(n, 3), ids(x.shape[d], r := some(n)),
+        real(*(r if i == d % 3 else size for i, size in enumerate(x.shape))),
+    )  # fmt: skip
     yield "aten.pad", lambda n: (aten.pad.default, *_shifted(n)[1:3])
     yield "aten.constant_pad_nd", _shifted
     yield "aten.select_scatter", lambda n: (

@@ -227,7 +227,7 @@ def _index_add(node: Node, inputs: list[Shape | None], outputs: list[Shape | Non
     assert base is not None
     letters, dim = names("d", len(base)), argument(node, "dim") % len(base)
     rows = tuple((*x, "r") if d == dim else x for d, x in enumerate(letters))
-    return Rule((letters, (rows[dim],), rows), (letters,), {}, frozenset(), (frozenset({0, 2}),))
+    return Rule((letters, (rows[dim],), rows), (letters,), {}, frozenset(), (frozenset({0, 2}),), add=frozenset({0}))
 
 
 def _index_put(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -208,7 +209,21 @@ def _gather(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
     if any(shape != ids for shape in inputs[2:]):
         return None  # only a corner of what is scattered is read
     rest: list[Pattern | None] = [second for _ in inputs[2:]]
-    return build([first, second, *rest], [first], [*inputs, outputs[0]], whole=whole)
+    rule = build([first, second, *rest], [first], [*inputs, outputs[0]], whole=whole)
+    if name_of(node.target) != "aten.scatter_add":
+        return rule
+    # What is added to each place is a sum over what is chosen, and what was there joins it once.
+    return replace(rule, whole=rule.whole - {"chosen"}, linear=(frozenset({0, 2}),), add=frozenset({0}))
+
+
+def _index_add(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
+    """As `scatter_add`: rows are added where they belong, and what was there joins the sum once."""
+    base = inputs[0]
+    assert base is not None
+    letters, dim = names("d", len(base)), argument(node, "dim") % max(len(base), 1)
+    rows = tuple(("chosen",) if d == dim else x for d, x in enumerate(letters))
+    rule = build([letters, (("chosen",),), rows], [letters], [*inputs, outputs[0]], whole=set(letters[dim]), linear=[[0, 2]])
+    return replace(rule, add=frozenset({0}))
 
 
 def _one_hot(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
@@ -265,6 +280,7 @@ RULES: dict[str, Derived] = {
     "aten.cat": _cat,
     "aten.stack": _stack,
     **dict.fromkeys(named("gather scatter scatter_add"), _gather),
+    "aten.index_add": _index_add,
     "aten.one_hot": _one_hot,
     **dict.fromkeys(named("pad constant_pad_nd"), _pad),
     **dict.fromkeys(named("tril triu"), _triangle),
