@@ -71,11 +71,12 @@ def _attend(
     if softcap:
         scores = (scores / softcap).tanh() * softcap
     scores = scores.masked_fill(~allowed, float("-inf"))
+    wide = torch.promote_types(q.dtype, torch.float32)
     if sinks is None:
-        weights = torch._safe_softmax(scores.to(torch.promote_types(q.dtype, torch.float32)), -1).to(q.dtype)
+        weights = torch._safe_softmax(scores.to(wide), -1).to(q.dtype)
     else:
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        weights = torch.cat([scores, sink], -1).to(wide).softmax(-1).to(q.dtype)[..., :-1]
     if keep is not None:
         weights = weights * keep * (0.0 if dropout == 1 else 1 / (1 - dropout))
     return (weights @ v).transpose(1, 2)
@@ -120,7 +121,7 @@ attention = captured(
     meaning="scaled_dot_product_attention over grouped heads",
     eager=_attend,
     shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
-    autocast={"q", "k", "v"},
+    narrow={"q", "k", "v"},
     rule=(
         "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k], ,"
         " b (kv_heads group) [q] [k] -> b [q] (kv_heads group) [value_dim] ; linear 2"

@@ -111,6 +111,8 @@ class Captured:
         pinned: letters of which positions are data, so that a smaller program keeps their sizes.
         alike: letters that a smaller program shrinks together.
         index, positions: see there.
+        narrow: the arguments that are cast to the dtype of products, as autocast does; returns: the one whose dtype the result
+            is cast back to.
         in_pieces: what is traced in place of `local` where kernels are written.
     """
 
@@ -127,6 +129,8 @@ class Captured:
     alike: Collection[str] = ()
     index: Index | None = None
     positions: Positions | None = None
+    narrow: Collection[str] = ()
+    returns: str | None = None
     in_pieces: Callable[..., Any] | None = None
 
     def arguments(self, node: Node) -> dict[str, Any]:
@@ -174,8 +178,6 @@ def captured(
     *,
     eager: Callable[..., Any],
     shape: Callable[..., Any],
-    autocast: Collection[str] = (),
-    returns: str | None = None,
     dissolves: bool = True,
     defined: Callable[..., Any] | None = None,
     **known: Any,
@@ -184,7 +186,6 @@ def captured(
 
     Args:
         eager: what it computes, in plain PyTorch; `shape` on fake tensors.
-        autocast: the arguments that autocast casts; returns: the one whose dtype the result is cast back to.
         dissolves: registers `foldcc::local_<schema>` as well, which on a rank becomes the ATen operators of `eager`.
         defined: another way to compute the same, so that no proof has one code on both sides.
     """
@@ -194,8 +195,8 @@ def captured(
     torch.library.register_fake(f"foldcc::{name}", shape, lib=LIBRARY)
     without_gradient(name)
     overload = local = getattr(torch.ops.foldcc, name).default
-    if autocast:
-        computes_in_autocast_dtype(overload, autocast, returns=returns)
+    if known.get("narrow"):
+        computes_in_autocast_dtype(overload, known["narrow"], returns=known.get("returns"))
     if dissolves:
         LIBRARY.define(f"local_{schema}")
         LIBRARY.impl(f"local_{name}", eager, "CompositeImplicitAutograd")
