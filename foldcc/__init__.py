@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foldcc.ir.plan import Plan
     from foldcc.mesh import FoldedMesh, init_folded_mesh
     from foldcc.module import FoldedModule
+    from foldcc.precision import Precision
     from foldcc.runtime.clip import clip_grad_norm_
     from foldcc.verification import verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "FoldedMesh",
     "FoldedModule",
     "Plan",
+    "Precision",
     "clip_grad_norm_",
     "init_folded_mesh",
     "init_parameters",
@@ -48,6 +50,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "FoldedMesh": "foldcc.mesh",
     "FoldedModule": "foldcc.module",
     "Plan": "foldcc.ir.plan",
+    "Precision": "foldcc.precision",
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
     "init_parameters": "foldcc.api",

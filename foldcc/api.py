@@ -29,6 +29,7 @@ from foldcc.module import FoldedModule, quiet
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
 from foldcc.passes.recompute import Recompute
+from foldcc.precision import Precision
 from foldcc.runtime.initial import initialise
 
 KERNELS = ("auto", "triton", "aten")
@@ -36,7 +37,6 @@ KERNELS = ("auto", "triton", "aten")
 _ELSEWHERE = {
     "fsdp": "zero=3 divides parameters, gradients and optimizer states over the ranks that replicate them",
     "capacity_factor": "dispatch is dropless: every token reaches its experts, whatever the routing",
-    "precision": "the dtypes of the model's own parameters, and torch.autocast around the call",
 }
 
 
@@ -52,6 +52,7 @@ def parallelize(
     check_ranks: bool = True,
     plan: Plan | str | None = None,
     zero: int | None = None,
+    precision: Precision | None = None,
     recompute: str | float | None = None,
     progress: Callable[[str], None] | None = None,
     **others: Any,
@@ -86,6 +87,8 @@ def parallelize(
             with it its gradient and what an optimizer holds of it: dense ones over `dp` and `cp`, experts over `edp`. It is
             gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
             not kept for the backward pass, but gathered again. What no size divides stays whole. Or the plan says it of each.
+        precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
+            parameters, gradients and what an optimizer holds keep theirs. With it, calls are not made under autocast.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
             made element by element, "blocks" for all but collectives, choices of experts and random numbers, or the share of
             the bytes of activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
@@ -120,6 +123,12 @@ def parallelize(
             f"The plan's choices are those for zero={given.zero}, and zero={zero} is asked for.",
             valid="one of both; or the plan without its parts stored and kept",
         )
+    if precision is not None and not isinstance(precision, Precision):
+        raise FoldError(f"precision is a foldcc.Precision, not {precision!r}.", valid="Precision(compute='bfloat16')")
+    if None not in (precision, given.precision) and precision != given.precision:
+        raise FoldError(
+            f"The plan's choices are those for {given.precision}, and {precision} is asked for.", valid="one of both"
+        )
     if recompute is not None and given.kept:
         raise FoldError("The plan says what is kept, and recompute= would choose it.", valid="one of both")
     folded = FoldedModule(
@@ -132,7 +141,7 @@ def parallelize(
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
-        plan=given if zero is None else replace(given, zero=zero),
+        plan=replace(given, zero=given.zero if zero is None else zero, precision=precision or given.precision),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
     )
     fixed = example_inputs is not None

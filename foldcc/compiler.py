@@ -188,6 +188,11 @@ class Compiler:
 
     def _check_autocast(self, tree: nn.Module) -> None:
         there, device = self.there.type, self.device(tree)
+        if self.plan.precision is not None and (casts := Modes.now(device).autocast) is not None:
+            raise FoldError(
+                f"The call is under autocast to {casts}, and the program's precision is {self.plan.precision}.",
+                valid="the call outside of torch.autocast; or parallelize without precision, and autocast around calls",
+            )
         if there != device.type and Modes.now(device).autocast is not None:
             raise FoldError(
                 f"Autocast on {device.type} casts nothing of a model on {there}, so its casts cannot be captured.",

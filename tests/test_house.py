@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. What stands on a floor imports from lower floors only, inside functions too.
 FLOORS = (
     ("errors", "changed", "tables", "factors"),
-    ("mesh", "hooks"),
+    ("mesh", "hooks", "precision"),
     ("layout", "tree"),
     ("ops",),
     ("ir",),

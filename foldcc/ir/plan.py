@@ -32,9 +32,10 @@ import sympy
 from foldcc.errors import FoldError
 from foldcc.layout import Layout, split_outside
 from foldcc.mesh import FoldedMesh
+from foldcc.precision import Precision
 
 Names = tuple[str, ...]
-_HEAD = re.compile(r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?")
+_HEAD = re.compile(r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · (?P<precision>compute=.+))?")
 _SECTIONS = re.compile(r"parameters|stored|values|kept|together|(block|unshard)\d+")
 _ABSENT = "-"
 _PARTS = ("parameters", "stored", "values", "blocks", "kept", "together")
@@ -70,6 +71,7 @@ class Plan:
         model: the name of its class; empty for a plan of any.
         zero: how far parameters that data parallelism replicates are divided instead: 0 not at all, 1 and 2 where they are
             stored, so that their gradients and the optimizer's state are divided too, 3 also between forward and backward.
+        precision: the dtypes in which it is computed and gradients are added; None for those that the model has.
         parameters: the layout in which each parameter is used, by its first name.
         stored: the layout in which a rank holds it, where that is another one.
         values: the layout of what else enters the main graph or passes between blocks, by its name in the main graph.
@@ -81,6 +83,7 @@ class Plan:
     mesh: str = ""
     model: str = ""
     zero: int = 0
+    precision: Precision | None = None
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     stored: Mapping[str, Layout] = field(default_factory=dict)
     values: Mapping[str, Layout] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class Plan:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
         lines = [" · ".join([f"plan {self.model}", self.mesh] if self.model else [f"plan {self.mesh}"])]
         lines[0] += f" · zero={self.zero}" if self.zero else ""
+        lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
         together = {block: ", ".join(" ".join(names) for names in groups) or _ABSENT for block, groups in self.together.items()}
@@ -121,7 +125,7 @@ class Plan:
         if head is None:
             raise FoldError(
                 "A plan begins with its mesh.",
-                valid="plan <name of the model> · <mesh>, or plan <mesh>, and · zero=1 behind it",
+                valid=f"plan <name of the model> · <mesh>, or plan <mesh>, and · zero=1 or · {Precision()} behind it",
             )
         if head["zero"] not in (None, "0", "1", "2", "3"):
             raise FoldError(f"zero={head['zero']} is no stage of ZeRO.", valid="0, 1, 2, 3", line=lines[0][1])
@@ -132,11 +136,12 @@ class Plan:
                 reader.read(line)
             except ValueError as error:
                 raise FoldError(f"Line {number} of a plan is not understood: {error}", line=line.strip()) from None
-        return cls(mesh=str(mesh), model=head["model"] or "", zero=int(head["zero"] or 0), **reader.found)
+        precision = Precision.parse(head["precision"]) if head["precision"] else None
+        return cls(mesh=str(mesh), model=head["model"] or "", zero=int(head["zero"] or 0), precision=precision, **reader.found)
 
     def only_parameters(self) -> Plan:
         """What is said of parameters alone, which all programs of a model share."""
-        return Plan(mesh=self.mesh, model=self.model, zero=self.zero, parameters=self.parameters, stored=self.stored)
+        return replace(self, values={}, blocks={}, kept={}, together={})
 
     def with_parameters(self, other: Plan, names: Collection[str] | None = None) -> Plan:
         """This plan, with what another one says of parameters, or of those of these names."""

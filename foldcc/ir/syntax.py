@@ -22,6 +22,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.names import atom
 from foldcc.layout import INVARIANT, VARYING, Layout
 from foldcc.mesh import FoldedMesh
+from foldcc.precision import Precision
 
 _TYPE = r"size (?P<size>[^\s,]+)|(?P<dtype>[a-z]+\d*)(?P<layout>\[[^\]]*\](?: (?:[RPIV0?]|V\|P)\([^)]*\))*)?"
 _TYPE += r"(?: on (?P<device>[\w:]+))?"
@@ -114,6 +115,7 @@ class Text:
     holds: frozenset[str] | None = None
     zero: int = 0
     updates: dict[int, str] = field(default_factory=dict)
+    precision: Precision | None = None
     wanted: tuple[str, str] | None = None
     sections: list[Section] = field(default_factory=list)
 
@@ -173,7 +175,7 @@ def extend(found: Text, lines: Iterable[tuple[int, str]], block: str = "main") -
                 section.leaving[word] = (number, rest)
             else:
                 section.lines.append(line_of(found, section, number, line, "" if where == found.name else where, source))
-        elif word in ("program", "factors", "holds", "zero", "updates", "wanted") and not found.sections:
+        elif word in ("program", "factors", "holds", "zero", "precision", "updates", "wanted") and not found.sections:
             _head(found, number, line, word, rest)
         elif heading := _HEADING.fullmatch(line):
             section, where, source = Section(heading["name"], heading["direction"] or "", number), "", ""
@@ -224,6 +226,8 @@ def _head(found: Text, number: int, line: str, word: str, rest: str) -> None:
         if rest not in ("1", "2", "3"):
             raise bad(number, line, "is no stage of ZeRO", "zero 3")
         found.zero = int(rest)
+    elif word == "precision":
+        found.precision = Precision.parse(rest)
     elif word == "updates":
         pairs = [pair.rpartition("=") for pair in rest.split()]
         if not pairs or not all(place.isdigit() for _, _, place in pairs):

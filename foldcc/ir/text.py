@@ -58,6 +58,8 @@ def stage_text(stage: Stage) -> str:
     ]
     if program.plan.zero:
         lines.append(f"zero {program.plan.zero}")
+    if program.plan.precision is not None:
+        lines.append(f"precision {program.plan.precision}")
     if program.updates:
         lines.append(" ".join(["updates", *(f"{name}={i}" for i, name in program.updates.items())]))
     if program.wanted is not None:
