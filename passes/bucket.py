@@ -76,7 +76,8 @@ class Bucket(Pass):
 def _alike(graph: fx.Graph, *, gathers: bool) -> list[list[fx.Node]]:
     """The collectives that may be one, those of equal axes and types together.
 
-    Reductions whose result is a gradient of a known size and nothing else; and `gathers`, as many steps behind arguments.
+    Reductions of whose results, or of casts of them, nothing is made but gradients of a known size; and `gathers`, as many
+    steps behind arguments.
     """
     found: dict[Any, list[fx.Node]] = {}
     behind: dict[fx.Node, int] = {}  # gathers on the way to a value
@@ -88,7 +89,8 @@ def _alike(graph: fx.Graph, *, gathers: bool) -> list[list[fx.Node]]:
         gather = node.target is ops.all_gather.overload
         behind[node] += gather
         value = node.args[0].meta["val"]
-        apart = gathers if gather else set(node.users) == {graph.output_node()}
+        readers = {user for x in node.users for user in (x.users if x.target is aten._to_copy.default else [x])}
+        apart = gathers if gather else readers == {graph.output_node()}
         if apart and isinstance(value.numel(), int):
             key = (node.target, told(*node.args), value.dtype, value.device, behind[node] if gather else 0)
             found.setdefault(key, []).append(node)

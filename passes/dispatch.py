@@ -143,12 +143,12 @@ class _Dispatcher:
             invariant = self.layout(w.meta["dims"], **dict.fromkeys(self.ranks, INVARIANT))
             w = self.emit(cross_fold, (w, invariant), invariant)
             w = self.emit(reshard, (w, layout), layout)
-        # Tokens vary over edp and, where the weight is not divided, over the others; the transpose sums its gradient.
+        # Tokens vary over edp and, where the weight is not divided, over the others; the transpose sums its gradient, if any.
         used = self.layout(w.meta["dims"], **{a: REPLICATED if s == INVARIANT else s for a, s in layout.states.items()})
-        if used != layout:
+        if used != layout and w.meta["grad"]:
             w = self.emit(reshard, (w, used), used)
         for cast in casts:
-            w = self.emit(cast.target, (w,), used, cast.meta["val"].dtype)
+            w = self.emit(cast.target, (w,), w.meta["layout"], cast.meta["val"].dtype)
             w.kwargs, w.meta["grad"] = cast.kwargs, cast.meta["grad"]
         return w
 

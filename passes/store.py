@@ -6,7 +6,7 @@
 Backward, `unshard1` is the reduction: it is given terms of a sum over dp, as its results are R, and leaves the sum. So what a
 rank keeps of a parameter is said in one place; when it is unsharded, and when its gradient is reduced, is when a block runs:
 right before the block that uses it, and right behind its backward pass. A parameter that several calls use is unsharded for
-the first of them, and its gradient is reduced once.
+the first of them, and its gradient is reduced once. If all that the block does with it then is to cast it, so does `unshard1`.
 
 With ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), or where the plan says how a parameter is stored, it is kept divided over
 the axis that replicates it otherwise: `w [h@dp, i@tp]`. `unshard1` is then an all-gather, and its transpose a reduce-scatter.
@@ -32,6 +32,7 @@ from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard
 from foldcc.ops.layout import reshard
 from foldcc.plan.strategies import runs
 
+aten = torch.ops.aten
 DATA = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that replicate parameters, by view
 
 
@@ -42,7 +43,8 @@ class Step:
     Attributes:
         parameter: a placeholder of the main graph.
         stored, used: its layouts there and in the block.
-        like: what in the block it is instead of: the reshard that all of the block reads it by, or the argument itself.
+        like: what in the block it is instead of: the reshard that all of the block reads it by, or the cast that all of it
+            reads that by, or the argument itself.
     """
 
     parameter: fx.Node
@@ -97,9 +99,8 @@ def _terms(program: Program, parameter: fx.Node) -> set[str]:
     for call in parameter.users:
         formals = list(program.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
         for i, actual in enumerate(call.args):
-            like = _like(program, str(call.target), i, formals[i]) if actual is parameter else formals[i]
-            if like is not formals[i]:
-                found |= {*like.args[1].axes(PARTIAL)}
+            if actual is parameter:
+                found |= {*_used(_like(program, str(call.target), i, formals[i])).axes(PARTIAL)}
     return found
 
 
@@ -149,28 +150,55 @@ def _steps(program: Program, call: fx.Node, stored: dict[fx.Node, Layout]) -> di
     for i, (actual, formal) in enumerate(zip(call.args, block.graph.find_nodes(op="placeholder"), strict=True)):
         if actual in stored:
             like = _like(program, str(call.target), i, formal)
-            used: Any = formal.meta["layout"] if like is formal else like.args[1]
-            if stored[actual] != used:
-                found[i] = Step(actual, stored[actual], used, like)
+            if stored[actual] != _used(like):
+                found[i] = Step(actual, stored[actual], _used(like), like)
     return found
 
 
 def _like(program: Program, block: str, position: int, formal: fx.Node) -> fx.Node:
-    """The one reshard by which a block reads an argument that is a parameter in each call, else the argument."""
-    readers = list(formal.users)
+    """The one reshard by which a block reads an argument that is a parameter in each call, and then the one cast, if any.
+
+    A parameter that is read elsewhere too is cast where it is used, so that its gradient is reduced once.
+    """
     given: list[Any] = [call.args[position] for call in program.calls if call.target == block]
-    parameters = all(x.op == "placeholder" and program.slot(x.name).kind == "parameter" for x in given)
-    once = parameters and formal.meta["grad"] and len(readers) == 1 and readers[0].target is reshard
-    return readers[0] if once else formal
+    if any(x.op != "placeholder" or program.slot(x.name).kind != "parameter" for x in given):
+        return formal
+    readers = {(str(call.target), i) for x in given for call in x.users for i, a in enumerate(call.args) if a is x}
+    steps = [*([reshard] if formal.meta["grad"] else []), *([aten._to_copy.default] if len(readers) == 1 else [])]
+    found = formal
+    for target in steps:
+        reader = next(iter(found.users)) if len(found.users) == 1 else found
+        found = reader if reader.target is target else found
+    return found
+
+
+def _used(like: fx.Node) -> Layout:
+    """The layout in which a block uses a parameter."""
+    layout: Layout = like.meta["layout"]
+    return layout
+
+
+def _chain(like: fx.Node) -> list[fx.Node]:
+    """What a block does with an argument up to what a step is instead of, the argument first."""
+    found = [like]
+    while found[0].op != "placeholder":
+        found = [*found[0].all_input_nodes, *found]
+    return found
+
+
+def _value(like: fx.Node) -> torch.Tensor:
+    """What a block makes of an argument, as a fake tensor of global shape."""
+    given: torch.Tensor = _chain(like)[0].meta["val"]
+    return given.to(like.kwargs.get("dtype", given.dtype))
 
 
 def _use(like: fx.Node) -> None:
-    """The argument of a block comes in the layout that its reshard would bring it to."""
-    if like.op != "placeholder":
-        formal: Any = like.args[0]
-        formal.meta["layout"] = like.args[1]
-        like.replace_all_uses_with(formal)
-        like.graph.erase_node(like)
+    """The argument of a block comes as what it would be made there: in another layout, in another dtype."""
+    formal, *made = _chain(like)
+    formal.meta |= {"val": _value(like), "layout": _used(like)}
+    like.replace_all_uses_with(formal)
+    for node in reversed(made):
+        node.graph.erase_node(node)
 
 
 class _Unshard:
@@ -201,10 +229,10 @@ class _Unshard:
             setattr(self.main, name, _LazyGraphModule(torch.nn.Module(), _graph(steps)))
         with self.main.graph.inserting_before(before):
             call = self.main.graph.call_module(name, tuple(s.parameter for s in steps))
-            call.meta["val"] = tuple(s.like.meta["val"] for s in steps)
+            call.meta["val"] = tuple(_value(s.like) for s in steps)
             for k, s in enumerate(steps):
                 item = self.main.graph.call_function(operator.getitem, (call, k))
-                item.meta = {key: s.like.meta[key] for key in ("val", "dims", "grad")} | {"layout": s.used}
+                item.meta = {"val": _value(s.like), "layout": s.used, **{key: s.like.meta[key] for key in ("dims", "grad")}}
                 self.made[s.parameter, s.used] = item
 
 
@@ -213,13 +241,16 @@ def _graph(steps: list[Step]) -> fx.Graph:
     graph = fx.Graph()
     formals = []
     for s in steps:
-        source: Any = s.like if s.like.op == "placeholder" else s.like.args[0]
+        source = _chain(s.like)[0]
         formals.append(graph.placeholder(source.name))
         formals[-1].meta = {**source.meta, "layout": s.stored}
     left = []
     for s, formal in zip(steps, formals, strict=True):
+        source, reader = _chain(s.like)[0], s.like if s.like.op != "placeholder" else next(iter(s.like.users), s.like)
         left.append(graph.call_function(reshard, (formal, s.used)))
-        reader = s.like if s.like.op != "placeholder" else next(iter(s.like.users), s.like)
-        left[-1].meta = {**{k: s.like.meta[k] for k in ("val", "dims", "grad")}, **provenance(reader), "layout": s.used}
+        left[-1].meta = {**{k: source.meta[k] for k in ("val", "dims", "grad")}, **provenance(reader), "layout": s.used}
+        if s.like.target is aten._to_copy.default:
+            left[-1] = graph.call_function(s.like.target, (left[-1],), s.like.kwargs)
+            left[-1].meta = dict(s.like.meta)
     graph.output(tuple(left))
     return graph

@@ -16,7 +16,11 @@ from torch import fx
 
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
+from foldcc.ops import record
 
+aten = torch.ops.aten
+_JOINS = {aten.add.Tensor, aten.cat.default}  # gradients of what is used several times, and those that travel together
+_SUMS = {aten.sum.default, aten.sum.dim_IntList}
 Returns = tuple[tuple[str, Layout | None], ...]
 
 
@@ -70,11 +74,25 @@ def read_sizes(block: fx.GraphModule) -> None:
     """Has sizes that data decide read off values that the backward pass reads anyway, so that none is kept for its size."""
     joint = Joint.of(block)
     late, inside = joint.late, {*joint.late, *joint.tangents}
-    sizes = [n for n in late if n.target is torch.ops.aten.sym_size.int and n.args[0] not in inside]
+    sizes = [n for n in late if n.target is aten.sym_size.int and n.args[0] not in inside]
     read = dict.fromkeys(x for n in late if n not in sizes for x in n.all_input_nodes if x not in inside)
     known = {str(s): (x, i) for x in read for i, s in enumerate(getattr(x.meta["val"], "shape", ()))}
     for node in sizes:
         node.args = known.get(str(node.meta["val"]), node.args)
+
+
+def sums(gradient: fx.Node | None) -> list[fx.Node]:
+    """The sums over ranks that end in a gradient of a parameter, behind the product, or the sum on a rank, that computes it."""
+    found: list[fx.Node] = []
+    left = [] if gradient is None else [gradient]
+    while left:
+        node = left.pop()
+        known = record(node.target)
+        found += [node] if known is not None and known.adds else []
+        tensors = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), (torch.Tensor, tuple, list))]
+        on = node.target not in _SUMS and (len(tensors) == 1 or node.target in _JOINS)
+        left += tensors if on else []
+    return found
 
 
 def returns(program: Program, name: str, direction: str, block: fx.GraphModule) -> tuple[Returns, ...]:

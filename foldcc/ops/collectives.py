@@ -167,6 +167,7 @@ all_gather: Operator = operator(
     ),
     simulate=lambda calls: [join([c[0] for c in calls], calls[0][1], calls[0][2]).contiguous()] * len(calls),
     sent=lambda x, y, ranks: x * (ranks - 1),
+    moves=True,
 )
 
 reduce_scatter: Operator = operator(
@@ -196,6 +197,7 @@ all_to_all: Operator = operator(
     transpose=lambda grad, x, axes: all_to_all(grad, axes),
     simulate=lambda calls: [torch.cat(parts) for parts in zip(*(c[0].chunk(len(calls)) for c in calls), strict=True)],
     sent=lambda x, y, ranks: x * (ranks - 1) / ranks,
+    moves=True,
 )
 
 # --- uneven collectives: sizes are int64 tensors on the host, one entry per rank of the group ------
@@ -226,6 +228,7 @@ all_to_all_v: Operator = operator(
     transpose=lambda grad, x, send, receive, axes, rows: all_to_all_v(grad, receive, send, axes, x.shape[0]),
     simulate=_simulate_exchange,
     sent=lambda x, y, ranks: x * (ranks - 1) / ranks,
+    moves=True,
 )
 
 
@@ -249,6 +252,7 @@ all_gather_v: Operator = operator(
     transpose=lambda grad, x, sizes, axes, rows: reduce_scatter_v(grad, sizes, axes, x.shape[0]),
     simulate=lambda calls: [torch.cat([c[0] for c in calls])] * len(calls),
     sent=lambda x, y, ranks: x * (ranks - 1),
+    moves=True,
 )
 
 reduce_scatter_v: Operator = operator(

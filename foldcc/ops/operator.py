@@ -34,6 +34,7 @@ class Operator:
         simulate: `(arguments of every rank of a group) -> results of every rank`; None when ranks do not communicate.
         sent: `(elements of the first argument on a rank, elements of the result, ranks of a group) -> elements that one
             rank sends`; None when nothing is sent.
+        moves: each element of the result is one of a rank's first argument.
     """
 
     overload: Any
@@ -43,10 +44,16 @@ class Operator:
     transpose: Callable[..., Any] | None
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None
     sent: Callable[[Any, Any, int], Any] | None
+    moves: bool
 
     @property
     def name(self) -> str:
         return self.overload._schema.name.split("::")[1]
+
+    @property
+    def adds(self) -> bool:
+        """Whether the result is a sum of what the ranks of an axis have."""
+        return self.types.startswith("P ->")
 
     @property
     def communicates(self) -> bool:
@@ -70,6 +77,7 @@ def operator(
     transpose: Callable[..., Any] | None = None,
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
     sent: Callable[[Any, Any, int], Any] | None = None,
+    moves: bool = False,
 ) -> Operator:
     """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors."""
     name = schema.split("(")[0]
@@ -102,6 +110,7 @@ def operator(
         transpose=transpose,
         simulate=simulate,
         sent=sent,
+        moves=moves,
     )
     _RECORDS[found.overload] = found
     return found

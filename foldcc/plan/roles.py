@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from foldcc.ir.node import operands
+from torch import fx
+
+from foldcc.ir.node import name_of, operands
 from foldcc.ir.program import Program
 from foldcc.layout import Symbol
 
@@ -42,9 +44,16 @@ def _widths(program: Program) -> set[Symbol]:
         if rule is None or len(rule.operands) < 2:
             continue
         for x, pattern in zip(operands(node), rule.operands, strict=False):
-            if x is not None and pattern is not None and x.meta.get("parameter"):
+            if x is not None and pattern is not None and is_parameter(x):
                 found |= {f for dim in pattern for y in dim if rule.summed(y) for f in letters.get(y, ())}
     return found
+
+
+def is_parameter(x: fx.Node) -> bool:
+    """Whether a value is a parameter, in whatever dtype."""
+    while name_of(x.target) == "aten._to_copy":
+        x = x.all_input_nodes[0]
+    return bool(x.meta.get("parameter"))
 
 
 def batch(program: Program) -> Symbol | None:

@@ -207,8 +207,8 @@ class _AxisProblem:
                         self.model.row([*needs, *into[target]], [*[1.0] * len(needs), *[-1.0] * len(into[target])], -np.inf, 0)
 
     def _move(self, x: fx.Node, source: State, target: State, size: float) -> float | None:
-        """Cost of a move. A parameter is used where it is kept: gathering it for use is another pass's business."""
-        if x.meta.get("parameter") and isinstance(source, Shard) and source != target:
+        """Cost of a move. A parameter is used where it is kept, also cast: gathering it for use is another pass's business."""
+        if roles.is_parameter(x) and isinstance(source, Shard) and source != target:
             return None
         start = 0.0 if x.meta.get("parameter") else self.work.start
         return costs.move(source, target, size, self.ranks, x.meta["grad"], start)

@@ -37,6 +37,32 @@ def test_alike_reductions_travel_together() -> None:
     )
 
 
+def test_reductions_whose_results_are_cast_travel_together_too() -> None:
+    assert_rewrites(
+        Bucket(),
+        """
+        %da = aten._to_copy(all_reduce(%x : bf16[4, 8] P(dp), dp, I), dtype=float32)
+        %db = aten._to_copy(all_reduce(%y : bf16[2] P(dp), dp, I), dtype=float32)
+        return [%da, %db]
+        """,
+        """
+        %flat  = aten.reshape(%x, [-1])
+        %other = aten.reshape(%y, [-1])
+        %rows  = aten.cat([%flat, %other])
+        %sums  = all_reduce(%rows, dp, I)
+        %parts = aten.split_with_sizes(%sums, [32, 2])
+        %first = getitem(%parts, 0)
+        %dx    = aten.reshape(%first, [4, 8])
+        %last  = getitem(%parts, 1)
+        %dy    = aten.reshape(%last, [2])
+        %da    = aten._to_copy(%dx, dtype=float32)
+        %db    = aten._to_copy(%dy, dtype=float32)
+        return [%da, %db]
+        joined [[all_reduce_default, all_reduce_default_1]]
+        """,
+    )
+
+
 def test_each_set_of_axes_has_a_bucket_of_its_own() -> None:
     assert_rewrites(
         Bucket(),

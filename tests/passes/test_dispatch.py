@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foldcc.errors import FoldError
+from foldcc.ops.layout import reshard
 from foldcc.passes.dispatch import Dispatch
 from foldcc.testing import assert_rewrites, program
 
@@ -96,6 +97,14 @@ def test_where_every_rank_has_all_experts_nothing_is_sent_and_weights_are_used_a
         down="experts, hidden, width",
         on=" I(edp)",
     )
+
+
+def test_weights_without_a_gradient_are_used_as_they_are_held() -> None:
+    for frozen in ("", " · frozen"):
+        arguments = ARGUMENTS.format(**WHOLE).replace("parameter up", f"parameter up{frozen}")
+        left = Dispatch().run(program(FACTORS + arguments + EXPERTS, stage="shard", mesh="dp=2,tp=2"))
+        moved = {n.args[0].name for _, n in left.nodes() if n.target is reshard}
+        assert moved == ({"down"} if frozen else {"up", "down"})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,57 @@ main
     left = Store().run(program(twice, stage="dispatch", mesh="dp=2,tp=2"))
     assert [c.target for c in left.calls] == ["unshard0", "block0", "block1", "block0"]
     assert left.calls[2].args[1].name == "w" and left.calls[1].args[1] is left.calls[3].args[1]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_cast_of_all_that_a_block_reads_goes_with_the_step(zero: int) -> None:
+    stored = "[width@tp, hidden@dp]" if zero else "[width@tp, hidden] I(dp)"
+    cast = "%v : f32[width@tp, hidden] R(dp)"
+    wide = "  %u : bf16[width@tp, hidden] R(dp) = aten._to_copy(%v, dtype=bfloat16)\n"
+    narrow = {"%x    : f32": "%x    : bf16", "%x : f32": "%x : bf16", "%y : f32": "%y : bf16", "%z : f32": "%z : bf16"}
+    before, used, call = ONE, USED.replace("%w : f32", "%w : bf16"), calls(stored).replace("%v    : f32", "%v    : bf16")
+    for old, new in {**narrow, "%y    : f32": "%y    : bf16"}.items():
+        before, used, call = (text.replace(old, new) for text in (before, used, call))
+    before = before.replace(f"{cast} = reshard(%w)\n", f"{cast} = reshard(%w)\n{wide}").replace(
+        "linear(%z, %v)", "linear(%z, %u)"
+    )
+    through = unshard(stored).replace("reshard(%w)\n", f"reshard(%w)\n{wide}").replace("return [%v]", "return [%u]")
+    head = f"zero {zero}\n" * bool(zero)
+    assert_rewrites(Store(), head + before, head + FACTORS + through + used + call, mesh="dp=2,tp=2")
+    twice = before.replace("return [%y]\n\nmain", "%n : f32[width@tp, hidden] R(dp) = aten.neg(%v)\n  return [%y, %n]\nmain")
+    left = Store().run(program(head + twice, stage="dispatch", mesh="dp=2,tp=2"))  # the block reads it wide as well
+    assert "_to_copy" not in str(left.blocks["unshard0"].graph) and "_to_copy" in str(left.blocks["block0"].graph)
+
+
+def test_a_parameter_that_is_read_in_two_dtypes_is_cast_where_it_is_read() -> None:
+    tied = f"""{FACTORS}
+block0
+  %w : f32[width, hidden] I(dp) = argument
+  %v : f32[width, hidden] R(dp) = reshard(%w)
+  %n : bf16[width, hidden] R(dp) = aten._to_copy(%v, dtype=bfloat16)
+  %y : bf16[width, hidden] R(dp) = aten.neg(%n)
+  return [%y]
+block1
+  %w : f32[width, hidden] I(dp) = argument
+  %v : f32[width, hidden] R(dp) = reshard(%w)
+  %y : f32[width, hidden] R(dp) = aten.neg(%v)
+  return [%y]
+main
+  %w : f32[width, hidden] I(dp) = parameter w
+  %a = block0(%w)
+  %x : bf16[width, hidden] R(dp) = getitem(%a, 0)
+  %b = block1(%w)
+  %y : f32[width, hidden] R(dp) = getitem(%b, 0)
+  return [%x, %y]
+"""
+    left = Store().run(program(tied, stage="dispatch", mesh="dp=2"))
+    assert [c.target for c in left.calls] == ["unshard0", "block0", "block1"]  # and its gradient is reduced once
+    assert "_to_copy" in str(left.blocks["block0"].graph) and "_to_copy" not in str(left.blocks["unshard0"].graph)
+    narrow = "%y : bf16[width, hidden] R(dp) = getitem"
+    alike = tied.replace("= block1", "= block0").replace(narrow.replace("bf16", "f32"), narrow)
+    left = Store().run(program(re.sub(r"block1\n(?s:.*?)main", "main", alike), stage="dispatch", mesh="dp=2"))
+    assert [c.target for c in left.calls] == ["unshard0", "block0", "block0"]
+    assert "_to_copy" in str(left.blocks["unshard0"].graph)
 
 
 def test_what_the_plan_says_is_stored_so_or_refused() -> None:
