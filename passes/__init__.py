@@ -12,14 +12,17 @@ from foldcc.passes.experts import Experts
 from foldcc.passes.localize import Localize
 from foldcc.passes.lower import Lower
 from foldcc.passes.outline import Outline
+from foldcc.passes.precision import PrecisionPass
 from foldcc.passes.recompute import Recompute
 from foldcc.passes.shard import ShardPass
 from foldcc.passes.simplify import Simplify
 from foldcc.passes.split import Split
 from foldcc.passes.store import Store
+from foldcc.passes.travel import Travel
 from foldcc.types.check import check_types
 
 PIPELINE: tuple[Pass, ...] = (
+    PrecisionPass(),
     Outline(),
     Annotate(),
     ShardPass(),
@@ -27,6 +30,7 @@ PIPELINE: tuple[Pass, ...] = (
     Store(),
     Localize(),
     Differentiate(),
+    Travel(),
     Split(),
     Lower(),
     Simplify(),
@@ -38,7 +42,8 @@ def for_kernels(pipeline: Sequence[Pass]) -> tuple[Pass, ...]:
     """The pipeline of a program that kernels are emitted for, which rewrites joint graphs and keeps less of them."""
     found: list[Pass] = []
     for p in pipeline:
-        found += [replace(p, in_pieces=True), Experts(), Recompute()] if isinstance(p, Differentiate) else [p]
+        p = replace(p, in_pieces=True) if isinstance(p, Differentiate) else p
+        found += [Experts(), Recompute(), p] if isinstance(p, Split) else [p]
     return tuple(found)
 
 

@@ -39,6 +39,9 @@ RESHAPES = named("reshape view _unsafe_view _reshape_alias flatten unflatten")
 UNITS = named("unsqueeze squeeze")
 TRANSPOSES = named("t transpose permute")
 CONVOLUTIONS = named("convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+PRODUCTS = CONVOLUTIONS | named("mm bmm addmm addbmm baddbmm mv addmv linear matmul scaled_dot_product_attention")
+# Element by element, and 16 bits lose digits or overflow; as autocast has them on CUDA.
+WIDE = named("acos asin cosh erfinv exp expm1 log log10 log1p log2 pow reciprocal rsqrt sinh softplus tan")
 
 # The number that an operator fills its result with, or the argument that is that number.
 FILLS: dict[str, int | str] = {"aten.scalar_tensor": "s"}

@@ -27,6 +27,7 @@ from foldcc.ops.layout import cross_fold, reshard
 from foldcc.plan.strategies import placed_operands
 from foldcc.rules.notation import Rule
 from foldcc.types.joint import check_directions, check_joint
+from foldcc.types.sums import check_sums
 
 
 def check_types(program: Program) -> None:
@@ -37,6 +38,7 @@ def check_types(program: Program) -> None:
     """
     if "emitted" in program.properties:
         return  # kernels stand for nodes that were checked
+    check_sums(program)
     if "differentiated" in program.properties:
         check_directions(program)
         return

@@ -1,7 +1,8 @@
 """Where two programs part: the first call of a block whose inputs are right and whose results are not, and in it the node.
 
 A node of the folded program says in `meta["origin"]` which node of the localized program it was traced from; one that
-was captured has the captured node's name, so its value can be held against the captured program's.
+was captured has the captured node's name, so its value can be held against the captured program's; a cast that a precision put
+there was not, and is passed over.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _first_in_block(
     folded.run(graph, values, watch)
     for node, ranked in held:
         origin = node.meta["origin"]
-        layout, wanted = localized[origin].meta.get("layout"), folded.reference.values[captured[origin]]
+        layout, wanted = localized[origin].meta.get("layout"), folded.reference.values.get(captured[origin])
         if _comparable(ranked, wanted, layout):
             assert isinstance(layout, Layout)
             if wrong_rank(ranked, wanted.detach(), layout, folded.program.mesh, folded.reference.field) is not None:

@@ -69,7 +69,8 @@ class Reference:
             names: of values that may have a gradient.
             given: for each output, whether it is in the sum.
         """
-        wanted = [n for n in names if isinstance(self.values[n], Tensor) and self.values[n].requires_grad]
+        known = {n: self.values.get(n) for n in names}
+        wanted = [n for n, x in known.items() if isinstance(x, Tensor) and x.requires_grad]
         each = zip(self.outputs, self.tangents, given, strict=True)
         pairs = [(x, t) for x, t, there in each if there and t is not None]
         if not pairs or not wanted:

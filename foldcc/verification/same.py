@@ -31,7 +31,10 @@ def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
 
 
 def first_not_captured(stages: Stages) -> str | None:
-    """The first node that the annotated program computes otherwise than the captured one, blocks put in line; None if none."""
+    """The first node that the annotated program computes otherwise than the captured one, blocks put in line; None if none.
+
+    Casts from one floating-point dtype to another are none, here as over a field.
+    """
     captured, annotated = (_in_line(stages[name].program) for name in ("capture", "annotate"))
     for ours, theirs in zip_longest(captured, annotated, fillvalue="nothing"):
         if ours != theirs:
@@ -56,6 +59,8 @@ def _in_line(program: Program) -> list[str]:
                 values[node] = values[node.args[0]][node.args[1]]  # a result of a call
             elif node.op == "output":
                 return [values[x] for x in node.args[0]]
+            elif node.target is torch.ops.aten._to_copy.default and _are_floats(node, *node.all_input_nodes):
+                values[node] = values[node.args[0]]
             else:
                 read = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = f"#{len(steps)}"
@@ -63,6 +68,10 @@ def _in_line(program: Program) -> list[str]:
 
     steps.append(f"returns {run(program.graph, [values[x] for x in program.placeholders])}")
     return steps
+
+
+def _are_floats(*nodes: fx.Node) -> bool:
+    return all(n.meta["val"].is_floating_point() for n in nodes)
 
 
 def _paired(block: fx.GraphModule, other: fx.GraphModule) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
