@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.sizes import Sizes, axes_of, communicates, human
+from foldcc.ir.text import short
 from foldcc.ir.walk import module_of, parts
 from foldcc.ops import record
 from foldcc.tables import table
@@ -26,6 +29,7 @@ class Collective:
         bytes_per_call: that one rank sends in one call. Ring algorithms are assumed for gathers and reductions:
             (n - 1) / n of the payload for each of a reduction's two halves (Thakur et al. 2005, section 4).
         expected: the size is data, and this is what balanced routing sends.
+        dtype: of what is sent.
     """
 
     operator: str
@@ -35,6 +39,7 @@ class Collective:
     calls: int
     bytes_per_call: float
     expected: bool
+    dtype: torch.dtype
 
     @property
     def bytes(self) -> float:
@@ -67,6 +72,7 @@ class Collectives(Sequence[Collective]):
                 c.operator,
                 ",".join(c.axes),
                 c.direction,
+                short(c.dtype),
                 f"× {c.calls}",
                 f"{'~' * c.expected}{human(c.bytes_per_call)}",
                 f"{'~' * c.expected}{human(c.bytes)}",
@@ -76,8 +82,8 @@ class Collectives(Sequence[Collective]):
         ]
         groups = list(dict.fromkeys(c.axes for c in self._rows))
         totals = [f"  {','.join(g):<5}  {human(sum(c.bytes for c in self._rows if c.axes == g))}" for g in groups]
-        head = ["operator", "axes", "direction", "calls", "a call", "a step", "module"]
-        body = table(head, rows, right=(3, 4, 5))
+        head = ["operator", "axes", "direction", "dtype", "calls", "a call", "a step", "module"]
+        body = table(head, rows, right=(4, 5, 6))
         note = ["~ is what balanced routing sends"] * any(c.expected for c in self._rows)
         return "\n".join([body, "", f"sent by one rank in a step: {human(self.bytes())}", *totals, *note])
 
@@ -95,7 +101,7 @@ def collectives(stages: Stages) -> Collectives:
                 count, expected = known.sent(node)
                 operator = record(node.target)
                 assert operator is not None
-                rows.append(
-                    Collective(operator.name, axes_of(node), part.direction, module_of(node), part.calls, count, expected)
-                )
+                dtype = node.all_input_nodes[0].meta["val"].dtype
+                told = (operator.name, axes_of(node), part.direction, module_of(node), part.calls, count, expected, dtype)
+                rows.append(Collective(*told))
     return Collectives(rows)
