@@ -241,6 +241,18 @@ def test_autocast_and_bfloat16_drop_the_same_elements() -> None:
     assert torch.equal(*masks)
 
 
+def test_without_gradients_the_same_is_drawn() -> None:
+    model = Dropping()
+    folded = foldcc.parallelize(model, "tp=2")
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            torch.manual_seed(2)
+            found = folded(activations())
+            torch.manual_seed(2)
+            with drawing_alike():
+                torch.testing.assert_close(found, model(activations()))
+
+
 def test_hooks_are_given_what_was_dropped() -> None:
     seen: list[Tensor] = []
     model = Dropping()

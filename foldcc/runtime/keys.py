@@ -18,7 +18,7 @@ def draw_keys(count: int, mesh: FoldedMesh, device: torch.device) -> Iterator[Te
     """
     if not count:
         return iter(())
-    keys = torch.empty(count, dtype=torch.int64).random_().to(device)
+    keys = torch.empty(count, dtype=torch.int64, device="cpu").random_().to(device)
     if not mesh.is_virtual:
         dist.broadcast(keys, src=0)
     return iter(keys.unbind())

@@ -31,6 +31,11 @@ class Drawn(TorchDispatchMode):
         given = by_name(func, args, kwargs) if name else {}
         if not name or given.get("dropout_p") == 0 or given.get("train") is False or given.get("generator") is not None:
             return func(*args, **kwargs)
+        if name not in DRAWS:  # without autograd, PyTorch leaves operators that are made of others as they are
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         check_draw(func, given)
         found = self._draw(name, given)
         return args[0].copy_(found) if func._schema.is_mutable else found
@@ -42,7 +47,7 @@ class Drawn(TorchDispatchMode):
             found = torch.full_like(like, share)
             return (like * share, found.bool()) if name == "native_dropout" else found
         self.count += 1
-        key = torch.empty((), dtype=torch.int64).random_().to(like.device)
+        key = torch.empty((), dtype=torch.int64, device="cpu").random_().to(like.device)
         at = everywhere(like.shape, like.device)
         if name == "native_dropout":
             keep = kept(key, at, share)
