@@ -21,7 +21,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.parse import parse_stage
 from foldcc.layout import INVARIANT
 from foldcc.passes import Pass
-from foldcc.testing import in_float64, program, run_distributed
+from foldcc.testing import check_equivalence, in_float64, program, run_distributed
 from foldcc.testing.text import derived
 
 
@@ -244,6 +244,10 @@ def test_an_update_that_is_not_reduced_is_refused_and_a_wrong_one_is_found() -> 
         folded.with_passes(Changed(drop=True))
     proof = foldcc.verify(folded.with_passes(Changed(drop=False)))
     assert not proof.ok and "Buffer mean" in str(proof)
+
+
+def test_equivalence_is_that_of_the_state_as_well() -> None:
+    assert "buffer mean" in check_equivalence(Mean(), "dp=2,tp=2", (torch.randn(4, 3, 8),)).outputs
 
 
 def test_state_that_capture_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Equivalence:
     """How far a folded model is from the original: relative errors, by norm.
 
     Attributes:
-        outputs: of each floating-point output, by its path, such as `.loss`.
+        outputs: of each floating-point output, by its path, such as `.loss`, and of each buffer that the forward updates.
         gradients: of each parameter's gradient, by the parameter's name; for a gradient below 1e-4 of the norm of all,
             relative to that.
     """
@@ -71,7 +71,7 @@ def check_equivalence(
         options: for `parallelize`.
 
     Raises:
-        AssertionError: an output or a gradient differs by more than `tolerance`, or is missing on one side.
+        AssertionError: an output, an updated buffer or a gradient differs by more than `tolerance`, or is missing on one side.
         FoldError: `parallelize` refuses the model, or `args` is not a sequence.
     """
     if not isinstance(args, (tuple, list)):
@@ -94,6 +94,9 @@ def check_equivalence(
             assert wanted.keys() == found.keys(), f"outputs {sorted(found)} instead of {sorted(wanted)}"
             _objective(found).backward()
     outputs = {path: relative_error(found[path], wanted[path]) for path in wanted}
+    for name in (folded.program.slot(slot).names[0] for slot in folded.program.updates.values()):
+        mine, theirs = (m.get_buffer(name).double() for m in (folded, reference))
+        outputs[f"buffer {name}"] = relative_error(mine, theirs)
     parameters = dict(folded.named_parameters())
     least = _SMALL * hypot(*(float(p.grad.norm()) for p in reference.parameters() if p.grad is not None))
     gradients = {}
