@@ -172,3 +172,40 @@ def test_gradients_that_wait_are_reduced_once(mesh: str, zero: int) -> None:
         assert_alike(found["in between"], accumulated(BATCHES[:2]))
         assert_alike(found["all"], accumulated(BATCHES))
         assert_alike(found["dropped"], accumulated(BATCHES[1:]))
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.down(torch.relu(self.up(self.norm(x))))
+        return (y + self.down(torch.relu(self.up(self.norm(y))))).square().sum()
+
+
+UNEVEN = [torch.randn(4, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 7, 6)]
+
+
+def accumulated_in_two_layouts(text: str) -> tuple[dict[str, Tensor], list[str]]:
+    mesh = foldcc.FoldedMesh.parse(text, "cpu")
+    place = mesh.coordinate(dist.get_rank(), "dp")
+    folded, seen = foldcc.parallelize(Dense().double(), mesh), []
+    for x in UNEVEN:
+        with folded.no_sync() if x is not UNEVEN[-1] else nullcontext():
+            folded(x.chunk(2)[place]).backward()
+        seen.append(str(folded.norm.weight.grad.placements))
+    return gradients(folded), seen
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Another program was compiled")
+def test_a_parameter_that_programs_use_in_two_layouts_has_one_gradient() -> None:
+    """Seven positions do not divide over tp, so that norms there are computed on every rank."""
+    model = Dense().double()
+    for x in UNEVEN:
+        model(x).backward()
+    for found, seen in run_distributed(accumulated_in_two_layouts, 4, "dp=2,tp=2", timeout=400):
+        assert seen[0] != seen[1] == seen[2] or not MAY_WAIT  # terms over dp and tp, joined by terms over dp alone: the whole
+        assert_alike(found, gradients(model))
