@@ -179,10 +179,12 @@ class Dense(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.scale = nn.Parameter(torch.randn(16))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
         y = x + self.down(torch.relu(self.up(self.norm(x))))
-        return (y + self.down(torch.relu(self.up(self.norm(y))))).square().sum()
+        return (self.norm(y) * self.scale).square().sum()
 
 
 UNEVEN = [torch.randn(4, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 7, 6)]
@@ -195,17 +197,17 @@ def accumulated_in_two_layouts(text: str) -> tuple[dict[str, Tensor], list[str]]
     for x in UNEVEN:
         with folded.no_sync() if x is not UNEVEN[-1] else nullcontext():
             folded(x.chunk(2)[place]).backward()
-        seen.append(str(folded.norm.weight.grad.placements))
+        seen.append(str(folded.scale.grad.placements))
     return gradients(folded), seen
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Another program was compiled")
-def test_a_parameter_that_programs_use_in_two_layouts_has_one_gradient() -> None:
-    """Seven positions do not divide over tp, so that norms there are computed on every rank."""
+def test_a_gradient_that_another_program_reduces_at_once_is_the_sum_too() -> None:
+    """Seven positions do not divide over tp, and `scale` comes to the operators that read it in two layouts."""
     model = Dense().double()
     for x in UNEVEN:
         model(x).backward()
     for found, seen in run_distributed(accumulated_in_two_layouts, 4, "dp=2,tp=2", timeout=400):
-        assert seen[0] != seen[1] == seen[2] or not MAY_WAIT  # terms over dp and tp, joined by terms over dp alone: the whole
+        assert seen[0] != seen[1] == seen[2] or not MAY_WAIT  # terms, and what is reduced from then on
         assert_alike(found, gradients(model))

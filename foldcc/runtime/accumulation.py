@@ -118,6 +118,9 @@ class Accumulation:
         if self.keep:
             for i, (name, layout) in phases.terms.items():
                 self._add(name, taken[i], layout)
+            at_once = {s.names[0] for s, g in zip(executable.program.slots, gradients, strict=True) if g is not None}
+            for name in at_once.intersection(waiting):
+                self._reduce(name)
             return gradients
         taken, places = list(taken), {name: (i, layout) for i, (name, layout) in phases.terms.items()}
         for name in waiting:
@@ -126,9 +129,14 @@ class Accumulation:
                 taken[place[0]] = p.grad.to_local() + taken[place[0]]
                 p.grad = None
             else:  # this program has no part in it, or uses the parameter in another layout
-                p.grad = redistributed(p.grad, p.placements)
+                self._reduce(name)
         reduced = executable.run(phases.reduce, taken)
         return [g if r is None else r for g, r in zip(gradients, reduced, strict=True)]
+
+    def _reduce(self, name: str) -> None:
+        """Brings a gradient that waits together, without a program."""
+        p = self.parameters[name]
+        p.grad = redistributed(p.grad, p.placements)
 
     def _placements(self, layout: Layout) -> list[Placement]:
         """Those of a layout, terms of a sum where it says so."""
@@ -142,5 +150,6 @@ class Accumulation:
         terms = p.grad.to_local() + terms if same else terms
         new: Any = DTensor.from_local(terms, p.device_mesh, there, run_check=False, shape=p.shape, stride=p.stride())
         if p.grad is not None and not same:  # it is reduced, or another program has left it in another layout
-            new = redistributed(p.grad, p.placements) + redistributed(new, p.placements)
+            self._reduce(name)
+            new = p.grad + redistributed(new, p.placements)
         p.grad = new
