@@ -73,7 +73,7 @@ def test_a_proof_can_be_skipped(how: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_pass_that_changes_the_program_is_an_error_and_leaves_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldcc.api.PIPELINE", (PIPELINE[0], Confuse(), *PIPELINE[1:]))
+    monkeypatch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:2], Confuse(), *PIPELINE[2:]))
     for _ in range(2):  # what fails is not remembered
         with pytest.raises(FoldError, match="at stage confuse"):
             small()
@@ -131,7 +131,7 @@ def test_a_large_program_is_proved_on_fewer_ranks_and_says_so(monkeypatch: pytes
     monkeypatch.setattr(compiled, "_CALLS", 0)
     proof = small("dp=4,tp=4").proof
     assert "proved on the mesh dp=2,tp=2, whose axes cross as those of dp=4,tp=4 do" in str(proof)
-    monkeypatch.setattr("foldcc.api.PIPELINE", (PIPELINE[0], Confuse(), *PIPELINE[1:]))
+    monkeypatch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:2], Confuse(), *PIPELINE[2:]))
     with pytest.raises(FoldError, match="differs on rank"):
         small("dp=4,tp=4")
 
@@ -170,7 +170,7 @@ def proved_on_rank_0(directory: str, broken: bool) -> str:
         if dist.get_rank() != 0:
             patch.setattr(compiled, "prove", None)
         if broken:
-            patch.setattr("foldcc.api.PIPELINE", (PIPELINE[0], Confuse(), *PIPELINE[1:]))
+            patch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:2], Confuse(), *PIPELINE[2:]))
         torch.manual_seed(0)
         mesh = foldcc.init_folded_mesh("cpu", attention={"dp": 2})
         try:
