@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from foldcc.inspect.memory import memory
 from foldcc.ir.sizes import human
 from foldcc.runtime.placement import cut
 from foldcc.testing import run_distributed
-from tests.models import tiny_model, token_batch
+from tests.models import FusedAttention, tiny_model, token_batch
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
 BATCH = token_batch(4)
@@ -52,7 +53,7 @@ def measured(family: str, mesh: str, policies: list[tuple[int, str]]) -> None:
         model(**own).loss.backward()
         model.zero_grad()
         # Threads of gloo let go of what was sent when they get to it.
-        found, said = min(allocated_in_a_step(model, own) for _ in range(4)), model.summary().memory.step
+        found, said = min(allocated_in_a_step(model, own) for _ in range(3)), model.summary().memory.step
         assert 0.9 * said < found < 1.1 * said, (zero, policy, found, said)
 
 
@@ -68,11 +69,13 @@ def test_a_step_takes_what_is_said_under_each_policy(family: str, mesh: str) -> 
 
 
 def test_policies_are_what_their_programs_say() -> None:
-    plain = tiny_model("llama", num_hidden_layers=1)
-    model = foldcc.parallelize(plain, "dp=2,tp=2", example_inputs=BATCH, verify=False)
+    def folded(**policies: Any) -> foldcc.FoldedModule:
+        x = torch.randn(4, 8, 16)
+        return foldcc.parallelize(FusedAttention(causal=True), "dp=2,tp=2", example_inputs=(x,), **policies)
+
+    model, other = folded(), folded(zero=3, recompute="blocks").summary()
     found = model.memory()
     assert found[0, "none"] == model.summary().memory
-    other = foldcc.parallelize(plain, "dp=2,tp=2", example_inputs=BATCH, verify=False, zero=3, recompute="blocks").summary()
     assert found[3, "blocks"] == other.memory != found[0, "none"]
     assert human(other.memory.peak) in str(found) and human(other.memory.kept) in str(other)
     assert [human(m.peak) in str(found) for m in found.values()] == [True] * 9

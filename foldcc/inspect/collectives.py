@@ -48,7 +48,7 @@ class Collective:
 
 
 class Collectives(Sequence[Collective]):
-    """The collectives of a training step; printing them gives a table, in which `~` marks an expected size."""
+    """The collectives of a training step. Printed they are a table, with dtypes if they differ; `~` marks an expected size."""
 
     def __init__(self, rows: Sequence[Collective]):
         self._rows = tuple(rows)
@@ -67,12 +67,13 @@ class Collectives(Sequence[Collective]):
         return sum(c.bytes for c in self._rows if axis is None or axis in c.axes)
 
     def __str__(self) -> str:
+        several = len({c.dtype for c in self._rows if c.dtype.is_floating_point}) > 1
         rows = [
             [
                 c.operator,
                 ",".join(c.axes),
                 c.direction,
-                short(c.dtype),
+                *([short(c.dtype)] if several else []),
                 f"× {c.calls}",
                 f"{'~' * c.expected}{human(c.bytes_per_call)}",
                 f"{'~' * c.expected}{human(c.bytes)}",
@@ -82,8 +83,8 @@ class Collectives(Sequence[Collective]):
         ]
         groups = list(dict.fromkeys(c.axes for c in self._rows))
         totals = [f"  {','.join(g):<5}  {human(sum(c.bytes for c in self._rows if c.axes == g))}" for g in groups]
-        head = ["operator", "axes", "direction", "dtype", "calls", "a call", "a step", "module"]
-        body = table(head, rows, right=(4, 5, 6))
+        head = ["operator", "axes", "direction", *(["dtype"] if several else []), "calls", "a call", "a step", "module"]
+        body = table(head, rows, right=range(len(head) - 4, len(head) - 1))
         note = ["~ is what balanced routing sends"] * any(c.expected for c in self._rows)
         return "\n".join([body, "", f"sent by one rank in a step: {human(self.bytes())}", *totals, *note])
 
