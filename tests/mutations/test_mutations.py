@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import foldcc
 from foldcc.testing.mutate import KINDS, Mutant, equivalent, mutants
-from tests.mutations.checkers import CHECKERS, PLAIN, exact, numeric
+from tests.models import tiny_model, token_batch
+from tests.mutations.checkers import CHECKERS, FAILURES, PLAIN, exact, numeric
 from tests.mutations.programs import MESHES, PROGRAMS, Subject, folded, subject
 from tests.mutations.table import run
 
@@ -38,6 +40,19 @@ def test_the_program_without_a_mistake_is_accused_by_no_checker(mixtral: Subject
 def test_every_checker_that_reads_numbers_finds_a_wrong_factor(mixtral: Subject, name: str) -> None:
     scaled = [pair for pair in mixtral.pairs() if pair[0].kind == "scale"]
     assert any((CHECKERS | PLAIN)[name](mixtral, *pair) for pair in scaled[:8])
+
+
+@pytest.mark.slow
+def test_every_mistake_is_found_where_parameters_are_divided_masks_drawn_and_blocks_computed_again() -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1, attention_dropout=0.1).train()
+    options = {"example_inputs": token_batch(4, 8), "zero": 3, "recompute": "blocks"}
+    folded = foldcc.parallelize(model, "dp=2,tp=2|ep=4", **options)
+    assert foldcc.verify(folded, rounds=1).ok
+    for mutant in mutants(folded):
+        try:
+            assert not foldcc.verify(mutant.apply(), rounds=1).ok, mutant
+        except FAILURES:
+            pass  # nobody trains on
 
 
 def test_where_axes_form_the_same_groups_only_the_name_changes() -> None:
