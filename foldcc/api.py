@@ -90,8 +90,8 @@ def parallelize(
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
             parameters, gradients and what an optimizer holds keep theirs. With it, calls are not made under autocast.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
-            made element by element, "blocks" for all but collectives, choices of experts and random numbers, or the share of
-            the bytes of activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
+            made element by element, "blocks" for all but collectives and choices of experts, or the share of the bytes of
+            activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
             `gradient_checkpointing_enable()` was called, else what kernels compute as they read, else nothing.
         progress: called with the name of each stage before it runs.
 

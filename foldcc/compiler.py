@@ -159,7 +159,7 @@ class Compiler:
         """What these stages would end with, lowered, under another storage and each of some policies of what is kept."""
         lowered = stages.lowered
         start = lowered["dispatch"].program
-        start = replace(start, plan=replace(start.plan, zero=zero, stored={}, kept={}))
+        start = replace(start, plan=replace(start.plan, zero=zero, stored={}, kept={}, together={}))
         passes = recomputing(lowered.passes(after="dispatch"), policies[0])
         with compiling():
             first = run_passes(start, passes, check=check_types)

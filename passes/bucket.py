@@ -40,7 +40,7 @@ Add = Callable[..., fx.Node]
 @dataclass(frozen=True, kw_only=True)
 class Bucket(Pass):
     """Attributes:
-    small: bytes up to which a gradient is joined with others.
+    small: bytes up to which a parameter, gathered, or its gradient is joined with others.
     """
 
     requires = frozenset({"lowered"})
@@ -106,12 +106,13 @@ _TOLD = {
 
 
 def _bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel() * value.element_size())
+    """Of the larger side, which is copied into a bucket or out of it."""
+    ends = (node.meta["val"], node.args[0].meta["val"])
+    return max(x.numel() * x.element_size() for x in ends)
 
 
 def _said(block: str, alike: list[list[fx.Node]], groups: tuple[tuple[str, ...], ...]) -> list[list[fx.Node]]:
-    """The reductions that the plan has travel together."""
+    """The collectives that the plan has travel together."""
     found = []
     for names in groups:
         there = [n for nodes in alike for n in nodes if n.name in names]

@@ -79,6 +79,7 @@ def test_policies_are_what_their_programs_say() -> None:
     assert found[3, "blocks"] == other.memory != found[0, "none"]
     assert human(other.memory.peak) in str(found) and human(other.memory.kept) in str(other)
     assert [human(m.peak) in str(found) for m in found.values()] == [True] * 9
+    assert dict(folded(plan=str(model.plan)).memory()) == dict(found)  # whatever a plan says of storage
 
 
 def test_states_by_closed_form() -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from foldcc import ops
 from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit, replace_node
+from foldcc.ops.random import gain
 from foldcc.rules.kinds import RESHAPES, SAME
 
 aten = torch.ops.aten
@@ -114,11 +115,7 @@ def _kept(node: fx.Node, like: fx.Node, dropout: float) -> fx.Node:
 
 
 def _scaled(node: fx.Node, x: fx.Node, keep: fx.Node, dropout: float) -> fx.Node:
-    return emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), _gain(dropout))
-
-
-def _gain(dropout: float) -> float:
-    return 0.0 if dropout == 1 else 1 / (1 - dropout)
+    return emit(node, aten.mul.Tensor, emit(node, aten.mul.Tensor, x, keep), gain(dropout))
 
 
 def _copy(node: fx.Node) -> fx.Node:

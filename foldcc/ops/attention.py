@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from foldcc.layout import Layout
 from foldcc.ops.captured import Division, Positions, Site, captured
 from foldcc.ops.positions import first, scalar
+from foldcc.ops.random import gain
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ def _attend(
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], -1).to(wide).softmax(-1).to(q.dtype)[..., :-1]
     if keep is not None:
-        weights = weights * keep * (0.0 if dropout == 1 else 1 / (1 - dropout))
+        weights = weights * keep * gain(dropout)
     return (weights @ v).transpose(1, 2)
 
 

@@ -104,6 +104,11 @@ def kept(key: Tensor, at: Sequence[Tensor], share: float) -> Tensor:
     return random_bits(key, at) < round(share * 2**BITS)
 
 
+def gain(dropout: float) -> float:
+    """By what the elements that dropout keeps are multiplied."""
+    return 0.0 if dropout == 1 else 1 / (1 - dropout)
+
+
 def _bernoulli(key: Tensor, given: Options) -> Tensor:
     share = given.get("p", given.get("self"))
     if isinstance(share, Tensor):

@@ -70,11 +70,11 @@ def clip_grad_norm_(
 def _first_nonfinite(named: list[tuple[str, Tensor]]) -> str | None:
     """The name of the first gradient, in the order given, of which some rank holds a number that is not finite."""
     place = next((i for i, (_, grad) in enumerate(named) if not _local(grad)[0].isfinite().all()), len(named))
-    if any(isinstance(grad, DTensor) for _, grad in named):
-        device = next(grad.to_local().device for _, grad in named if isinstance(grad, DTensor))
-        first = torch.tensor(place, device=device)
-        dist.all_reduce(first, dist.ReduceOp.MIN)
-        place = int(first)
+    first = torch.tensor(place, device=named[0][1].device)
+    for mesh in dict.fromkeys(grad.device_mesh for _, grad in named if isinstance(grad, DTensor)):
+        for i in range(mesh.ndim):
+            dist.all_reduce(first, dist.ReduceOp.MIN, group=mesh.get_group(i))
+    place = int(first)
     return named[place][0] if place < len(named) else None
 
 

@@ -59,7 +59,7 @@ def one_at_a_time() -> Iterator[None]:
     """One thread compiles at a time: capture, tracing and proofs change what PyTorch's functions are.
 
     Garbage is collected afterwards: what is compiled refers to itself all over, so that looking for garbage finds little, and
-    takes a fifth of the time.
+    looks at all of it each time.
     """
     with _COMPILES:
         collects = gc.isenabled()
