@@ -371,7 +371,7 @@ def test_a_mask_that_is_drawn_otherwise_is_found(target: Any, change: Callable[[
 
 
 def test_a_capture_that_does_not_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normalize, "_gain", lambda dropout: 1.0)
+    monkeypatch.setattr(normalize, "gain", lambda dropout: 1.0)
     proof = foldcc.verify(foldcc.parallelize(Dropping(), "dp=2", example_inputs=(activations(),)), rounds=1)
     assert not proof.ok and "The capture is wrong" in str(proof)
 
