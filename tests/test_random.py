@@ -383,13 +383,25 @@ def test_the_proof_begins_at_the_module_that_draws() -> None:
 
 
 class Unread(Dropping):
-    """Draws what nothing reads."""
+    """Draws what nothing reads; and writes, if told to, into a part of what it reads."""
+
+    def __init__(self, writes: bool):
+        super().__init__()
+        self.writes = writes
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.drop(x)
+        if self.writes:
+            x = x.clone()
+            x[:1].mul_(2.0)
         return super().forward(x)
 
 
-def test_a_draw_that_nothing_reads_is_said_to_be_no_part_of_the_proof() -> None:
-    proof = foldcc.verify(foldcc.parallelize(Unread(), "dp=2", example_inputs=(activations(),)), rounds=1)
+def test_a_draw_that_nothing_reads_takes_a_key_as_in_one_process() -> None:
+    proof = foldcc.verify(foldcc.parallelize(Unread(writes=False), "dp=2", example_inputs=(activations(),)), rounds=1)
+    assert proof.ok and not proof.missing
+
+
+def test_a_draw_that_a_second_trace_leaves_out_is_said_to_be_no_part_of_the_proof() -> None:
+    proof = foldcc.verify(foldcc.parallelize(Unread(writes=True), "dp=2", example_inputs=(activations(),)), rounds=1)
     assert "draws random numbers 6 times, of which 5 are read" in str(proof)

@@ -15,10 +15,12 @@ import torch._dynamo.variables.base
 import torch.fx.experimental.symbolic_shapes
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import batch_norm, functions, modules, normalize, packing, random, regions, transformers
+from foldcc.capture import functions, modules, normalize, packing, random, regions, transformers
+from foldcc.capture.functional import functional
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.capture.updates import return_updates
@@ -91,12 +93,11 @@ def capture(
         exported = _exported(model, args, dict(kwargs), tracer)
     sources = _sources(exported)
     _untie(model, exported)
-    regions.detach_no_grad(exported)
-    exported = exported.run_decompositions(batch_norm.DECOMPOSED)
+    exported = functional(exported)
     for node in exported.graph.nodes:
         _keep_source(node, sources)
     regions.refuse_unknown(exported.graph_module)
-    graph = fx.GraphModule(nn.Module(), _renamed(exported.graph))
+    graph = _LazyGraphModule(nn.Module(), _renamed(exported.graph))
     slots = _slots(model, exported, graph, args, kwargs)
     _drop_constants(graph, slots)
     marks = len(recorder.marks) if recorder is not None else 0
@@ -147,7 +148,8 @@ def as_exported(
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str) -> torch.export.ExportedProgram:
     raised: tuple[type[Exception], ...] = _RAISED_BY_DYNAMO if tracer == "dynamo" else _DATA_DEPENDENT
     try:
-        return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
+        with _use_lazy_graph_module(tracer == "export"):  # nothing runs its graphs, so their Python need not be written
+            return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
     except raised as error:
         if tracer == "dynamo":
             # Dynamo says that something was raised, not what. The other tracer runs the same code and raises it itself.
@@ -179,17 +181,17 @@ def _user_frame(error: Exception) -> str | None:
 def _sources(exported: torch.export.ExportedProgram) -> dict[str, str]:
     """File and line of the model's own code for each node, before decomposition replaces them by its own."""
     found = {}
-    for node in exported.graph.nodes:
+    for node in (n for part in regions.parts(exported.graph_module) for n in part.graph.nodes):
         frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/" not in f[0]]
         if frames:
             path, line = frames[-1]
-            found[node.name] = f"{path.rpartition('/')[2]}:{line}"
+            node.meta["source"] = found[node.name] = f"{path.rpartition('/')[2]}:{line}"
     return found
 
 
 def _keep_source(node: fx.Node, sources: Mapping[str, str]) -> None:
     """`node.meta["source"]`, such as `modeling_mixtral.py:118`, through the chain of nodes that the node came from."""
-    origin = list(node.meta.get("from_node", ()))
+    origin = [] if "source" in node.meta else list(node.meta.get("from_node", ()))
     while origin:
         step = origin.pop()
         if step.name in sources:
@@ -249,7 +251,6 @@ def _untie(model: nn.Module, exported: torch.export.ExportedProgram) -> None:
             node.replace_all_uses_with(first[id(there)])
             exported.graph.erase_node(node)
     exported.graph_signature.input_specs[:] = left
-    exported.graph_module.recompile()
 
 
 def _drop_constants(graph: fx.GraphModule, slots: tuple[Slot, ...]) -> None:

@@ -99,12 +99,13 @@ def _repeated(node: fx.Node, x: fx.Node, queries: fx.Node) -> fx.Node:
 
 
 def _dropout(node: fx.Node) -> fx.Node:
-    """Dropout whose results are the operand and the mask, by a draw of the mask."""
+    """Dropout by a draw of its mask; some of it returns the mask as well."""
     x: fx.Node = argument(node, "input")
     dropout = argument(node, "p") if argument(node, "train") is not False else 0.0
-    keep = _kept(node, x, dropout)
-    y = _scaled(node, x, keep, dropout) if dropout else x
-    for item in list(node.users):
+    masked = isinstance(node.meta["val"], tuple)
+    keep = _kept(node, x, dropout) if dropout or masked else None
+    y = x if keep is None or not dropout else _scaled(node, x, keep, dropout)
+    for item in list(node.users) if masked else ():
         replace_node(item, (y, keep)[item.args[1]])
     return y
 
@@ -155,6 +156,7 @@ def _histc(node: fx.Node) -> fx.Node:
 REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.dropout.default: _dropout,
     aten.native_dropout.default: _dropout,
     aten.copy.default: _copy,
     aten.histc.default: _histc,

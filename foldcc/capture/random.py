@@ -37,9 +37,10 @@ def with_keys(graph: fx.GraphModule, slots: Sequence[Slot]) -> tuple[Slot, ...]:
     """
     found = list(slots)
     drawn = 0
+    activations = {(argument(n, "act"), _width(n)): n for n in graph.graph.find_nodes(op="call_function", target=experts_node)}
+    for node in activations.values():
+        _check_activation(node)
     for node in list(graph.graph.nodes):
-        if node.target is experts_node:
-            _check_activation(node)
         name = name_of_draw(node.target)
         given = by_name(node.target, node.args, node.kwargs) if name else {}
         if not name or given.get("dropout_p") == 0:
@@ -72,9 +73,8 @@ def _drawn(
 
 def _check_activation(node: fx.Node) -> None:
     """The rows of an expert are tokens in the order of a routing, so what is drawn for a row has no position."""
-    width = argument(node, "w_up").meta["val"].shape[2 if argument(node, "transposed") else 1]
     with torch.no_grad():
-        traced = make_fx(lambda rows: activate(rows, argument(node, "act")))(torch.empty(2, width, device="meta"))
+        traced = make_fx(lambda rows: activate(rows, argument(node, "act")))(torch.empty(2, _width(node), device="meta"))
     for inside in traced.graph.nodes:
         if name_of_draw(inside.target):
             raise FoldError(
@@ -83,3 +83,8 @@ def _check_activation(node: fx.Node) -> None:
                 at=where(node),
                 valid="dropout on the tokens before the experts or behind them",
             )
+
+
+def _width(node: fx.Node) -> int:
+    """Of what an activation is given."""
+    return int(argument(node, "w_up").meta["val"].shape[2 if argument(node, "transposed") else 1])

@@ -6,8 +6,6 @@ with torch.no_grad():
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -16,6 +14,7 @@ from foldcc.errors import FoldError
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+INLINED = {_GRAD: 1, _AUTOCAST: 4}  # and which argument of each is the region, before its operands
 # What to do about code that cannot be captured.
 STATIC = (
     "tensors instead of Python numbers; experts as foldcc.ops.experts(...), or foldcc.register_experts(cls, fn) for a "
@@ -29,7 +28,9 @@ def detach_no_grad(exported: torch.export.ExportedProgram) -> None:
     Raises:
         FoldError: a region switches gradients on inside another, or switches autocast on.
     """
-    for graph in _graphs(exported.graph_module):
+    for module in parts(exported.graph_module):
+        graph = module.graph
+        _keep_operands(module)
         for node in list(graph.find_nodes(op="call_function", target=_AUTOCAST)):
             if node.args[2]:
                 raise FoldError(
@@ -42,13 +43,43 @@ def detach_no_grad(exported: torch.export.ExportedProgram) -> None:
             if not node.args[0]:
                 with graph.inserting_before(node):
                     node.args = (*node.args[:2], *(_detached(graph, x) for x in node.args[2:]))
-    exported.graph_module.recompile()
 
 
-def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
-    for m in module.modules():
-        if isinstance(m, fx.GraphModule):
-            yield m.graph
+def _keep_operands(module: fx.GraphModule) -> None:
+    """What a region returns as it was given, such as `x.to(x.dtype)`, is what it was outside, with its gradient."""
+    for target, first in INLINED.items():
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            inner = getattr(module, node.args[first].target).graph
+            given = dict(zip(inner.find_nodes(op="placeholder"), node.args[first + 1 :], strict=True))
+            (returned,) = inner.find_nodes(op="output")
+            for item in list(node.users):
+                if returned.args[0][item.args[1]] in given:
+                    item.replace_all_uses_with(given[returned.args[0][item.args[1]]])
+
+
+def inline(module: fx.GraphModule) -> None:
+    """Puts the operators of each region in its place."""
+    graph = module.graph
+    for region in (m for m in module.children() if isinstance(m, fx.GraphModule)):
+        inline(region)
+    for target, first in INLINED.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            body, *operands = node.args[first:]
+            with graph.inserting_before(node):
+                inner = getattr(module, body.target).graph
+                copied = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
+                results = graph.graph_copy(inner, copied)
+            for item in list(node.users):
+                item.replace_all_uses_with(results[item.args[1]])
+                graph.erase_node(item)
+            graph.erase_node(node)
+            if not body.users:
+                graph.erase_node(body)
+
+
+def parts(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The module and its regions, each behind those inside it."""
+    return [m for m in reversed(list(module.modules())) if isinstance(m, fx.GraphModule)]
 
 
 def _detached(graph: fx.Graph, x: object) -> object:
