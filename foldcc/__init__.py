@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
     from foldcc.api import init_parameters, parallelize
-    from foldcc.capture import register_experts
+    from foldcc.capture import register_experts, set_capacity
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
     from foldcc.ir.plan import Plan
     from foldcc.mesh import FoldedMesh, init_folded_mesh
     from foldcc.module import FoldedModule
+    from foldcc.ops.capacity import Capacity
     from foldcc.precision import Precision
     from foldcc.runtime.clip import clip_grad_norm_
     from foldcc.verification import verify
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Capacity",
     "FoldError",
     "FoldedMesh",
     "FoldedModule",
@@ -36,6 +38,7 @@ __all__ = [
     "load_kernels",
     "parallelize",
     "register_experts",
+    "set_capacity",
     "verify",
 ]
 
@@ -46,6 +49,7 @@ if all((_beside / part).exists() for part in ("pyproject.toml", "passes/__init__
     __path__.append(str(_beside))
 
 _HOMES = {  # imported on first use: `import foldcc` costs nothing
+    "Capacity": "foldcc.ops.capacity",
     "FoldError": "foldcc.errors",
     "FoldedMesh": "foldcc.mesh",
     "FoldedModule": "foldcc.module",
@@ -57,6 +61,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "load_kernels": "foldcc.codegen",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
+    "set_capacity": "foldcc.capture",
     "verify": "foldcc.verification",
 }
 

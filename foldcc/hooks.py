@@ -83,13 +83,13 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[str, int, Any]]:
 
 
 def is_the_models(hook: Any, own: set[int]) -> bool:
-    """Hooks that are a part of what the model computes: methods of its modules, and what its library registers."""
+    """Hooks that are a part of what the model computes: methods of its modules, and what its library or foldcc registers."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
         return True
     where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.startswith(("transformers.", "torch.nn.utils.", "torch.export."))
+    return where.startswith(("transformers.", "torch.nn.utils.", "torch.export.", "foldcc.capture.capacity"))
 
 
 def described(hook: Any) -> str:

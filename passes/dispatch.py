@@ -203,17 +203,23 @@ class _Dispatcher:
         order.kwargs = {"stable": True}
         rows = self.emit(ops.permute.overload, (x, order, self._choices()), self.layout((*choices, self.hidden)))
 
+        counts = self._counts(ids, experts, expert_count)
+        present, absent = choices[0], argument(node, "absent")
         if ep * etp == 1:
-            counts = self.emit(ops.count.overload, (ids, expert_count), self.layout((experts,)), ints)
-            rows = self._experts(rows, counts, w_up, w_down, b_up, b_down, act, transposed, choices[0])
+            chosen = counts
+            if absent:
+                rows, present = self._present(rows, chosen)
+            rows = self._experts(rows, counts, w_up, w_down, b_up, b_down, act, transposed, present)
         else:
-            counts = self.emit(ops.count.overload, (ids, expert_count), self.layout((experts,)), ints)
             sent, received, sources, chunks = self._splits(counts, experts, ep, etp)
+            chosen = sent
+            if absent:
+                rows, present = self._present(rows, chosen)
             here, gathered = self._rows("u"), self._rows("g")
             if ep > 1:
                 rows = self._exchange(rows, sent, received, here)
             else:
-                here = choices[0]
+                here = present
             if etp > 1:
                 args = (rows, sources, "etp")
                 rows = self.emit(ops.all_gather_v.overload, args, self.layout((gathered, self.hidden), etp=REPLICATED))
@@ -234,13 +240,29 @@ class _Dispatcher:
                 args = (rows, sources, "etp")
                 rows = self.emit(ops.reduce_scatter_v.overload, args, self.layout((here, self.hidden)))
             if ep > 1:
-                rows = self._exchange(rows, received, sent, choices[0])
+                rows = self._exchange(rows, received, sent, present)
+        if absent:
+            whole = self.layout((*choices, self.hidden))
+            rows = self.emit(ops.extended.overload, (rows, chosen, whole.shape[0]), whole)
         dtype = node.meta["val"].dtype
         if weights.meta["dtype"] != dtype:
             weights = self.emit(aten._to_copy.default, (weights,), weights.meta["layout"])
             weights.kwargs = {"dtype": dtype}
         y = self.emit(ops.unpermute.overload, (rows, order, weights), self.layout(((self.tokens,), self.hidden)))
         return self.emit(cross_fold, (y, node.meta["layout"]), node.meta["layout"])
+
+    def _counts(self, ids: fx.Node, experts: tuple[Any, ...], number: int) -> fx.Node:
+        """How many choices fell on each expert; those that fell on none are counted last, and left out."""
+        layout, ints = self.layout((experts,)), torch.int64
+        if not argument(self.node, "absent"):
+            return self.emit(ops.count.overload, (ids, number), layout, ints)
+        counts = self.emit(ops.count.overload, (ids, number + 1), self.layout((self._rows("n"),)), ints)
+        return self.emit(aten.slice.Tensor, (counts, 0, 0, number), layout, ints)
+
+    def _present(self, rows: fx.Node, counts: fx.Node) -> tuple[fx.Node, tuple[sympy.Symbol]]:
+        """The rows that go to an expert: they stand first. The others are sent nowhere."""
+        present = self._rows("c")
+        return self.emit(ops.leading.overload, (rows, counts), self.layout((present, self.hidden))), present
 
     def _choices(self) -> int:
         found = 1

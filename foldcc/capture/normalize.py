@@ -153,6 +153,19 @@ def _histc(node: fx.Node) -> fx.Node:
     return _cast(node, counted, to)
 
 
+def _present(node: fx.Node) -> fx.Node:
+    """Experts whose weights are masked: a choice of weight zero, which has no gradient, is none, and is sent nowhere."""
+    weights = argument(node, "weights")
+    while name_of(weights.target) in {"aten._to_copy", "aten.to"}:
+        weights = weights.args[0]
+    ids = argument(node, "ids")
+    if weights.target is not aten.masked_fill.Scalar or weights.args[2] != 0 or argument(node, "absent"):
+        return node
+    ids = emit(node, aten.masked_fill.Scalar, ids, weights.args[1], argument(node, "w_up").meta["val"].shape[0])
+    given = ops.experts_record.arguments(node) | {"ids": ids, "absent": True}
+    return emit(node, ops.experts_node, *given.values())
+
+
 REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.scaled_dot_product_attention.default: _attention,
@@ -161,4 +174,5 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.copy.default: _copy,
     aten.histc.default: _histc,
     aten.type_as.default: _type_as,
+    ops.experts_node: _present,
 }

@@ -134,6 +134,11 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     )
 
 
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward is the library's interface of experts: tokens, their experts, the weights of these."""
+    return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_concatenated")]
+
+
 def _is_transformers(model: nn.Module) -> bool:
     library = sys.modules.get("transformers.modeling_utils")
     return library is not None and any(isinstance(m, library.PreTrainedModel) for m in model.modules())

@@ -18,6 +18,7 @@ from foldcc.mesh import FoldedMesh
 from foldcc.ops import Operator, record
 
 _ROWS = {
+    ops.leading.overload: lambda rows, ranks: rows,
     ops.all_to_all_v.overload: lambda rows, ranks: rows,
     ops.all_gather_v.overload: lambda rows, ranks: rows * ranks,
     ops.reduce_scatter_v.overload: lambda rows, ranks: rows / ranks,
@@ -39,7 +40,7 @@ class Sizes:
         x: fx.Node = node.args[0]
         if isinstance(made, sympy.Symbol) and made not in self._expected:
             rows = self.number(x.meta["val"].shape[0])
-            self._expected[made] = _ROWS[node.target](rows, ranks(node, self.mesh))
+            self._expected[made] = _ROWS[node.target](rows, ranks(node, self.mesh) if communicates(node) else 1)
 
     def number(self, size: Any) -> float:
         """A size as a number; a whole one is an int."""

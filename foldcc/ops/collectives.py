@@ -209,7 +209,8 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], axes: str) -> Tens
     return result
 
 
-def _rows(x: Tensor, rows: Any) -> Tensor:
+def sized(x: Tensor, rows: Any) -> Tensor:
+    """Of so many rows; of a number that is data, if none is given."""
     rows = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
     return x.new_empty((rows, *x.shape[1:]))
 
@@ -224,7 +225,7 @@ all_to_all_v: Operator = operator(
     meaning="send[i] rows to rank i, receive[i] rows from rank i, joined in rank order",
     types="V -> V",
     eager=lambda x, send, receive, axes, rows=None: _exchange(x, send.tolist(), receive.tolist(), axes),
-    shape=lambda x, send, receive, axes, rows=None: _rows(x, rows),
+    shape=lambda x, send, receive, axes, rows=None: sized(x, rows),
     transpose=lambda grad, x, send, receive, axes, rows: all_to_all_v(grad, receive, send, axes, x.shape[0]),
     simulate=_simulate_exchange,
     sent=lambda x, y, ranks: x * (ranks - 1) / ranks,
@@ -248,7 +249,7 @@ all_gather_v: Operator = operator(
     meaning="the rows of every rank, sizes[i] from rank i, joined in rank order",
     types="V -> R",
     eager=_all_gather_v,
-    shape=lambda x, sizes, axes, rows=None: _rows(x, rows),
+    shape=lambda x, sizes, axes, rows=None: sized(x, rows),
     transpose=lambda grad, x, sizes, axes, rows: reduce_scatter_v(grad, sizes, axes, x.shape[0]),
     simulate=lambda calls: [torch.cat([c[0] for c in calls])] * len(calls),
     sent=lambda x, y, ranks: x * (ranks - 1),
@@ -260,7 +261,7 @@ reduce_scatter_v: Operator = operator(
     meaning="this rank's rows, sizes[i] for rank i, of the sum of every rank's term",
     types="P -> V",
     eager=_reduce_scatter_v,
-    shape=lambda x, sizes, axes, rows=None: _rows(x, rows),
+    shape=lambda x, sizes, axes, rows=None: sized(x, rows),
     transpose=lambda grad, x, sizes, axes, rows: all_gather_v(grad, sizes, axes, x.shape[0]),
     simulate=lambda calls: list(_sum(calls).split(calls[0][1].tolist())),
     sent=lambda x, y, ranks: x * (ranks - 1) / ranks,

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.fx import Tracer
 
 from foldcc.errors import FoldError
+from foldcc.ops.capacity import Capacity, limited
 from foldcc.ops.captured import captured
+from foldcc.ops.collectives import sized
 from foldcc.ops.operator import Operator, operator
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -163,6 +165,22 @@ unpermute_weights: Operator = operator(
     shape=lambda grad, rows, order, weights: torch.empty_like(weights),
 )
 
+leading: Operator = operator(
+    "leading(Tensor rows, Tensor counts, SymInt? number=None) -> Tensor",
+    meaning="the first rows, as many as `counts` sum up to",
+    eager=lambda rows, counts, number=None: rows[: int(counts.sum())].clone(),
+    shape=lambda rows, counts, number=None: sized(rows, number),
+    transpose=lambda grad, rows, counts, number: extended(grad, counts, rows.shape[0]),
+)
+
+extended: Operator = operator(
+    "extended(Tensor rows, Tensor counts, SymInt number) -> Tensor",
+    meaning="the transpose of leading: rows of zeros behind, up to a number",
+    eager=lambda rows, counts, number: torch.cat([rows, rows.new_zeros((number - rows.shape[0], *rows.shape[1:]))]),
+    shape=lambda rows, counts, number: sized(rows, number),
+    transpose=lambda grad, rows, counts, number: leading(grad, counts, rows.shape[0]),
+)
+
 count = operator(
     "count(Tensor ids, int experts) -> Tensor",
     meaning="how many choices fell on each expert: [E], int64",
@@ -251,7 +269,10 @@ def _experts(
     act: str,
     transposed: bool,
     interleaved: bool,
+    absent: bool = False,
 ) -> Tensor:
+    if absent:
+        ids = ids.clamp(max=w_up.shape[0] - 1)  # any expert will do, for the weight is zero
     order = torch.argsort(ids.flatten(), stable=True)
     counts = count(ids, w_up.shape[0])
     rows = each_expert(permute(x, order, ids.shape[1]), counts, w_up, w_down, act, transposed, b_up, b_down)
@@ -269,6 +290,7 @@ def _defined(
     act: str,
     transposed: bool,
     interleaved: bool,
+    absent: bool = False,
 ) -> Tensor:
     """The same without permuting a row: a sum over all experts of what each makes of its tokens, weighted."""
     y = torch.zeros_like(x)
@@ -298,8 +320,8 @@ def _products(ids: Any, w_up: Any, w_down: Any, **_: Any) -> list[tuple[float, t
 
 experts_record = captured(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down, "
-    "str act, bool transposed, bool interleaved) -> Tensor",
-    meaning="a Mixture-of-Experts layer after its router",
+    "str act, bool transposed, bool interleaved, bool absent=False) -> Tensor",
+    meaning="a Mixture-of-Experts layer after its router; with `absent`, some ids may be E, which is no expert, of weight zero",
     eager=_experts,
     defined=_defined,
     shape=lambda x, *_: torch.empty_like(x),
@@ -327,6 +349,7 @@ def experts(
     b_down: Tensor | None = None,
     transposed: bool = False,
     interleaved: bool = False,
+    capacity: Capacity | None = None,
 ) -> Tensor:
     """A Mixture-of-Experts layer after its router: `y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t])`.
 
@@ -343,9 +366,11 @@ def experts(
         b_up, b_down: optional biases, [E, 2 * I] or [E, I], and [E, H].
         transposed: the weights are stored input-major.
         interleaved: gate and up alternate (gate0, up0, gate1, …) instead of standing one after the other.
+        capacity: how many tokens of a group an expert takes; without one, all that chose it. What is beyond it is dropped: its
+            weight is zero.
 
     Raises:
-        FoldError: the widths do not fit together.
+        FoldError: the widths do not fit together, or the capacity does not fit the tokens.
     """
     up, down = (w_up.shape[2], w_down.shape[1]) if transposed else (w_up.shape[1], w_down.shape[2])
     if up % down:
@@ -354,6 +379,8 @@ def experts(
         act = _text(activation_fn.__func__, activation_fn.__self__)
     else:
         act = _text(activation_fn, None)
+    if capacity is not None:
+        weights = limited(ids, weights, w_up.shape[0], capacity)
     if torch.compiler.is_exporting() or torch.compiler.is_compiling():
         return experts_node(x, ids, weights, w_up, w_down, b_up, b_down, act, transposed, interleaved)
     return _experts(x, ids, weights, w_up, w_down, b_up, b_down, act, transposed, interleaved)
