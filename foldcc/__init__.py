@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import init_parameters, parallelize
-    from foldcc.capture import register_experts, set_capacity
+    from foldcc.api import init_parameters, parallelize, set_capacity
+    from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
     from foldcc.ir.plan import Plan
@@ -61,7 +61,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "load_kernels": "foldcc.codegen",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
-    "set_capacity": "foldcc.capture",
+    "set_capacity": "foldcc.api",
     "verify": "foldcc.verification",
 }
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from foldcc.call import Call
 from foldcc.capture import capture
+from foldcc.capture.capacity import limit
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.transformers import initialiser
@@ -26,6 +27,7 @@ from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule, quiet
+from foldcc.ops.capacity import Capacity
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
 from foldcc.passes.recompute import Recompute
@@ -36,7 +38,7 @@ KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
 _ELSEWHERE = {
     "fsdp": "zero=3 divides parameters, gradients and optimizer states over the ranks that replicate them",
-    "capacity_factor": "dispatch is dropless: every token reaches its experts, whatever the routing",
+    "capacity_factor": "foldcc.set_capacity(model, foldcc.Capacity(factor=1.25)) before, for it is a part of the model",
 }
 
 
@@ -226,6 +228,24 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
 
 
+def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
+    """Gives the experts of a Transformers model a capacity, in place, before `parallelize`.
+
+    From then on it is a part of what the model computes, in one process as on every fold, and copies of the model have it:
+    choices beyond it are dropped. Experts of your own take it as an argument, `foldcc.ops.experts(..., capacity=)`.
+
+    Args:
+        capacity: in place of one that there is; None for experts that take every token.
+
+    Raises:
+        FoldError: the model has no such experts, or is folded already.
+    """
+    if isinstance(model, FoldedModule):
+        raise FoldError("The model is folded, and its programs are made.", valid="set_capacity on the model before parallelize")
+    if not limit(model, capacity):
+        raise FoldError(f"{type(model).__name__} has no experts of Transformers.", valid="foldcc.ops.experts(..., capacity=)")
+
+
 _OPTIONS = [p.name for p in inspect.signature(parallelize).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-__all__ = ["FoldedModule", "init_parameters", "parallelize"]
+__all__ = ["FoldedModule", "init_parameters", "parallelize", "set_capacity"]

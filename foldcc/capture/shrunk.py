@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from foldcc.capture.capacity import capacity_of, limit
 from foldcc.errors import FoldError
 
 VOCABULARY, WINDOW, EXPERTS, CHOSEN, GROUPS, LENGTH = 64, 4, 8, 2, 4, 8
@@ -36,6 +38,8 @@ def shrunk(model: nn.Module) -> tuple[nn.Module, dict[int, int]]:
     after = _smaller(before, _layers(model, before.get("num_hidden_layers"), before.get("layer_types")))
     with torch.random.fork_rng(devices=[]):
         copy = type(model)(type(config).from_dict(after))
+    if (capacity := capacity_of(model)) is not None:
+        limit(copy, replace(capacity, group=None))  # whatever divides its tokens
     return copy, {before[k]: after[k] for k in ("vocab_size", "hidden_size") if _is_size(before.get(k))}
 
 

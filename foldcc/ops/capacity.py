@@ -84,38 +84,42 @@ def _ranked(ids: Tensor, weights: Tensor, by_weight: bool) -> tuple[Tensor, Tens
     return order, ids.gather(1, order)
 
 
-def _within(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool) -> Tensor:
-    capacity = math.ceil(_share(factor, ids.shape[1], ids.shape[2], experts))
+def _most(ids: Tensor, experts: int, factor: float) -> int:
+    return math.ceil(_share(factor, ids.shape[1], ids.shape[2], experts))
+
+
+def _places(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool) -> Tensor:
     order, chosen = _ranked(ids, weights, by_weight)
     by_expert = chosen.argsort(dim=1, stable=True)
     chosen = chosen.gather(1, by_expert).contiguous()
     place = torch.arange(chosen.shape[1], device=ids.device) - torch.searchsorted(chosen, chosen)
-    kept = torch.empty_like(chosen, dtype=torch.bool).scatter(1, order.gather(1, by_expert), place < capacity)
-    return kept.view(ids.shape)
+    place = place.masked_fill(place >= _most(ids, experts, factor), -1)
+    return torch.empty_like(place).scatter(1, order.gather(1, by_expert), place).view(ids.shape)
 
 
 def _defined(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool) -> Tensor:
     """The same by counting, expert by expert."""
-    capacity = math.ceil(_share(factor, ids.shape[1], ids.shape[2], experts))
     order, chosen = _ranked(ids, weights, by_weight)
-    kept = torch.zeros_like(chosen, dtype=torch.bool)
+    place = torch.zeros_like(chosen)
     for e in range(experts):
-        kept |= (chosen == e) & ((chosen == e).cumsum(1) <= capacity)
-    return kept.gather(1, order.argsort(dim=1)).view(ids.shape)
+        place += (chosen == e) * ((chosen == e).cumsum(1) - 1)
+    place = torch.where(place < _most(ids, experts, factor), place, -1)
+    return place.gather(1, order.argsort(dim=1)).view(ids.shape)
 
 
-within = operator(
-    "within_capacity(Tensor ids, Tensor weights, int experts, float factor, bool by_weight) -> Tensor",
-    meaning="which choices stay when each expert takes what its capacity holds of each group: ids and weights are [N, G, K]",
-    eager=_within,
-    shape=lambda ids, weights, experts, factor, by_weight: torch.empty_like(ids, dtype=torch.bool),
+# Integers, as choices are: they are not made again where a backward pass computes again.
+places = operator(
+    "places(Tensor ids, Tensor weights, int experts, float factor, bool by_weight) -> Tensor",
+    meaning="of each choice, its place among those that its expert takes of a group, -1 beyond the capacity; ids are [N, G, K]",
+    eager=_places,
+    shape=lambda ids, weights, experts, factor, by_weight: torch.empty_like(ids),
 )
 
 registered(
     Captured(
-        overload=within.overload,
-        local=within.overload,
-        meaning=within.meaning,
+        overload=places.overload,
+        local=places.overload,
+        meaning=places.meaning,
         defined=_defined,
         rule="n [g] [k], n [g] [k] -> n [g] [k]",
     )
@@ -135,7 +139,7 @@ def limited(ids: Tensor, weights: Tensor, experts: int, capacity: Capacity) -> T
     tokens, chosen = ids.shape
     groups = (-1, _group(capacity.factor, capacity.group, tokens, chosen, experts), chosen)
     traced = torch.compiler.is_exporting() or torch.compiler.is_compiling()
-    choose = within.overload if traced else _within
+    place = places.overload if traced else _places
     by_weight = capacity.keep == "probability"
-    kept = choose(ids.reshape(groups), weights.detach().reshape(groups), experts, capacity.factor, by_weight)
-    return weights.masked_fill(kept.logical_not().reshape(ids.shape), 0)
+    found = place(ids.reshape(groups), weights.detach().reshape(groups), experts, capacity.factor, by_weight)
+    return weights.masked_fill(found.reshape(ids.shape) < 0, 0)

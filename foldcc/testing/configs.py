@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from foldcc.errors import FoldError
+from foldcc.ops.capacity import Capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class ExpertsConfig:
         shared: width of an expert that every token goes to besides; 0 for none.
         aux_loss: coefficient of the load-balancing loss in the loss (Switch Transformer, arXiv 2101.03961, equation 4).
         first: the first layer that has experts; those before it are dense.
+        capacity: of the experts; without one they take all tokens.
     """
 
     experts: int = 8
@@ -38,6 +40,7 @@ class ExpertsConfig:
     shared: int = 0
     aux_loss: float = 0.0
     first: int = 0
+    capacity: Capacity | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.chosen <= self.experts:

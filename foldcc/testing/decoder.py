@@ -163,7 +163,7 @@ class _Experts(nn.Module):
         y = experts(
             tokens, ids, weights, self.w_up, self.w_down, activation_fn=_ACTIVATIONS[moe.gated, moe.interleaved],
             b_up=self.b_up, b_down=self.b_down, transposed=moe.transposed,
-            interleaved=moe.interleaved,
+            interleaved=moe.interleaved, capacity=moe.capacity,
         )  # fmt: skip
         if self.shared is not None:
             y = y + self.shared(tokens)[0]

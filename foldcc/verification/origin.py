@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from foldcc.capture.transformers import as_written
 from foldcc.capture.unchanged import unchanged
 from foldcc.changed import changed
 from foldcc.errors import FoldError
+from foldcc.hooks import described, hooks_of
 from foldcc.ir.program import Program
 from foldcc.runtime.modes import traceable
 from foldcc.taps import without_results
@@ -71,7 +72,8 @@ class Origin:
         found = sorted(f"{c.__module__}.{c.__qualname__} {sha256(_source(c)).hexdigest()}" for c in classes)
         for path, module in self.model.named_modules():
             plain = {n: x for n, x in vars(module).items() if isinstance(x, (bool, int, float, str))}
-            found.append(f"{path} {type(module).__qualname__} {sorted(plain.items())}")
+            hooks = [hook if is_dataclass(hook) else described(hook) for _, _, hook in hooks_of(module)]
+            found.append(f"{path} {type(module).__qualname__} {sorted(plain.items())} {hooks}")
         return [
             *found,
             f"{getattr(self.model, 'config', '')} {self.arguments} {self.training} {self.grad} {self.dtype} {self.tracer}",
