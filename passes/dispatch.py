@@ -9,6 +9,9 @@ becomes
     rows = all_to_all_v(reduce_scatter_v(rows, sources, "etp"), received, sent, "ep")
     y    = unpermute(rows, order, weights)
 
+Where some ids are those of no expert, `rows = leading(rows, sent)` leaves their rows out, which stand last, and behind the way
+back `rows = extended(rows)` puts zeros there.
+
 From the cross_fold on, nodes are one rank's view: their layouts are over the MoE axes, and row counts are data.
 """
 

@@ -204,7 +204,7 @@ def test_a_mesh_may_be_given_as_text():
     ("options", "says"),
     [
         ({"fsdp": True}, "no option 'fsdp'.\n.*zero=3 divides parameters"),
-        ({"capacity_factor": 1.0}, "no option 'capacity_factor'.\n.*dropless"),
+        ({"capacity_factor": 1.0}, "no option 'capacity_factor'.\n.*set_capacity"),
         ({"nix": 1}, "no option 'nix'.\n  valid   example_inputs, capture, kernels"),
     ],
 )

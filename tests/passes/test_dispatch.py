@@ -25,8 +25,9 @@ EXPERTS = """
 WHOLE = {"on": "", "up": "experts, (gates width)", "down": "experts, hidden, width"}
 
 
-def rewrites(after: str, mesh: str, **divided: str) -> None:
-    before = FACTORS + ARGUMENTS.format(**WHOLE) + EXPERTS
+def rewrites(after: str, mesh: str, *, absent: bool = False, **divided: str) -> None:
+    experts = EXPERTS.replace("False, False)", "False, False, True)") if absent else EXPERTS
+    before = FACTORS + ARGUMENTS.format(**WHOLE) + experts
     assert_rewrites(Dispatch(), before, AFTER + ARGUMENTS.format(**divided) + after, mesh=mesh)
 
 
@@ -96,6 +97,47 @@ def test_where_every_rank_has_all_experts_nothing_is_sent_and_weights_are_used_a
         up="experts, (gates width)",
         down="experts, hidden, width",
         on=" I(edp)",
+    )
+
+
+def test_choices_of_no_expert_stand_last_and_are_sent_nowhere() -> None:
+    rewrites(
+        """
+        %xm     : f32[tokens@ep, hidden]     = cross_fold(%x)
+        %im     : i64[tokens@ep, k]          = cross_fold(%ids)
+        %wm     : f32[tokens@ep, k]          = cross_fold(%weights)
+        %flat   : i64[(tokens@ep k)]         = aten.reshape(%im, [-1])
+        %order  : i64[(tokens@ep k)]         = aten.argsort(%flat, stable=True)
+        %all    : f32[(tokens@ep k), hidden] = permute(%xm, %order, 2)
+        %more   : i64[n1] V(ep)              = count(%im, 5)
+        %counts : i64[experts] V(ep)         = aten.slice(%more, 0, 0, 4)
+        %arrive : i64[experts] V(ep)         = all_to_all(%counts, ep)
+        %place  : i64 = aten.zeros([], dtype=int64, device=cpu)
+        %four   : i64 = splits(%counts, %arrive, 4, 1, %place)
+        %sent   : i64 = getitem(%four, 0)
+        %got    : i64 = getitem(%four, 1)
+        %chunks : i64 = getitem(%four, 3)
+        %rows   : f32[c1, hidden] V(ep)      = leading(%all, %sent)
+        %here   : f32[u1, hidden] V(ep)      = all_to_all_v(%rows, %sent, %got, ep)
+        %pair   : i64 = by_expert(%here, %chunks, 1)
+        %sorted : i64[u1] V(ep)              = getitem(%pair, 0)
+        %mine   : i64[experts@ep]            = getitem(%pair, 1)
+        %ready  : f32[u1, hidden] V(ep)      = permute(%here, %sorted, 1)
+        %wide   : f32[u1, (gates width)] V(ep) = grouped_linear(%ready, %up, %mine, False)
+        %acted  : f32[u1, width] V(ep)       = activate(%wide, 'silu=silu(x)')
+        %found  : f32[u1, hidden] V(ep)      = grouped_linear(%acted, %down, %mine, False)
+        %back   : f32[u1, hidden] V(ep)      = gather_rows(%found, %sorted, 1)
+        %home   : f32[c1, hidden] V(ep)      = all_to_all_v(%back, %got, %sent, ep)
+        %ends   : f32[(tokens@ep k), hidden] = extended(%home, %sent, 8)
+        %ym     : f32[tokens@ep, hidden]     = unpermute(%ends, %order, %wm)
+        %y      : f32[(batch@dp seq@tp), hidden] = cross_fold(%ym)
+        return [%y]
+        """,
+        "dp=2,tp=2|ep=4",
+        absent=True,
+        up="experts@ep, (gates width)",
+        down="experts@ep, hidden, width",
+        on="",
     )
 
 
