@@ -10,7 +10,8 @@ becomes
     y    = unpermute(rows, order, weights)
 
 Where some ids are those of no expert, `rows = leading(rows, sent)` leaves their rows out, which stand last, and behind the way
-back `rows = extended(rows)` puts zeros there.
+back `rows = extended(rows)` puts zeros there. Where experts are padded, `rows = spread(rows, counts, most)` makes sizes static:
+nothing is told on the host, the exchanges are `all_to_all`, `all_gather` and `reduce_scatter`, and `collected` is the way back.
 
 From the cross_fold on, nodes are one rank's view: their layouts are over the MoE axes, and row counts are data.
 """
@@ -191,9 +192,7 @@ class _Dispatcher:
         node, ints = self.node, torch.int64
         ep, etp = self.mesh.size("ep"), self.mesh.size("etp")
         x, ids, weights = (argument(node, name) for name in ("x", "ids", "weights"))
-        act, transposed = argument(node, "act"), argument(node, "transposed")
-        w_up, w_down, b_up, b_down = (self._weight(name) for name in ("w_up", "w_down", "b_up", "b_down"))
-        assert w_up is not None and w_down is not None
+        held: Any = [self._weight(name) for name in ("w_up", "w_down", "b_up", "b_down")]
         experts = node.meta["letters"]["experts"]
         expert_count = 1
         for f in experts:
@@ -208,11 +207,14 @@ class _Dispatcher:
 
         counts = self._counts(ids, experts, expert_count)
         present, absent = choices[0], argument(node, "absent")
-        if ep * etp == 1:
+        whole = self.layout((*choices, self.hidden))
+        if argument(node, "most"):
+            rows = self._padded(rows, counts, expert_count, held, whole)
+        elif ep * etp == 1:
             chosen = counts
             if absent:
                 rows, present = self._present(rows, chosen)
-            rows = self._experts(rows, counts, w_up, w_down, b_up, b_down, act, transposed, present)
+            rows = self._experts(rows, counts, held, present)
         else:
             sent, received, sources, chunks = self._splits(counts, experts, ep, etp)
             chosen = sent
@@ -236,7 +238,7 @@ class _Dispatcher:
             each = self.emit(operator.getitem, (pair, 1), self.layout((experts,), **mine, **tail), ints)
             layout = self.layout((gathered, self.hidden), **tail)
             rows = self.emit(ops.permute.overload, (rows, by_expert, 1), layout)
-            rows = self._experts(rows, each, w_up, w_down, b_up, b_down, act, transposed, gathered)
+            rows = self._experts(rows, each, held, gathered)
             layout = rows.meta["layout"]
             rows = self.emit(ops.gather_rows.overload, (rows, by_expert, 1), layout)
             if etp > 1:
@@ -244,8 +246,7 @@ class _Dispatcher:
                 rows = self.emit(ops.reduce_scatter_v.overload, args, self.layout((here, self.hidden)))
             if ep > 1:
                 rows = self._exchange(rows, received, sent, present)
-        if absent:
-            whole = self.layout((*choices, self.hidden))
+        if absent and not argument(node, "most"):
             rows = self.emit(ops.extended.overload, (rows, chosen, whole.shape[0]), whole)
         dtype = node.meta["val"].dtype
         if weights.meta["dtype"] != dtype:
@@ -266,6 +267,49 @@ class _Dispatcher:
         """The rows that go to an expert: they stand first. The others are sent nowhere."""
         present = self._rows("c")
         return self.emit(ops.leading.overload, (rows, counts), self.layout((present, self.hidden))), present
+
+    def _padded(self, rows: fx.Node, counts: fx.Node, number: int, held: list[Any], whole: Layout) -> fx.Node:
+        """As many rows of each expert from each rank, zeros among them: every size is known, and all exchanges are even."""
+        ep, etp, each = self.mesh.size("ep"), self.mesh.size("etp"), self._most()
+        local, hidden = number // ep, argument(self.node, "x").meta["val"].shape[1]
+        experts, tail = self.node.meta["letters"]["experts"], {"etp": REPLICATED} if etp > 1 else {}
+        mine: dict[str, State] = {"ep": self._divided(experts)} if ep > 1 else {}
+        flat, many = self.layout((self._rows("p"), self.hidden)), self._rows("g")
+
+        def swapped(rows: fx.Node, first: int, second: int) -> fx.Node:
+            """Rows by source and expert, by expert and source; or back."""
+            rows = self.emit(aten.reshape.default, (rows, [first, second, each, hidden]), flat)
+            rows = self.emit(aten.transpose.int, (rows, 0, 1), flat)
+            return self.emit(aten.reshape.default, (rows, [second, first * each, hidden]), flat)
+
+        rows = self.emit(ops.spread.overload, (rows, counts, each), flat)
+        if ep > 1:
+            rows = self.emit(ops.all_to_all.overload, (rows, "ep"), flat)
+        rows = swapped(rows, ep, local)
+        if etp > 1:
+            args = (rows, 1, 1, "etp", REPLICATED)
+            rows = self.emit(ops.all_gather.overload, args, self.layout(flat.dims, **tail))
+        rows = self.emit(aten.reshape.default, (rows, [-1, hidden]), self.layout((many, self.hidden), **tail))
+        taken = self.emit(aten.full.default, ([local], etp * ep * each), self.layout((experts,), **mine, **tail), torch.int64)
+        taken.kwargs = {"dtype": torch.int64, "device": argument(self.node, "x").meta["val"].device}
+        rows = self._experts(rows, taken, held, many)
+        rows = self.emit(aten.reshape.default, (rows, [local, -1, hidden]), rows.meta["layout"])
+        if etp > 1:
+            rows = self.emit(ops.reduce_scatter.overload, (rows, 1, 1, "etp"), flat)
+        rows = swapped(rows, local, ep)
+        rows = self.emit(aten.reshape.default, (rows, [-1, hidden]), flat)
+        if ep > 1:
+            rows = self.emit(ops.all_to_all.overload, (rows, "ep"), flat)
+        return self.emit(ops.collected.overload, (rows, counts, whole.shape[0]), whole)
+
+    def _most(self) -> int:
+        """The most rows that an expert is sent by a rank: what it takes of each group of which the rank has a part."""
+        layout: Layout = argument(self.node, "x").meta["layout"]
+        rows, (tokens, *_) = math.prod(layout._local(0)) * self._choices(), layout.dims
+        for i in range(len(tokens) + 1):
+            if math.prod(self.sizes[f] for f in tokens[i:]) == argument(self.node, "group"):
+                return min(rows, math.prod(layout._local(0)[:i]) * argument(self.node, "most"))
+        return rows
 
     def _choices(self) -> int:
         found = 1
@@ -308,15 +352,12 @@ class _Dispatcher:
         self,
         rows: fx.Node,
         counts: fx.Node,
-        w_up: fx.Node,
-        w_down: fx.Node,
-        b_up: fx.Node | None,
-        b_down: fx.Node | None,
-        act: str,
-        transposed: bool,
+        held: list[Any],
         count: Any,
     ) -> fx.Node:
         """The experts of this rank on its rows: their width is divided over etp, so the result is a term of a sum."""
+        w_up, w_down, b_up, b_down = held
+        act, transposed = argument(self.node, "act"), argument(self.node, "transposed")
         etp = self.mesh.size("etp")
         width = self.node.meta["letters"]["expert_width"]
         interleaved = argument(self.node, "interleaved")

@@ -12,6 +12,7 @@ import torch
 from models import tiny_model, token_batch
 from test_gloo import whole
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import foldcc
 from foldcc import Capacity, FoldError, ops
@@ -65,7 +66,7 @@ def test_each_expert_keeps_the_first_in_order_and_no_more_than_its_capacity(kind
 def test_places_are_what_counting_expert_by_expert_gives(kind: str, by_weight: bool) -> None:
     ids, weights = (x.view(2, -1, K) for x in routed(kind))
     for factor in (0.5, 1.0, 1.3):
-        assert torch.equal(_places(ids, weights, E, factor, by_weight), _defined(ids, weights, E, factor, by_weight))
+        assert torch.equal(*(f(ids, weights, E, factor, by_weight, False) for f in (_places, _defined)))
 
 
 def test_what_is_dropped_gives_no_gradient_and_the_rest_is_as_it_was() -> None:
@@ -85,9 +86,12 @@ def test_a_factor_is_read_as_it_is_written() -> None:
 
 FOLDS = [
     ("dp=2,cp=2|ep=2", Capacity(factor=1.0, group=S // 2), {}),
-    ("dp=2,tp=2|ep=2,etp=2", Capacity(factor=1.0, group=2 * S, keep="position"), {"zero": 3}),
-    ("dp=2,tp=2|etp=4", Capacity(factor=0.5), {"recompute": "blocks"}),
-    ("dp=2,tp=2", Capacity(factor=0.8, group=S), {}),
+    ("dp=2,tp=2|ep=2,etp=2", Capacity(factor=1.0, group=2 * S, keep="position", pad=True), {"zero": 3}),
+    pytest.param("dp=2,tp=2|etp=4", Capacity(factor=0.5), {"recompute": "blocks"}, marks=pytest.mark.slow),
+    pytest.param("dp=2,tp=2|etp=4", Capacity(factor=0.5, pad=True), {"recompute": "blocks"}, marks=pytest.mark.slow),
+    pytest.param("dp=2,tp=2", Capacity(factor=0.8, group=S), {}, marks=pytest.mark.slow),
+    pytest.param("dp=2,tp=2", Capacity(factor=1.0, group=S // 2, pad=True), {}, marks=pytest.mark.slow),
+    pytest.param("dp=2,cp=2|ep=2", Capacity(factor=0.8, group=S, pad=True), {"zero": 3}, marks=pytest.mark.slow),
 ]
 
 
@@ -96,10 +100,11 @@ def test_choices_are_dropped_alike_on_every_fold(mesh: str, capacity: Capacity, 
     check_equivalence(decoder(capacity, biased=True), mesh, kwargs=decoder_batch(), **options)
 
 
-def test_whatever_the_routing_and_in_every_mode() -> None:
+@pytest.mark.parametrize("pad", [False, True])
+def test_whatever_the_routing_and_in_every_mode(pad: bool) -> None:
     mesh = foldcc.FoldedMesh.parse("dp=2,tp=2|ep=2,etp=2")
     with in_float64():
-        model = decoder(Capacity(factor=1.0, group=S)).double()
+        model = decoder(Capacity(factor=1.0, group=S, pad=pad)).double()
         folded = foldcc.parallelize(model, mesh)
         for kind, batch in (("hot expert", 4), ("empty experts", 4), ("ties", 4), ("one rank", 8)):
             routing = Routing(kind=kind).preferences(model.config.moe, mesh, batch, S)
@@ -142,19 +147,23 @@ def test_narrow_weights_with_many_ties_drop_alike() -> None:
     torch.testing.assert_close(folded(**batch).logits, model(**batch).logits, rtol=0.05, atol=0.05)
 
 
-def on_processes() -> dict[str, Tensor]:
+def on_processes() -> list[dict[str, Tensor]]:
     with in_float64():
         mesh = foldcc.init_folded_mesh("cpu", attention={"tp": 2}, moe={"ep": 2})
-        folded = foldcc.parallelize(decoder(Capacity(factor=1.0, group=S)).double(), mesh, example_inputs=decoder_batch())
-        folded(**decoder_batch()).loss.backward()
-        return {n: whole(p.grad) for n, p in folded.named_parameters()}
+        found = []
+        for pad in (False, True):
+            model = decoder(Capacity(factor=1.0, group=S, pad=pad)).double()
+            folded = foldcc.parallelize(model, mesh, example_inputs=decoder_batch())
+            folded(**decoder_batch()).loss.backward()
+            found.append({n: whole(p.grad) for n, p in folded.named_parameters()})
+        return found
 
 
 def test_groups_of_several_ranks_drop_alike_on_processes() -> None:
     model = decoder(Capacity(factor=1.0, group=S)).double()
     with in_float64():
         model(**decoder_batch()).loss.backward()
-    for found in run_distributed(on_processes, 2, timeout=400):
+    for found in (each for rank in run_distributed(on_processes, 2, timeout=400) for each in rank):
         for name, p in model.named_parameters():
             torch.testing.assert_close(found[name], p.grad, rtol=1e-10, atol=1e-12)
 
@@ -194,6 +203,17 @@ def test_what_is_dropped_is_not_sent() -> None:
         object.__setattr__(ops.all_to_all_v, "simulate", simulate)
     rows = {n for n, _ in seen}
     assert seen and all(n == sent < T * K for n, sent in seen) and len(rows) == 1
+
+
+def test_padded_experts_have_static_sizes_and_even_exchanges() -> None:
+    capacity = Capacity(factor=1.0, group=S, pad=True)
+    folded = foldcc.parallelize(decoder(capacity), "dp=2,tp=2|ep=2,etp=2", example_inputs=decoder_batch(), verify=False)
+    nodes = [n for main in folded.program.mains for b in main.children() for n in b.graph.nodes if n.op == "call_function"]
+    assert all(isinstance(size, int) for n in nodes for x in pytree.tree_leaves(n.meta["val"]) for size in x.shape)
+    targets = {str(n.target).split(".")[1] for n in nodes if str(n.target).startswith("foldcc.")}
+    assert not targets & {"splits", "by_expert", "leading", "all_to_all_v", "all_gather_v", "reduce_scatter_v"}
+    (spread,) = (n for _, n in folded.stages["dispatch"].program.nodes() if n.target is ops.spread.overload)
+    assert spread.args[2] == B // 2 * S * K // E  # of the two sequences of which a rank has a part
 
 
 def test_a_choice_whose_weight_a_model_masks_is_that_of_no_expert() -> None:

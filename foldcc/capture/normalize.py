@@ -17,6 +17,7 @@ from torch import fx
 from foldcc import ops
 from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit, replace_node
+from foldcc.ops.capacity import most, places
 from foldcc.ops.random import gain
 from foldcc.rules.kinds import RESHAPES, SAME
 
@@ -161,8 +162,13 @@ def _present(node: fx.Node) -> fx.Node:
     ids = argument(node, "ids")
     if weights.target is not aten.masked_fill.Scalar or weights.args[2] != 0 or argument(node, "absent"):
         return node
-    ids = emit(node, aten.masked_fill.Scalar, ids, weights.args[1], argument(node, "w_up").meta["val"].shape[0])
-    given = ops.experts_record.arguments(node) | {"ids": ids, "absent": True}
+    mask, experts = weights.args[1], argument(node, "w_up").meta["val"].shape[0]
+    given = ops.experts_record.arguments(node) | {"absent": True}
+    given["ids"] = emit(node, aten.masked_fill.Scalar, ids, mask, experts)
+    placed = mask.args[0].args[0] if name_of(mask.target) == "aten.lt" and mask.args[0].args else mask
+    if placed.target is places.overload and argument(placed, "pad"):
+        groups: torch.Tensor = argument(placed, "ids").meta["val"]
+        given |= {"most": most(groups, experts, argument(placed, "factor")), "group": groups.shape[1]}
     return emit(node, ops.experts_node, *given.values())
 
 

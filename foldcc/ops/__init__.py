@@ -25,10 +25,8 @@ from foldcc.ops.experts import (
     experts,
     experts_node,
     experts_record,
-    extended,
     gather_rows,
     grouped_linear,
-    leading,
     permute,
     splits,
     unpermute,
@@ -36,6 +34,7 @@ from foldcc.ops.experts import (
 from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
 from foldcc.ops.random import random_bits
+from foldcc.ops.rows import collected, extended, leading, spread
 from foldcc.ops.scan import cumsum, from_ranks_before, of_ranks_behind
 
 __all__ = [
@@ -52,6 +51,7 @@ __all__ = [
     "by_expert",
     "captured_record",
     "captured_records",
+    "collected",
     "count",
     "cumsum",
     "each_expert",
@@ -76,6 +76,7 @@ __all__ = [
     "retype",
     "shard",
     "splits",
+    "spread",
     "token_loss",
     "unpermute",
 ]

@@ -32,11 +32,14 @@ class Capacity:
         group: G, a number of consecutive tokens of the flattened batch, such as the length of the sequences; None for all.
         keep: the choices that stay: those with the highest weights ("probability"), of equal ones the first; or the first
             ("position"). Weights that stay are what they were: nothing is normalised again.
+        pad: on a fold, experts are given as many rows as their capacities hold, zeros where there are fewer: sizes are static,
+            exchanges are even, and no rank waits for numbers on the host. It changes nothing of what is computed.
     """
 
     factor: float
     group: int | None = None
     keep: str = "probability"
+    pad: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.factor, (int, float)) and 0 < self.factor < math.inf):
@@ -84,35 +87,36 @@ def _ranked(ids: Tensor, weights: Tensor, by_weight: bool) -> tuple[Tensor, Tens
     return order, ids.gather(1, order)
 
 
-def _most(ids: Tensor, experts: int, factor: float) -> int:
+def most(ids: Tensor, experts: int, factor: float) -> int:
+    """How many choices of a group an expert takes; ids are [N, G, K]."""
     return math.ceil(_share(factor, ids.shape[1], ids.shape[2], experts))
 
 
-def _places(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool) -> Tensor:
+def _places(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool, pad: bool) -> Tensor:
     order, chosen = _ranked(ids, weights, by_weight)
     by_expert = chosen.argsort(dim=1, stable=True)
     chosen = chosen.gather(1, by_expert).contiguous()
     place = torch.arange(chosen.shape[1], device=ids.device) - torch.searchsorted(chosen, chosen)
-    place = place.masked_fill(place >= _most(ids, experts, factor), -1)
+    place = place.masked_fill(place >= most(ids, experts, factor), -1)
     return torch.empty_like(place).scatter(1, order.gather(1, by_expert), place).view(ids.shape)
 
 
-def _defined(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool) -> Tensor:
+def _defined(ids: Tensor, weights: Tensor, experts: int, factor: float, by_weight: bool, pad: bool) -> Tensor:
     """The same by counting, expert by expert."""
     order, chosen = _ranked(ids, weights, by_weight)
     place = torch.zeros_like(chosen)
     for e in range(experts):
         place += (chosen == e) * ((chosen == e).cumsum(1) - 1)
-    place = torch.where(place < _most(ids, experts, factor), place, -1)
+    place = torch.where(place < most(ids, experts, factor), place, -1)
     return place.gather(1, order.argsort(dim=1)).view(ids.shape)
 
 
 # Integers, as choices are: they are not made again where a backward pass computes again.
 places = operator(
-    "places(Tensor ids, Tensor weights, int experts, float factor, bool by_weight) -> Tensor",
+    "places(Tensor ids, Tensor weights, int experts, float factor, bool by_weight, bool pad) -> Tensor",
     meaning="of each choice, its place among those that its expert takes of a group, -1 beyond the capacity; ids are [N, G, K]",
     eager=_places,
-    shape=lambda ids, weights, experts, factor, by_weight: torch.empty_like(ids),
+    shape=lambda ids, weights, experts, factor, by_weight, pad: torch.empty_like(ids),
 )
 
 registered(
@@ -141,5 +145,6 @@ def limited(ids: Tensor, weights: Tensor, experts: int, capacity: Capacity) -> T
     traced = torch.compiler.is_exporting() or torch.compiler.is_compiling()
     place = places.overload if traced else _places
     by_weight = capacity.keep == "probability"
-    found = place(ids.reshape(groups), weights.detach().reshape(groups), experts, capacity.factor, by_weight)
+    given = ids.reshape(groups), weights.detach().reshape(groups), experts, capacity.factor, by_weight, capacity.pad
+    found = place(*given)
     return weights.masked_fill(found.reshape(ids.shape) < 0, 0)

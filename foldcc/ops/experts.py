@@ -19,7 +19,6 @@ from torch.fx import Tracer
 from foldcc.errors import FoldError
 from foldcc.ops.capacity import Capacity, limited
 from foldcc.ops.captured import captured
-from foldcc.ops.collectives import sized
 from foldcc.ops.operator import Operator, operator
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -165,22 +164,6 @@ unpermute_weights: Operator = operator(
     shape=lambda grad, rows, order, weights: torch.empty_like(weights),
 )
 
-leading: Operator = operator(
-    "leading(Tensor rows, Tensor counts, SymInt? number=None) -> Tensor",
-    meaning="the first rows, as many as `counts` sum up to",
-    eager=lambda rows, counts, number=None: rows[: int(counts.sum())].clone(),
-    shape=lambda rows, counts, number=None: sized(rows, number),
-    transpose=lambda grad, rows, counts, number: extended(grad, counts, rows.shape[0]),
-)
-
-extended: Operator = operator(
-    "extended(Tensor rows, Tensor counts, SymInt number) -> Tensor",
-    meaning="the transpose of leading: rows of zeros behind, up to a number",
-    eager=lambda rows, counts, number: torch.cat([rows, rows.new_zeros((number - rows.shape[0], *rows.shape[1:]))]),
-    shape=lambda rows, counts, number: sized(rows, number),
-    transpose=lambda grad, rows, counts, number: leading(grad, counts, rows.shape[0]),
-)
-
 count = operator(
     "count(Tensor ids, int experts) -> Tensor",
     meaning="how many choices fell on each expert: [E], int64",
@@ -270,6 +253,8 @@ def _experts(
     transposed: bool,
     interleaved: bool,
     absent: bool = False,
+    most: int = 0,
+    group: int = 0,
 ) -> Tensor:
     if absent:
         ids = ids.clamp(max=w_up.shape[0] - 1)  # any expert will do, for the weight is zero
@@ -291,6 +276,8 @@ def _defined(
     transposed: bool,
     interleaved: bool,
     absent: bool = False,
+    most: int = 0,
+    group: int = 0,
 ) -> Tensor:
     """The same without permuting a row: a sum over all experts of what each makes of its tokens, weighted."""
     y = torch.zeros_like(x)
@@ -320,8 +307,9 @@ def _products(ids: Any, w_up: Any, w_down: Any, **_: Any) -> list[tuple[float, t
 
 experts_record = captured(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down, "
-    "str act, bool transposed, bool interleaved, bool absent=False) -> Tensor",
-    meaning="a Mixture-of-Experts layer after its router; with `absent`, some ids may be E, which is no expert, of weight zero",
+    "str act, bool transposed, bool interleaved, bool absent=False, int most=0, int group=0) -> Tensor",
+    meaning="a Mixture-of-Experts layer after its router; absent: ids may be E, which is no expert, where the weight is zero; "
+    "most: what an expert takes of a group of tokens, to which it is padded, where it is not 0",
     eager=_experts,
     defined=_defined,
     shape=lambda x, *_: torch.empty_like(x),

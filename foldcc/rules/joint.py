@@ -62,7 +62,7 @@ TABLE = {
         ),
         "foldcc.permute": "t h, t -> t h ; linear 0",
         "foldcc.gather_rows": "t h, t -> t h ; linear 0",
-        **dict.fromkeys(("foldcc.leading", "foldcc.extended"), "t h, c -> t h ; linear 0"),
+        **{f"foldcc.{name}": "t h, c -> t h ; linear 0" for name in ("leading", "extended", "spread", "collected")},
         "foldcc.unpermute": "t h, t, t k -> t h ; linear 0 | 2",
         "foldcc.unpermute_weights": "t h, t h, t, t k -> t k ; linear 0 | 1",
         "foldcc.by_expert": "r h, [c] -> r, [e]",
