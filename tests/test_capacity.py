@@ -82,6 +82,19 @@ def test_a_factor_is_read_as_it_is_written() -> None:
     assert int(limited(ids, weights, 8, Capacity(factor=1.1)).sum()) == 11  # 1.1 * 10.0 is more than 11
 
 
+def test_rows_are_spread_and_cut_as_their_transposes_say() -> None:
+    counts, wide = torch.tensor([2, 0, 3]), torch.randn(12, 4)
+    for there, back, known in ((ops.spread, ops.collected, 4), (ops.leading, ops.extended, None)):
+        rows = torch.randn(7, 4, requires_grad=True)
+        given = there(rows, counts, *([known] if known else []))
+        (gradient,) = torch.autograd.grad(given, rows, wide[: len(given)])
+        assert torch.equal(gradient, back(wide[: len(given)], counts, 7)) and not gradient[5:].any()
+        if known:
+            assert (
+                torch.equal(given[:2], rows[:2]) and torch.equal(given[8:11], rows[2:5]) and not given[[2, 3, 4, 7, 11]].any()
+            )
+
+
 # --- the same on every fold ---
 
 FOLDS = [

@@ -24,6 +24,7 @@ from foldcc.ir.node import name_of, operands
 from foldcc.ir.program import Program, Slot
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.capacity import places
 from foldcc.ops.captured import _CAPTURED, Division, Site
 from foldcc.ops.experts import activation
 from foldcc.ops.groups import active
@@ -88,6 +89,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.token_loss", lambda n: (ops.token_loss, real(t := n(), v := n()), ids(v, t), 1)
     yield "foldcc.attention", _attention
     yield "foldcc.experts", _experts
+    yield "foldcc.places", _places
     yield "foldcc.random_bits", lambda n: (ops.random_bits.overload, torch.tensor(7), [torch.arange(n()), torch.arange(n())])
     yield "aten.scaled_dot_product_attention", _masked_attention
     yield "aten.matmul", lambda n: (aten.matmul.default, real(n(), 1, n(), k := n()), real(n(), k, n()))
@@ -252,6 +254,11 @@ def _slice(n: Size) -> Call:
     x = real(*(pieces * piece if i == dim % 2 else n() for i in range(2)))
     start, stop = (piece, 2 * piece) if n() > 2 and pieces > 1 else (some(n) - 6, n() - 3)
     return aten.slice.Tensor, x, dim, start if n() > 1 else None, stop, 1 + n() % 2
+
+
+def _places(n: Size) -> Call:
+    experts, shape = n(), (n(), n(), n())
+    return places.overload, ids(experts, *shape), real(*shape), experts, 1.0, True, False
 
 
 def _reshape(n: Size) -> Call:
