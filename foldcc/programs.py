@@ -158,9 +158,8 @@ class Programs:
         if ratio > _COPIES:
             self._announce(
                 "copies",
-                f"All ranks together compute {ratio:.2f} times the FLOPs of the model: several ranks compute the same. "
-                "model.summary() lists what; sizes that the mesh does not divide, operators without a rule, and experts that "
-                "are padded to a capacity, are causes.",
+                f"All ranks together compute {ratio:.2f} times the FLOPs of the model: several ranks compute the same, or pad "
+                "experts. model.summary() lists what; sizes that the mesh does not divide, and operators without a rule, are causes.",
             )
 
     def _announce(self, cause: str, text: str) -> None:

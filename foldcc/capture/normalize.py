@@ -165,7 +165,9 @@ def _present(node: fx.Node) -> fx.Node:
     mask, experts = weights.args[1], argument(node, "w_up").meta["val"].shape[0]
     given = ops.experts_record.arguments(node) | {"absent": True}
     given["ids"] = emit(node, aten.masked_fill.Scalar, ids, mask, experts)
-    placed = mask.args[0].args[0] if name_of(mask.target) == "aten.lt" and mask.args[0].args else mask
+    placed = mask.args[0] if name_of(mask.target) == "aten.lt" else mask
+    while name_of(placed.target) in RESHAPES:
+        placed = placed.args[0]
     if placed.target is places.overload and argument(placed, "pad"):
         groups: torch.Tensor = argument(placed, "ids").meta["val"]
         given |= {"most": most(groups, experts, argument(placed, "factor")), "group": groups.shape[1]}
