@@ -242,6 +242,8 @@ def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
     """
     if isinstance(model, FoldedModule):
         raise FoldError("The model is folded, and its programs are made.", valid="set_capacity on the model before parallelize")
+    if not isinstance(capacity, Capacity | None):
+        raise FoldError(f"capacity is a foldcc.Capacity, not {capacity!r}.", valid="Capacity(factor=1.25)")
     if not limit(model, capacity):
         raise FoldError(f"{type(model).__name__} has no experts of Transformers.", valid="foldcc.ops.experts(..., capacity=)")
 

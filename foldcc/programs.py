@@ -159,7 +159,8 @@ class Programs:
             self._announce(
                 "copies",
                 f"All ranks together compute {ratio:.2f} times the FLOPs of the model: several ranks compute the same, or pad "
-                "experts. model.summary() lists what; sizes that the mesh does not divide, and operators without a rule, are causes.",
+                "experts. model.summary() lists what; sizes that the mesh does not divide, and operators without a rule, are "
+                "causes.",
             )
 
     def _announce(self, cause: str, text: str) -> None:

@@ -309,7 +309,7 @@ class _Dispatcher:
         for i in range(len(tokens) + 1):
             if math.prod(self.sizes[f] for f in tokens[i:]) == argument(self.node, "group"):
                 return min(rows, math.prod(layout._local(0)[:i]) * argument(self.node, "most"))
-        return rows
+        return rows  # a smaller program that stands for a large one has no groups of that size
 
     def _choices(self) -> int:
         found = 1

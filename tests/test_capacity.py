@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 import foldcc
 from foldcc import Capacity, FoldError, ops
+from foldcc.capture.capacity import capacity_of
+from foldcc.capture.shrunk import shrunk
 from foldcc.ops.capacity import _defined, _places, limited, places
 from foldcc.ops.captured import captured_record, registered
 from foldcc.testing import Decoder, DecoderConfig, ExpertsConfig, Routing, check_equivalence, in_float64, run_distributed
@@ -141,6 +143,12 @@ def test_a_library_s_model_is_given_a_capacity_which_its_copies_have() -> None:
     check_equivalence(model, "dp=2,tp=2|ep=4", kwargs=batch, verify=True)
     foldcc.set_capacity(model, None)
     assert torch.equal(model(**batch).loss, plain)
+
+
+def test_a_small_copy_that_stands_for_a_large_model_has_its_capacity() -> None:
+    model = tiny_model("mixtral")
+    foldcc.set_capacity(model, Capacity(factor=1.0, group=4096, keep="position"))
+    assert capacity_of(shrunk(model)[0]) == Capacity(factor=1.0, keep="position")  # of groups that its tokens divide into
 
 
 @pytest.mark.slow
@@ -301,6 +309,12 @@ def test_what_is_no_capacity(given: dict[str, object], says: str) -> None:
 def test_a_capacity_that_does_not_fit_the_tokens_is_an_error_of_parallelize(capacity: Capacity, says: str) -> None:
     with pytest.raises(FoldError, match=says):
         foldcc.parallelize(decoder(capacity), "dp=2", example_inputs=decoder_batch())
+
+
+def test_a_factor_alone_is_no_capacity() -> None:
+    for given in (lambda: foldcc.set_capacity(tiny_model("mixtral"), 1.25), lambda: limited(*routed("any"), E, 1.25)):
+        with pytest.raises(FoldError, match="capacity is a foldcc.Capacity, not 1.25"):
+            given()
 
 
 def test_only_models_with_the_library_s_experts_are_given_a_capacity() -> None:

@@ -138,8 +138,10 @@ def limited(ids: Tensor, weights: Tensor, experts: int, capacity: Capacity) -> T
         experts: how many there are.
 
     Raises:
-        FoldError: the capacity does not fit the tokens, with the arithmetic.
+        FoldError: the capacity does not fit the tokens, with the arithmetic, or is none.
     """
+    if not isinstance(capacity, Capacity):
+        raise FoldError(f"capacity is a foldcc.Capacity, not {capacity!r}.", valid="Capacity(factor=1.25)")
     tokens, chosen = ids.shape
     groups = (-1, _group(capacity.factor, capacity.group, tokens, chosen, experts), chosen)
     traced = torch.compiler.is_exporting() or torch.compiler.is_compiling()

@@ -212,5 +212,5 @@ def _bare(line: str) -> str:
 def _numbered(lines: list[str]) -> list[str]:
     """Lines in which values, and sizes that data decide, have numbers for names, in order."""
     number: dict[str, str] = {}
-    names = re.compile(r"(%)\w+|\b([cgnu])\d+\b")
+    names = re.compile(r"(%)\w+|\b([cgnpu])\d+\b")
     return [names.sub(lambda m: number.setdefault(m[0], f"{m[1] or m[2]}{len(number)}"), line) for line in lines]

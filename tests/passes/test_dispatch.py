@@ -25,9 +25,8 @@ EXPERTS = """
 WHOLE = {"on": "", "up": "experts, (gates width)", "down": "experts, hidden, width"}
 
 
-def rewrites(after: str, mesh: str, *, absent: bool = False, **divided: str) -> None:
-    experts = EXPERTS.replace("False, False)", "False, False, True)") if absent else EXPERTS
-    before = FACTORS + ARGUMENTS.format(**WHOLE) + experts
+def rewrites(after: str, mesh: str, *, told: str = "", **divided: str) -> None:
+    before = FACTORS + ARGUMENTS.format(**WHOLE) + EXPERTS.replace("False, False)", f"False, False{told})")
     assert_rewrites(Dispatch(), before, AFTER + ARGUMENTS.format(**divided) + after, mesh=mesh)
 
 
@@ -134,9 +133,52 @@ def test_choices_of_no_expert_stand_last_and_are_sent_nowhere() -> None:
         return [%y]
         """,
         "dp=2,tp=2|ep=4",
-        absent=True,
+        told=", True",
         up="experts@ep, (gates width)",
         down="experts@ep, hidden, width",
+        on="",
+    )
+
+
+def test_padded_experts_are_sent_what_a_rank_may_have_for_them() -> None:
+    """An expert takes 1 of each group of 4 tokens, which is a sequence, and a rank has a half of 2 of them."""
+    rewrites(
+        """
+        %xm     : f32[tokens@(ep,etp), hidden]     = cross_fold(%x)
+        %im     : i64[tokens@(ep,etp), k]          = cross_fold(%ids)
+        %wm     : f32[tokens@(ep,etp), k]          = cross_fold(%weights)
+        %flat   : i64[(tokens@(ep,etp) k)]         = aten.reshape(%im, [-1])
+        %order  : i64[(tokens@(ep,etp) k)]         = aten.argsort(%flat, stable=True)
+        %all    : f32[(tokens@(ep,etp) k), hidden] = permute(%xm, %order, 2)
+        %more   : i64[n1] V(ep,etp)              = count(%im, 5)
+        %counts : i64[experts] V(ep,etp)         = aten.slice(%more, 0, 0, 4)
+        %rows   : f32[p1, hidden] V(ep,etp)      = spread(%all, %counts, 2)
+        %here   : f32[p1, hidden] V(ep,etp)      = all_to_all(%rows, ep)
+        %apart  : f32[p1, hidden] V(ep,etp)      = aten.reshape(%here, [2, 2, 2, 8])
+        %turned : f32[p1, hidden] V(ep,etp)      = aten.transpose(%apart, 0, 1)
+        %mine   : f32[p1, hidden] V(ep,etp)      = aten.reshape(%turned, [2, 4, 8])
+        %every  : f32[p1, hidden] R(etp) V(ep)   = all_gather(%mine, 1, 1, etp, R)
+        %ready  : f32[g1, hidden] R(etp) V(ep)   = aten.reshape(%every, [-1, 8])
+        %taken  : i64[experts@ep] R(etp)         = aten.full([2], 8, dtype=int64, device=cpu)
+        %wide   : f32[g1, (gates width@etp)] V(ep) = grouped_linear(%ready, %up, %taken, False)
+        %acted  : f32[g1, width@etp] V(ep)       = activate(%wide, 'silu=silu(x)')
+        %terms  : f32[g1, hidden] P(etp) V(ep)   = grouped_linear(%acted, %down, %taken, False)
+        %blocks : f32[g1, hidden] P(etp) V(ep)   = aten.reshape(%terms, [2, -1, 8])
+        %summed : f32[p1, hidden] V(ep,etp)      = reduce_scatter(%blocks, 1, 1, etp)
+        %split  : f32[p1, hidden] V(ep,etp)      = aten.reshape(%summed, [2, 2, 2, 8])
+        %back   : f32[p1, hidden] V(ep,etp)      = aten.transpose(%split, 0, 1)
+        %joined : f32[p1, hidden] V(ep,etp)      = aten.reshape(%back, [2, 4, 8])
+        %sent   : f32[p1, hidden] V(ep,etp)      = aten.reshape(%joined, [-1, 8])
+        %home   : f32[p1, hidden] V(ep,etp)      = all_to_all(%sent, ep)
+        %ends   : f32[(tokens@(ep,etp) k), hidden] = collected(%home, %counts, 8)
+        %ym     : f32[tokens@(ep,etp), hidden]   = unpermute(%ends, %order, %wm)
+        %y      : f32[(batch@dp seq@tp), hidden] = cross_fold(%ym)
+        return [%y]
+        """,
+        "dp=2,tp=2|ep=2,etp=2",
+        told=", True, 1, 4",
+        up="experts@ep, (gates width@etp)",
+        down="experts@ep, hidden, width@etp",
         on="",
     )
 
