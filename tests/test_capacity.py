@@ -121,7 +121,7 @@ def test_whatever_the_routing_and_in_every_mode(pad: bool) -> None:
     with in_float64():
         model = decoder(Capacity(factor=1.0, group=S, pad=pad)).double()
         folded = foldcc.parallelize(model, mesh)
-        for kind, batch in (("hot expert", 4), ("empty experts", 4), ("ties", 4), ("one rank", 8)):
+        for kind, batch in (("hot expert", 4), ("empty experts", 4), ("ties", 4), ("one rank", 8 if pad else 4)):
             routing = Routing(kind=kind).preferences(model.config.moe, mesh, batch, S)
             given = {**decoder_batch(batch), "routing": routing}
             for m in (model, folded):
@@ -154,13 +154,21 @@ def test_a_small_copy_that_stands_for_a_large_model_has_its_capacity() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2|ep=4", "dp=2,cp=2|ep=2", "dp=3,tp=2|ep=2", "dp=2,tp=2|ep=2,etp=2"])
-@pytest.mark.parametrize(("group", "keep"), [(16, "probability"), (4, "position"), (32, "probability")])
-def test_every_family_drops_alike(family: str, mesh: str, group: int, keep: str) -> None:
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        Capacity(factor=1.0, group=16),
+        Capacity(factor=1.0, group=4, keep="position", pad=True),
+        Capacity(factor=1.25, group=32),
+    ],
+)
+def test_every_family_drops_alike(family: str, mesh: str, capacity: Capacity) -> None:
     model = tiny_model(family)
-    foldcc.set_capacity(model, Capacity(factor=1.0, group=group, keep=keep))
+    foldcc.set_capacity(model, capacity)
     check_equivalence(model, mesh, kwargs=token_batch(2 * foldcc.FoldedMesh.parse(mesh).size("dp")))
 
 
+@pytest.mark.slow
 def test_narrow_weights_with_many_ties_drop_alike() -> None:
     """The router's weights are the same numbers on both sides, so that the same choices stay."""
     model, batch = decoder(Capacity(factor=0.8, group=S)).bfloat16(), decoder_batch()
@@ -200,7 +208,6 @@ def layouts(mesh: str, group: int | None) -> list[str]:
 
 def test_whole_groups_are_divided_and_others_are_gathered() -> None:
     assert layouts("dp=2,tp=2|ep=4", S // 2) == ["[(batch@dp w5@tp), w6, k]"]
-    assert layouts("dp=2,tp=2|ep=4", S) == ["[batch@dp, seq, k] I(tp)"]
     assert layouts("dp=2,tp=2|ep=4", None) == ["[1, (batch seq), k] I(dp,tp)"]
 
 
@@ -250,9 +257,12 @@ def test_a_choice_whose_weight_a_model_masks_is_that_of_no_expert() -> None:
 
     torch.manual_seed(0)
     model, x = Thresholded(), torch.randn(T, 8)
-    check_equivalence(model, "dp=4|ep=4", (x,))
     folded = foldcc.parallelize(model, "dp=4|ep=4", example_inputs=(x,), verify=False)
     assert any(n.target is ops.leading.overload for _, n in folded.stages["dispatch"].program.nodes())
+    for m in (model, folded):
+        m(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(folded.get_parameter(name).grad, p.grad)
 
 
 # --- what is wrong is found ---
