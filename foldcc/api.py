@@ -88,7 +88,8 @@ def parallelize(
         zero: 0 unless the plan says otherwise. 1 and 2 divide each parameter over the ranks that replicate it otherwise, and
             with it its gradient and what an optimizer holds of it: dense ones over `dp` and `cp`, experts over `edp`. It is
             gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
-            not kept for the backward pass, but gathered again. What no size divides stays whole. Or the plan says it of each.
+            not kept for the backward pass, but gathered again. Where ranks do not divide a size, the last of them hold less.
+            A plan says of single parameters over which axes they are divided.
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
             parameters, gradients and what an optimizer holds keep theirs. With it, calls are not made under autocast.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is

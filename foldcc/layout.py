@@ -4,6 +4,7 @@
     [(b@dp s@tp), h]         one dimension, the product of both
     [(g h)@tp, d]            the product of two factors is sharded over tp
     [s@(cp,tp), h]           one factor is sharded over two axes, the first one slowest
+    [b@dp+, h]               divided over dp, which need not divide its size: what is shorter on some ranks is filled up
     [b@dp, s, h] P(tp)       each rank of tp holds a term of the sum
 
 Axes are listed in the order of the mesh, slowest first; what prints parses.
@@ -25,11 +26,17 @@ from foldcc.mesh import View
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of factors, `start` to `stop` in the product of dimension `dim`, is divided over the ranks of an axis."""
+    """A run of factors, `start` to `stop` in the product of dimension `dim`, is divided over the ranks of an axis.
+
+    Attributes:
+        filled: the run ends its dimension, and ranks have the parts that `torch.chunk` makes of it. The last of them may be
+            shorter, or have nothing, and are filled up.
+    """
 
     dim: int
     start: int
     stop: int
+    filled: bool = False
 
 
 State = Shard | str  # a shard, or "R" replicated, "I" invariant, "P" partial, "V" varying by data
@@ -70,10 +77,10 @@ class Layout:
         return tuple(a for a, s in self.states.items() if letter(s) in types)
 
     def _local(self, dim: int) -> list[int | Symbol]:
-        """Size on a rank of each factor of a dimension."""
+        """Size on a rank of each factor of a dimension, before what is filled up is divided."""
         product: list[int | Symbol] = [self.sizes.get(f, f) for f in self.dims[dim]]
         for axis, state in self.states.items():
-            if isinstance(state, Shard) and state.dim == dim:
+            if isinstance(state, Shard) and state.dim == dim and not state.filled:
                 left = self.ranks[axis]
                 for i in range(state.start, state.stop):
                     size = product[i]
@@ -82,10 +89,31 @@ class Layout:
                         product[i], left = size // taken, left // taken
         return product
 
+    def rest(self, dim: int) -> tuple[str, int] | None:
+        """The axis over which a dimension is divided and filled up, and the size of what it divides; None if there is none."""
+        for axis, s in self.states.items():
+            if isinstance(s, Shard) and s.dim == dim and s.filled:
+                return axis, int(_times(self._local(dim)[s.start :]))
+        return None
+
+    def filled(self, dim: int) -> Layout:
+        """The layout of what is as long as the parts of all ranks, where it is filled up."""
+        axis, size = self.rest(dim) or ("", 0)
+        state = self.states[axis]
+        assert isinstance(state, Shard)
+        whole = Symbol(f"{self.dims[dim][state.start].name}_over_{axis}", integer=True, positive=True)
+        dims = tuple((*each[: state.start], whole) if d == dim else each for d, each in enumerate(self.dims))
+        sizes = {**self.sizes, whole: size + -size % self.ranks[axis]}
+        return replace(self.with_state(axis, Shard(dim, state.start, state.start + 1)), dims=dims, sizes=sizes)
+
     @property
     def shape(self) -> tuple[int | Symbol, ...]:
         """The shape on one rank; data-dependent sizes stay symbols."""
-        return tuple(_times(self._local(d)) for d in range(len(self.dims)))
+        found = [_times(self._local(d)) for d in range(len(self.dims))]
+        for d in range(len(self.dims)):
+            if (rest := self.rest(d)) is not None:
+                found[d] = found[d] // rest[1] * -(-rest[1] // self.ranks[rest[0]])
+        return tuple(found)
 
     @property
     def global_shape(self) -> tuple[int | Symbol, ...]:
@@ -129,7 +157,7 @@ class Layout:
     def _dividing(self, dim: int, position: int) -> tuple[str, ...]:
         """The axes over which a factor of a dimension is divided."""
         shards = [(a, s) for a, s in self.states.items() if isinstance(s, Shard) and s.dim == dim]
-        return tuple(a for a, s in shards if s.start <= position < s.stop)
+        return tuple(a + "+" * s.filled for a, s in shards if s.start <= position < s.stop)
 
     @property
     def _types(self) -> set[str]:
@@ -155,7 +183,7 @@ class Layout:
         for d, dim in enumerate(split_outside(match["dims"])):
             factors, spans = _dimension(dim)
             dims.append(tuple(known.get(f) or Symbol(f, integer=True, nonnegative=True) for f in factors))
-            states |= {axis: Shard(d, start, stop) for axis, (start, stop) in spans.items()}
+            states |= {a.rstrip("+"): Shard(d, start, stop, a.endswith("+")) for a, (start, stop) in spans.items()}
         for letter_, axes in re.findall(r"([RPIV])\(([^)]*)\)", match["types"]):
             states |= dict.fromkeys(axes.split(","), letter_)
         if unknown := set(states) - set(ranks):
@@ -166,7 +194,7 @@ class Layout:
 
 
 _LAYOUT = re.compile(r"\[(?P<dims>.*)\](?P<types>( [RPIV]\([^)]*\))*)")
-_AXES = r"(?:@\((?P<{0}several>[^)]*)\)|@(?P<{0}one>\w+))?"
+_AXES = r"(?:@\((?P<{0}several>[^)]*)\)|@(?P<{0}one>\w+\+?))?"
 _TOKEN = re.compile(r"\(|\)" + _AXES.format("run_") + r"|(?P<factor>\w+)" + _AXES.format(""))
 
 

@@ -2,6 +2,7 @@
 
     y = reshard(x)  : [batch, seq@tp, hidden] -> [batch, seq, hidden] R(tp)    becomes    y = all_gather(x, 1, 1, "tp", "R")
     v = reshape(q, [8, 16, 4, 8])                                              becomes    v = reshape(q, [4, 16, 2, 8])
+    b = reshard(a)  : [odd@dp+] -> [odd] R(dp), odd=7, dp=4                    becomes    b = all_gather(a, 0, 1, "dp", "R")[:7]
 
 One graph serves every rank: shapes are local, and a rank's coordinates are values (`axis_index`).
 """
@@ -49,7 +50,8 @@ class Localize(Pass):
             block.recompile()
             with active(program.mesh):
                 _settle(block)
-        return replace(program)
+        known = {id(x.sizes): x.sizes for _, n in program.nodes() if isinstance(x := n.meta.get("layout"), Layout)}
+        return replace(program, sizes={f: size for sizes in (program.sizes, *known.values()) for f, size in sizes.items()})
 
 
 def _settle(block: fx.GraphModule) -> None:
@@ -145,7 +147,11 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
             if alone:
                 divided = now if dst == VARYING else before
                 told |= {"dim": divided.states[alone].dim, "outer": divided.outer(alone)}
-            x = emit(operator, positional(operator.overload, {"x": x, **told}), now)
+            full = operator is ops.all_gather and alone and before.rest(told["dim"]) is not None
+            whole = replace(before.filled(told["dim"]), states=now.states) if full else now
+            x = emit(operator, positional(operator.overload, {"x": x, **told}), whole)
+            if full:
+                x = emit(aten.slice.Tensor, (x, told["dim"], 0, now.shape[told["dim"]]), now)
     return x
 
 

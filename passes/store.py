@@ -10,6 +10,7 @@ the first of them, and its gradient is reduced once. If all that the block does 
 
 With ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), or where the plan says how a parameter is stored, it is kept divided over
 the axis that replicates it otherwise: `w [h@dp, i@tp]`. `unshard1` is then an all-gather, and its transpose a reduce-scatter.
+Where the ranks do not divide a size, the last of them have less: `b [h@dp+]` (`foldcc/layout.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import operator
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import UnfitPlan
 from foldcc.ir.program import UNSHARD, Program
 from foldcc.ir.rewrite import provenance
-from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard
+from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard, Symbol
 from foldcc.ops.layout import reshard
 from foldcc.plan.strategies import runs
+from foldcc.runtime.placement import BLOCKS_ARE_JOINED
 
 aten = torch.ops.aten
 DATA = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that replicate parameters, by view
@@ -76,7 +79,8 @@ class Store(Pass):
         other = {program.slot(n.name).names[0]: x for n, x in stored.items() if x != n.meta["layout"]}
         for node, layout in stored.items():
             node.meta["layout"] = layout
-        return replace(program, plan=replace(program.plan, stored=other))
+        sizes = {f: n for x in other.values() for f, n in x.sizes.items()}
+        return replace(program, plan=replace(program.plan, stored=other), sizes={**program.sizes, **sizes})
 
 
 def _stored(program: Program) -> dict[fx.Node, Layout]:
@@ -87,9 +91,9 @@ def _stored(program: Program) -> dict[fx.Node, Layout]:
         if slot.kind == "parameter":
             said, whole = program.plan.stored.get(slot.names[0]), _terms(program, node)
             if said is not None:
-                _check(slot.names[0], said, used, whole)
-            states = said.states if said is not None else _divided(used, whole) if program.plan.zero else {}
-            found[node] = replace(used, states={**used.states, **states})
+                found[node] = _said(slot.names[0], said, used, whole)
+            else:
+                found[node] = _divided(used, whole) if program.plan.zero else used
     return found
 
 
@@ -104,43 +108,77 @@ def _terms(program: Program, parameter: fx.Node) -> set[str]:
     return found
 
 
-def _divided(used: Layout, whole: Collection[str]) -> dict[str, Any]:
-    """The layout's states, and for each data axis but those in `whole` the first part of a parameter that it divides."""
+def _divided(used: Layout, whole: Collection[str]) -> Layout:
+    """The layout in which each data axis but those in `whole` leaves a rank as little of a parameter as it can."""
     stored = used
     for axis in DATA[used.view]:
         there = [] if axis in whole else _possible(stored, axis, used)
-        stored = stored.with_state(axis, there[0]) if there else stored
-    return dict(stored.states)
+        stored = min(there, key=_elements, default=stored)
+    return stored
 
 
-def _possible(stored: Layout, axis: str, used: Layout) -> list[Shard]:
-    """The parts of a parameter that one more axis divides, which holds it whole where it is used.
+def _possible(stored: Layout, axis: str, used: Layout) -> list[Layout]:
+    """The layouts in which one more axis divides a parameter, which holds it whole where it is used.
 
-    Not in a dimension that an axis divides there, and two data axes only from its beginning on: what is cut in blocks twice is
-    put together wrongly by DTensor (seen with torch 2.13).
+    Two data axes divide one dimension evenly, from its beginning on. Of a dimension that an axis divides where it is used, one
+    more divides what that leaves, where PyTorch can join such parts. What is cut in blocks otherwise, or twice, is put together
+    wrongly by DTensor (seen with torch 2.13).
     """
     if used.states.get(axis) != INVARIANT:
         return []
-    sizes: list[Any] = [stored._local(dim) for dim in range(len(stored.dims))]
-    found = [Shard(dim, start, stop) for dim, each in enumerate(sizes) for start, stop in runs(each, stored.ranks[axis])]
-    there = {a: s for a, s in stored.states.items() if isinstance(s, Shard)}
-    kept = {s.dim for a, s in there.items() if used.states[a] == s}
-    return [s for s in found if s.dim not in kept and all(s.dim != o.dim or s.start == o.start == 0 for o in there.values())]
+    even, filled, behind = [], [], []
+    for dim in range(len(stored.dims)):
+        there = {a: s for a, s in stored.states.items() if isinstance(s, Shard) and s.dim == dim}
+        if not there:
+            filled.append(stored.with_state(axis, Shard(dim, 0, len(stored.dims[dim]), filled=True)))
+        if any(s.filled for s in there.values()):
+            continue
+        if not any(used.states[a] == s for a, s in there.items()):
+            sizes: list[Any] = stored._local(dim)
+            cut = [Shard(dim, *run) for run in runs(sizes, stored.ranks[axis])]
+            even += [stored.with_state(axis, s) for s in cut if all(s.start == o.start == 0 for o in there.values())]
+        elif BLOCKS_ARE_JOINED and len(there) == 1 and next(iter(there.values())).start == 0:
+            behind.append(_behind(stored, axis, dim, *there))
+    return [x for x in (*even, *filled, *behind) if _elements(x) < _elements(stored)]
 
 
-def _check(name: str, said: Layout, used: Layout, whole: Collection[str]) -> None:
-    """That a parameter can be stored as the plan says: as it is used, and divided over axes that replicate it there."""
+def _behind(stored: Layout, axis: str, dim: int, by: str) -> Layout:
+    """A layout in which an axis divides what another one leaves of a dimension that it divides from its beginning on.
+
+    A factor that is divided in part becomes a product: of the ranks' parts, and of what each has of them.
+    """
+    state = stored.states[by]
+    assert isinstance(state, Shard)
+    factor, left = stored.dims[dim][state.stop - 1], int(stored._local(dim)[state.stop - 1])
+    if left > 1:
+        sizes = {by: stored.sizes[factor] // left, f"per_{by}": left}
+        parts = {Symbol(f"{factor.name}_{name}", integer=True, positive=True): n for name, n in sizes.items()}
+        product = (*stored.dims[dim][: state.stop - 1], *parts, *stored.dims[dim][state.stop :])
+        dims = tuple(product if d == dim else each for d, each in enumerate(stored.dims))
+        stored = replace(stored, dims=dims, sizes={**stored.sizes, **parts})
+    return stored.with_state(axis, Shard(dim, state.stop, len(stored.dims[dim]), filled=True))
+
+
+def _elements(layout: Layout) -> int:
+    return prod(int(n) for n in layout.shape)
+
+
+def _said(name: str, said: Layout, used: Layout, whole: Collection[str]) -> Layout:
+    """The layout of a parameter that is stored as the plan says: as it is used, or divided over axes that replicate it."""
     stored = used
     for axis in [a for a in used.states if a in said.states] + [a for a in said.states if a not in used.states]:
-        state, possible = said.states[axis], [] if axis in whole else _possible(stored, axis, used)
-        if state != used.states.get(axis) and state not in possible:
-            raise UnfitPlan(
-                f"The plan's {name} cannot be stored so on {axis}={used.ranks.get(axis, 1)}.",
-                plan=said,
-                used=used,
-                valid="\n".join(str(stored.with_state(axis, s)) for s in possible) or used,
-            )
-        stored = stored.with_state(axis, state)
+        possible = [] if axis in whole else _possible(stored, axis, used)
+        if said.states[axis] != used.states.get(axis):
+            there = [x for x in possible if x.states[axis] == said.states[axis]]
+            if not there:
+                raise UnfitPlan(
+                    f"The plan's {name} cannot be stored so on {axis}={used.ranks.get(axis, 1)}.",
+                    plan=said,
+                    used=used,
+                    valid="\n".join(map(str, possible)) or used,
+                )
+            stored = there[0]
+    return stored
 
 
 def _steps(program: Program, call: fx.Node, stored: dict[fx.Node, Layout]) -> dict[int, Step]:

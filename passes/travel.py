@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from foldcc import ops
 from foldcc.ir.joint import Joint, sums
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
@@ -50,8 +51,8 @@ class Travel(Pass):
 
 def _narrowed_before(node: fx.Node) -> None:
     """What moves, and is only read in a narrower dtype, is cast first."""
-    known, to = record(node.target), {_dtype(user) if _is_cast(user) else None for user in node.users}
-    if known is not None and known.moves and len(to) == 1 and _narrower(dtype := to.pop(), _dtype(node)):
+    to = {_dtype(user) if _is_cast(user) else None for user in node.users}
+    if _moves(node) and len(to) == 1 and _narrower(dtype := to.pop(), _dtype(node)):
         users = list(node.users)
         _give(node, emit(node, cast, node.args[0], dtype=dtype))
         for user in users:
@@ -66,6 +67,14 @@ def _widened_behind(node: fx.Node, *, sums: bool) -> None:
         source = node.args[0].args[0] if _is_cast(node.args[0]) else node
         if _narrower(_dtype(source), _dtype(node)):
             _run_in(node, _dtype(source))
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a value is made of another's elements that went between ranks; what had filled them up is cut off again."""
+    if node.target is torch.ops.aten.slice.Tensor:
+        return node.args[0].target is ops.all_gather.overload
+    known = record(node.target)
+    return known is not None and known.moves
 
 
 def _run_in(node: fx.Node, dtype: torch.dtype) -> None:

@@ -32,6 +32,7 @@ def layouts(draw):
     cuts = sorted(draw(st.lists(st.integers(0, len(factors)), min_size=1, max_size=4)))
     dims = tuple(tuple(factors[a:b]) for a, b in zip([0, *cuts], cuts, strict=False))
     runs = [Shard(d, a, b) for d, dim in enumerate(dims) for a in range(len(dim)) for b in range(a + 1, len(dim) + 1)]
+    runs += [Shard(d, a, len(dim), filled=True) for d, dim in enumerate(dims) for a in range(len(dim))]
     states = {axis: draw(st.sampled_from([*"RIPV", *runs])) for axis in RANKS}
     return Layout(dims, SIZES, states, RANKS)
 

@@ -50,7 +50,7 @@ def clip_grad_norm_(
     meshes: dict[Any, list[Tensor]] = {}  # parameters whose gradients are on one mesh
     for parameter, grad in graded:
         local, divided = _local(grad)
-        alike.setdefault(divided, []).append(local)
+        alike.setdefault(divided, []).append(local if local.numel() else local.new_zeros(1))  # nothing has no largest element
         meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
     norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
     total = get_total_norm(norms, norm_type).to(graded[0][1].dtype)

@@ -18,7 +18,7 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.groups import create_groups
-from foldcc.runtime.placement import cut, placements
+from foldcc.runtime.placement import filled, own_part, placements
 from foldcc.tree import unsaved_buffers
 
 
@@ -59,13 +59,13 @@ class Places:
     def _distribute(self, parameter: nn.Parameter, layout: Layout, there: tuple[Placement, ...]) -> None:
         """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""
         assert isinstance(parameter, DTensor)
-        local = cut(parameter.to_local().detach(), layout, self.mesh, dist.get_rank()).clone()
+        local = own_part(parameter.to_local().detach(), layout, self.mesh, dist.get_rank()).clone()
         side = self.mesh.attention if layout.view == "attention" else self.mesh.moe
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
     def local(self, name: str, held: Tensor) -> Tensor:
-        """What this rank holds of a parameter or buffer."""
+        """What this rank holds of a parameter or buffer, filled up to what its layout says."""
         if held.is_meta:
             raise FoldError(
                 f"{name} is on meta and has no values.",
@@ -85,7 +85,8 @@ class Places:
                 f"Parameter {name} was laid out anew, as {held.placements}.",
                 valid=f"{self.placements[name]}, which its programs are compiled for",
             )
-        return held.to_local(grad_placements=held.placements)
+        local = held.to_local(grad_placements=held.placements)
+        return filled(local, self.layouts[name]) if laid_out else local
 
     def of(self, tree: nn.Module) -> dict[str, tuple[Tensor, Layout]]:
         """What this rank holds of each parameter that has a layout."""

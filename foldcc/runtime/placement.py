@@ -32,18 +32,52 @@ def _steps(layout: Layout) -> list[tuple[str, int, int]]:
 
 
 def cut(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
-    """A rank's part of a global tensor."""
+    """A rank's part of a global tensor, filled up with zeros where it is shorter than that of others."""
     for axis, dim, outer in _steps(layout):
+        if layout.rest(dim) is not None:
+            x = _lengthened(x, dim, outer, mesh.size(axis))
         x = collectives.cut(x, dim, outer, mesh.size(axis), mesh.coordinate(rank, axis))
     return x
+
+
+def _lengthened(x: Tensor, dim: int, outer: int, ranks: int) -> Tensor:
+    """The blocks of a dimension, filled up with zeros to what ranks divide."""
+    blocks = x.unflatten(dim, (outer, -1))
+    more = [*blocks.shape[: dim + 1], -blocks.shape[dim + 1] % ranks, *blocks.shape[dim + 2 :]]
+    return torch.cat([blocks, blocks.new_zeros(more)], dim + 1).flatten(dim, dim + 1)
+
+
+def own_part(x: Tensor, layout: Layout, mesh: FoldedMesh, rank: int) -> Tensor:
+    """A rank's part of a global tensor, as a DTensor has it: not filled up."""
+    x = cut(x, layout, mesh, rank)
+    for dim in range(x.dim()):
+        x = x.narrow(dim, 0, _length(layout, dim, mesh, rank))
+    return x
+
+
+def _length(layout: Layout, dim: int, mesh: FoldedMesh, rank: int) -> int:
+    """How much of a dimension a rank holds."""
+    most, rest = int(layout.shape[dim]), layout.rest(dim)
+    if rest is None:
+        return most
+    axis, size = rest
+    return min(max(size - mesh.coordinate(rank, axis) * most, 0), most)
+
+
+def filled(x: Tensor, layout: Layout) -> Tensor:
+    """What a rank holds, filled up with zeros where it is shorter than what others hold."""
+    more = [int(n) - m for n, m in zip(layout.shape, x.shape, strict=True)]
+    return torch.nn.functional.pad(x, [n for m in reversed(more) for n in (0, m)]) if any(more) else x
 
 
 def positions(at: Sequence[Tensor], layout: Layout, mesh: FoldedMesh, rank: int) -> list[Tensor]:
     """Which positions a rank holds along each dimension, of those of the whole."""
     found = list(at)
     for axis, dim, outer in _steps(layout):
+        if layout.rest(dim) is not None:
+            found[dim] = _lengthened(found[dim], 0, outer, mesh.size(axis))
         found[dim] = collectives.cut(found[dim], 0, outer, mesh.size(axis), mesh.coordinate(rank, axis))
-    return found
+    return [x[: _length(layout, dim, mesh, rank)] for dim, x in enumerate(found)]
 
 
 def parts(x: Tensor, layout: Layout, mesh: FoldedMesh) -> list[Tensor]:
@@ -74,6 +108,8 @@ def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Te
             members = [r for r in group if r in found]
             if members:
                 whole = collectives.join([found[r] for r in members], dim, outer)
+                if (rest := layout.rest(dim)) is not None and rest[0] == axis:
+                    whole = whole.unflatten(dim, (outer, -1)).narrow(dim + 1, 0, rest[1]).flatten(dim, dim + 1)
                 found = {**{r: x for r, x in found.items() if r not in members}, members[0]: whole}
     first = min(found)
     for rank, value in found.items():

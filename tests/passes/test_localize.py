@@ -35,6 +35,17 @@ def test_a_change_of_layout_is_one_collective(old: str, new: str, moves: str) ->
     rewrites(text.format("reshard(%x)"), text.format(moves))
 
 
+def test_parts_that_differ_are_gathered_as_long_as_the_longest_and_what_filled_them_up_is_cut_off() -> None:
+    text = "factors batch=4 odd=7 odd_over_dp=8\n%x : f32[batch, odd@dp+] = argument\n"
+    assert_rewrites(
+        Localize(),
+        f"{text}%y : f32[batch, odd] R(dp) = reshard(%x)\nreturn [%y]",
+        f"{text}%g : f32[batch, odd_over_dp] R(dp) = all_gather(%x, 1, 1, dp, R)\n"
+        "%y : f32[batch, odd] R(dp) = aten.slice(%g, 1, 0, 7)\nreturn [%y]",
+        mesh="dp=4",
+    )
+
+
 @pytest.mark.parametrize(
     ("old", "new", "lines"),
     [

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from versions import joins_blocks
 
 from foldcc.errors import FoldError
 from foldcc.ir.plan import Plan
@@ -96,10 +97,37 @@ main
         Store().run(replace(given.copied(), plan=plan))
 
 
-def test_what_no_size_divides_stays_whole() -> None:
-    odd = ONE.replace("hidden=8", "hidden=7").replace("width=16", "width=2")
-    left = Store().run(program(f"zero 2\n{odd}", stage="dispatch", mesh="dp=2,tp=2"))
-    assert left.plan.stored == {} and str(left.placeholders[1].meta["layout"]) == "[width@tp, hidden] I(dp)"
+def test_what_no_size_divides_is_stored_in_parts_that_differ() -> None:
+    stored, head = "[width@tp, hidden@dp+]", FACTORS.replace("hidden=8", "hidden=7").replace("width=16", "width=2")
+    before, after = (
+        text.replace(FACTORS, head) for text in (f"zero 2\n{ONE}", FACTORS + unshard(stored) + USED + calls(stored))
+    )
+    assert_rewrites(Store(), before, f"zero 2\n{after}", mesh="dp=2,tp=2")
+
+
+@joins_blocks
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=3,tp=2"])
+def test_of_what_is_divided_where_it_is_used_another_axis_divides_what_that_leaves(mesh: str) -> None:
+    bias = """factors batch=6 width=16
+block0
+  %x : f32[batch@dp, width@tp]     = argument
+  %b : f32[width@tp] I(dp)         = argument
+  %v : f32[width@tp] R(dp)         = reshard(%b)
+  %y : f32[batch@dp, width@tp]     = aten.add(%x, %v)
+  return [%y]
+main
+  %x    : f32[batch@dp, width@tp]  = input x · gradient
+  %b    : f32[width@tp] I(dp)      = parameter b
+  %call = block0(%x, %b)
+  %y    : f32[batch@dp, width@tp]  = getitem(%call, 0)
+  return [%y]
+"""
+    given = program(f"zero 1\n{bias}", stage="dispatch", mesh=mesh)
+    left = Store().run(given.copied())
+    layout = left.placeholders[1].meta["layout"]
+    assert str(layout) == "[(width_tp@tp width_per_tp@dp+)]" and layout.shape == ({2: 4, 3: 3}[left.mesh.size("dp")],)
+    plan = Plan.parse(f"plan {mesh}\nstored\n  b [(a@tp b@dp+)]")
+    assert Store().run(replace(given.copied(), plan=plan)).plan.stored == left.plan.stored
 
 
 def test_a_parameter_of_two_calls_is_unsharded_once_and_one_that_is_read_otherwise_is_not() -> None:

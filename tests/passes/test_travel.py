@@ -44,6 +44,21 @@ def test_a_weight_is_gathered_as_it_is_used_and_its_gradient_added_as_it_is_stor
     rewrites(before, after.replace(back, narrow), BFLOAT16)
 
 
+def test_what_was_filled_up_to_be_gathered_travels_as_it_is_used_too() -> None:
+    back = """
+      %wide = aten._to_copy(%dv, dtype=float32)
+      %full = aten.slice_backward(%wide, [8, 6], 0, 0, 7, 1)
+      %dw   = reduce_scatter(%full, 0, 1, dp)
+      return [[%v], [%dw]]
+    """
+    head = WEIGHT.replace("bf16[8, 6]", "bf16[7, 6]")
+    gathered = "%g = all_gather({}, 0, 1, dp, R)\n{} = aten.slice(%g, 0, 0, 7)"
+    before = f"{head}{gathered.format('%w', '%s')}\n%v = aten._to_copy(%s, dtype=bfloat16){back}"
+    after = f"{head}%n = aten._to_copy(%w, dtype=bfloat16)\n{gathered.format('%n', '%v')}{back}"
+    main = MAIN.replace("bf16[8, 6]", "bf16[7, 6]")
+    assert_rewrites(Travel(), FLOAT32 + before + main, FLOAT32 + after + main)
+
+
 def test_gradients_of_narrow_weights_are_added_in_float32() -> None:
     head = WEIGHT.replace("f32[4@dp, 6]", "bf16[8, 6] I(dp)")
     main = MAIN.replace("f32[4@dp, 6]", "bf16[8, 6] I(dp)")
