@@ -4,7 +4,8 @@
     db = all_reduce(y, "dp", "I")       becomes          da, db = split(sums), each in its shape
     return da, db                                        return da, db
 
-So do the gathers of a block that unshards parameters, and the reduce-scatters of their gradients: in a row for each rank.
+So do the gathers of a block that unshards parameters, and the reduce-scatters of their gradients: in a row for each rank, and
+over each axis where there are several, one behind the other.
 
     a = all_gather(x, 0, 1, "dp", "R")  becomes          rows = reshape(all_gather(cat([flatten(x), flatten(y)])), [ranks, -1])
     b = all_gather(y, 1, 1, "dp", "R")                   a, b = split(rows, dim=1), the ranks' parts put together in each
@@ -16,7 +17,7 @@ cost more than it saves. The plan names the collectives that were joined, or say
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,7 +58,7 @@ class Bucket(Pass):
             for name, block in main.named_children():
                 assert isinstance(block, fx.GraphModule)
                 key = name if main is program.backward else f"{name}_{FORWARD}"
-                alike = _alike(block.graph, gathers=unshards(name))
+                alike = _alike(block.graph, unshards=unshards(name))
                 groups = _said(key, alike, said[key]) if key in said else self._small(alike)
                 if groups or main is program.backward:
                     together[key] = tuple(tuple(n.name for n in nodes) for nodes in groups)
@@ -73,28 +74,33 @@ class Bucket(Pass):
         return [nodes for nodes in found if len(nodes) > 1]
 
 
-def _alike(graph: fx.Graph, *, gathers: bool) -> list[list[fx.Node]]:
+def _alike(graph: fx.Graph, *, unshards: bool) -> list[list[fx.Node]]:
     """The collectives that may be one, those of equal axes and types together.
 
-    Reductions of whose results, or of casts of them, nothing is made but gradients of a known size; and `gathers`, as many
-    steps behind arguments.
+    Reductions of whose results, or of casts of them, nothing is made but gradients of a known size. In blocks that unshard
+    parameters gathers too, as many steps behind arguments, and reductions as many steps before gradients.
     """
     found: dict[Any, list[fx.Node]] = {}
-    behind: dict[fx.Node, int] = {}  # gathers on the way to a value
+    behind, before = _steps(graph.nodes, lambda n: n.all_input_nodes), _steps(reversed(graph.nodes), lambda n: [*n.users])
     for node in graph.nodes:
-        behind[node] = max((behind[x] for x in node.all_input_nodes), default=0)
         told = _TOLD.get(node.target)
         if told is None:
             continue
-        gather = node.target is ops.all_gather.overload
-        behind[node] += gather
-        value = node.args[0].meta["val"]
+        gather, value = node.target is ops.all_gather.overload, node.args[0].meta["val"]
         readers = {user for x in node.users for user in (x.users if x.target is aten._to_copy.default else [x])}
-        apart = gathers if gather else readers == {graph.output_node()}
+        apart = unshards or (not gather and readers == {graph.output_node()})
         if apart and isinstance(value.numel(), int):
-            key = (node.target, told(*node.args), value.dtype, value.device, behind[node] if gather else 0)
+            key = (node.target, told(*node.args), value.dtype, value.device, (behind if gather else before)[node])
             found.setdefault(key, []).append(node)
     return list(found.values())
+
+
+def _steps(nodes: Iterable[fx.Node], near: Callable[[fx.Node], list[fx.Node]]) -> dict[fx.Node, int]:
+    """How many collectives stand between each node and where it comes from, or where it goes."""
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        found[node] = max((found[x] + (x.target in _TOLD) for x in near(node)), default=0)
+    return found
 
 
 # Collectives that may be one, and what they then have in common.

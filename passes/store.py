@@ -76,7 +76,8 @@ class Store(Pass):
             call.args = tuple(args.get(i, a) for i, a in enumerate(call.args))
         for like in dict.fromkeys(s.like for found in steps.values() for s in found.values()):
             _use(like)
-        other = {program.slot(n.name).names[0]: x for n, x in stored.items() if x != n.meta["layout"]}
+        names, said = {n: program.slot(n.name).names[0] for n in stored}, program.plan.stored
+        other = {names[n]: x for n, x in stored.items() if x != n.meta["layout"] or names[n] in said}
         for node, layout in stored.items():
             node.meta["layout"] = layout
         sizes = {f: n for x in other.values() for f, n in x.sizes.items()}

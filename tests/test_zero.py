@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import foldcc
 from foldcc import FoldError
 from foldcc.runtime.placement import BLOCKS_ARE_JOINED
-from foldcc.testing import in_float64, run_distributed
+from foldcc.testing import check_equivalence, in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import FAMILIES, FusedAttention, tiny_model, token_batch
 
@@ -152,6 +152,43 @@ def test_bf16() -> None:
     narrow, whole = (foldcc.parallelize(copy.deepcopy(model), MESHES[0], example_inputs=token_batch(4), zero=z) for z in (3, 0))
     wanted, found = gradients(whole, **token_batch(4)), gradients(narrow, **token_batch(4))
     assert all(relative_error(found[n].float(), wanted[n].float()) < 0.05 for n in wanted)
+
+
+HYBRID = """
+plan dp=2,cp=2 · zero=3
+stored
+  up.weight    [w, hidden@cp] I(dp)
+  up.bias      [w@cp] I(dp)
+  down.weight  [hidden@cp, w] I(dp)
+  down.bias    [hidden@cp] I(dp)
+"""
+
+
+def test_a_plan_stores_over_one_axis_and_adds_what_a_rank_has_of_gradients_over_the_other() -> None:
+    x = X.reshape(4, 2, 8)
+    folded = foldcc.parallelize(Mlp(8), "dp=2,cp=2", example_inputs=(x,), plan=HYBRID)
+    found, wanted = gradients(folded, x), gradients(Mlp(8), x)
+    assert all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in wanted)
+    sent = {(c.operator, c.axes, c.direction): (c.calls, c.bytes) for c in folded.collectives()}
+    half = 4 * (8 * 32 + 32 + 32 * 8 + 8) / 2
+    assert sent.pop(("all_reduce", ("dp", "cp"), "forward"))  # the loss
+    assert sent == {
+        ("all_gather", ("cp",), "forward"): (1, half),
+        ("all_gather", ("cp",), "backward"): (1, half),
+        ("reduce_scatter", ("cp",), "backward"): (1, half),
+        ("all_reduce", ("dp",), "backward"): (1, half),
+    }
+
+
+def test_a_plan_keeps_some_experts_whole_beside_others_that_are_divided() -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    plan = f"plan dp=4|ep=2 · zero=3\nstored\n  {name} [experts@ep, hidden, width] I(edp)"
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    check_equivalence(model, "dp=4|ep=2", kwargs=token_batch(4), plan=plan)
+    folded = foldcc.parallelize(model, "dp=4|ep=2", example_inputs=token_batch(4), plan=plan, verify=False)
+    assert [n for n, x in folded.plan.stored.items() if "edp" not in str(x).partition("I")[0] and "experts" in n] == [name]
+    again = foldcc.parallelize(model, "dp=4|ep=2", example_inputs=token_batch(4), plan=str(folded.plan), verify=False)
+    assert again.plan == folded.plan
 
 
 @pytest.mark.parametrize("zero", [4, True, 3.0])

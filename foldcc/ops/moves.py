@@ -26,5 +26,6 @@ MOVES: dict[tuple[str, str], tuple[Step, ...]] = {
     (P, R): ((all_reduce, R),),
     (P, V): ((reduce_scatter, V),),
 }
-# The order in which steps are taken, where a value moves on several axes: sums first, and what makes values smaller last.
-ORDER: tuple[tuple[Operator, ...], ...] = ((all_reduce,), (all_gather,), (retype,), (once,), (reduce_scatter, shard))
+# The order in which steps are taken, where a value moves on several axes: sums first, also on the way back, and what makes
+# values smaller last.
+ORDER: tuple[tuple[Operator, ...], ...] = ((all_reduce,), (retype,), (all_gather,), (once,), (reduce_scatter, shard))

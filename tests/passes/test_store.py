@@ -212,5 +212,7 @@ def test_what_the_plan_says_is_stored_so_or_refused() -> None:
     plan = Plan.parse("plan dp=2,tp=2\nparameters\n  w [a@tp, b] I(dp)\nstored\n  w [a@tp, b@dp]")
     left = Store().run(replace(given.copied(), plan=plan))
     assert str(left.placeholders[1].meta["layout"]) == "[width@tp, hidden@dp]" and left.plan.stored.keys() == {"w"}
+    whole = Plan.parse("plan dp=2,tp=2 · zero=3\nstored\n  w [a@tp, b] I(dp)")
+    assert str(Store().run(replace(given.copied(), plan=whole)).plan.stored["w"]) == "[width@tp, hidden] I(dp)"
     with pytest.raises(FoldError, match="w cannot be stored so on tp=2"):
         Store().run(replace(given.copied(), plan=Plan.parse("plan dp=2,tp=2\nstored\n  w [a, b@tp]")))
