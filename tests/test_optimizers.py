@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import tiny_model, token_batch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from torch.torch_version import TorchVersion
 from versions import joins_blocks
 
@@ -69,32 +70,62 @@ def _decayed(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+class Stacks(Optimizer):
+    """Muon, with another iteration, for stacks of matrices: each is made orthogonal as a whole."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            x = p.grad / torch.linalg.vector_norm(p.grad, dim=(-2, -1), keepdim=True)
+            for _ in range(4):
+                x = 1.5 * x - 0.5 * x @ x.mT @ x
+            p.sub_(x, alpha=0.05)
+
+
+class Orthogonal(Optimizer):
+    """PyTorch's Muon for matrices, and `Stacks` for stacks of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        of = {dims: [p for p in model.parameters() if p.ndim == dims] for dims in (2, 3)}
+        super().__init__([*of[2], *of[3]], {})
+        self.both = (Muon(of[2], lr=0.05), Stacks(of[3]))
+
+    def step(self, closure: Any = None) -> None:
+        for optimizer in self.both:
+            optimizer.step()
+
+
 MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "Adafactor": lambda m: Adafactor(_decayed(m), lr=0.05),
     "Adafactor maximizes": lambda m: Adafactor(_decayed(m), lr=0.05, maximize=True),
     "SGD": lambda m: SGD(_decayed(m), lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     "AdamW fused": lambda m: AdamW(_decayed(m), lr=0.01, fused=True, amsgrad=True),
 }
+MAKERS["Muon"] = Orthogonal
 if TorchVersion(torch.__version__) >= (2, 13):  # before that DTensor has no rule for what this does
     MAKERS["Adafactor foreach"] = lambda m: Adafactor(_decayed(m), lr=0.05, foreach=True)
 
 
-def after_steps(text: str) -> dict[str, float]:
+def after_steps(text: str, makers: tuple[str, ...] = tuple(MAKERS), zero: int = 0) -> dict[str, float]:
     """The largest distance of a weight from one process after two steps of each optimizer, beside the largest weight."""
     # Every expert is chosen by some token. Without one, its row of the router has a gradient that is rounding, and optimizers
     # that divide a gradient by its own size make a step of that.
     batch, mesh, found = token_batch(8), foldcc.FoldedMesh.parse(text, "cpu"), {}
+    own = {name: x.chunk(mesh.size("dp"))[mesh.coordinate(dist.get_rank(), "dp")] for name, x in batch.items()}
     plain = tiny_model("mixtral", num_hidden_layers=1, experts_implementation="eager").double()
     start = copy.deepcopy(plain.state_dict())
     with in_float64():
-        folded = foldcc.parallelize(plain, mesh, example_inputs=batch, verify=False)
-        for name, make in MAKERS.items():
-            for model in (plain, folded):
+        folded = foldcc.parallelize(plain, mesh, example_inputs=own, verify=False, zero=zero)
+        for name in makers:
+            for model, given in ((plain, batch), (folded, own)):
                 model.load_state_dict(start)
-                optimizer = make(model)
+                optimizer = MAKERS[name](model)
                 for _ in range(2):
                     optimizer.zero_grad()
-                    model(**batch).loss.backward()
+                    model(**given).loss.backward()
                     optimizer.step()
             trained = dict(folded.named_parameters())
             assert all(isinstance(p, DTensor) for p in trained.values())
@@ -108,3 +139,10 @@ def after_steps(text: str) -> dict[str, float]:
 def test_weights_after_two_steps_are_those_of_one_process(text: str):
     for found in run_distributed(after_steps, 2, text):
         assert set(found) == set(MAKERS) and max(found.values()) < 1e-10, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "zero"), [("dp=2,tp=2|ep=2", 3), pytest.param("dp=2,tp=2|etp=2", 1, marks=joins_blocks)])
+def test_matrices_are_made_orthogonal_as_a_whole_however_they_are_divided(text: str, zero: int):
+    for found in run_distributed(after_steps, 4, text, ("Muon",), zero):
+        assert found["Muon"] < 1e-10, found

@@ -236,6 +236,9 @@ def uneven_on_processes(folder: str) -> None:
         model = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), zero=3)
         optimizer, usual = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
         assert stepped(model, own, optimizer) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
+        with in_float64():  # instead of the bfloat16 of Muon's iteration
+            for m in (model, plain):
+                torch.optim.Muon([m.up.weight, m.down.weight], lr=0.1).step()
         for name, p in model.named_parameters():
             assert relative_error(p.full_tensor(), plain.get_parameter(name)) < 1e-9, name
         held = model.down.bias.to_local().numel()
@@ -258,7 +261,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def test_parts_that_differ_train_and_are_stored_and_loaded() -> None:
+def test_parts_that_differ_train_are_made_orthogonal_as_a_whole_and_are_stored_and_loaded() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_distributed(uneven_on_processes, 4, folder + "/")
 
