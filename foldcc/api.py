@@ -33,6 +33,7 @@ from foldcc.passes import PIPELINE
 from foldcc.passes.recompute import Recompute
 from foldcc.precision import Precision
 from foldcc.runtime.initial import initialise
+from foldcc.runtime.schedule import Pipelining
 
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
@@ -56,6 +57,8 @@ def parallelize(
     zero: int | None = None,
     precision: Precision | None = None,
     recompute: str | float | None = None,
+    micro_batches: int = 1,
+    schedule: str = "gpipe",
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -96,6 +99,9 @@ def parallelize(
             made element by element, "blocks" for all but collectives and choices of experts, or the share of the bytes of
             activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
             `gradient_checkpointing_enable()` was called, else what kernels compute as they read, else nothing.
+        micro_batches: a call is cut into as many, along its samples, and its losses are means over them: see docs/pipelines.md.
+        schedule: in which order pipeline stages work on micro-batches: "gpipe", all forward passes and then all backward
+            passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -115,7 +121,8 @@ def parallelize(
         mesh = FoldedMesh.parse(mesh)
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
-    _check_axes(mesh)
+    pipelining = Pipelining(mesh.size("pp"), micro_batches, schedule)
+    _check_stages(mesh, example_inputs is not None or own_example_inputs(model) is not None)
     given = Plan.parse(plan) if isinstance(plan, str) else Plan() if plan is None else plan
     if not isinstance(given, Plan):
         raise FoldError(f"plan is a foldcc.Plan or its text, not {type(given).__name__}.")
@@ -146,9 +153,10 @@ def parallelize(
         check_ranks=check_ranks,
         plan=replace(given, zero=given.zero if zero is None else zero, precision=precision or given.precision),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
+        pipelining=pipelining if pipelining.stages * micro_batches > 1 else None,
     )
     fixed = example_inputs is not None
-    inputs = example_inputs if fixed else _dummy(model, mesh)
+    inputs = example_inputs if fixed else _dummy(model, mesh, micro_batches)
     if inputs is not None:
         args, kwargs = _arguments(inputs)
         folded._compile(Call.of(model, args, kwargs), fixed=fixed)
@@ -171,12 +179,12 @@ def _check_parameters(model: nn.Module) -> None:
             )
 
 
-def _dummy(model: nn.Module, mesh: FoldedMesh) -> dict[str, Any] | None:
+def _dummy(model: nn.Module, mesh: FoldedMesh, micro_batches: int = 1) -> dict[str, Any] | None:
     """The model's own dummy inputs, grown to a batch and a sequence that every mesh axis divides."""
     found = own_example_inputs(model)
     if found is None:
         return None
-    batch = 2 * (mesh.size("dp") if mesh.is_virtual else 1)
+    batch = 2 * micro_batches * (mesh.size("dp") if mesh.is_virtual else 1)
     length = 8 * mesh.size("tp") * mesh.size("cp")
     return {
         name: torch.zeros((batch, length)[: x.dim()] + tuple(x.shape[2:]), dtype=x.dtype) if isinstance(x, Tensor) else x
@@ -184,9 +192,13 @@ def _dummy(model: nn.Module, mesh: FoldedMesh) -> dict[str, Any] | None:
     }
 
 
-def _check_axes(mesh: FoldedMesh) -> None:
-    if mesh.size("pp") > 1:
-        raise FoldError(f"pp={mesh.size('pp')} is not supported yet.", mesh=str(mesh), valid="pp=1")
+def _check_stages(mesh: FoldedMesh, examples: bool) -> None:
+    if mesh.size("pp") > 1 and not mesh.is_virtual and not examples:
+        raise FoldError(
+            f"Which of pp={mesh.size('pp')} stages holds a parameter is decided by the first program, and there is none.",
+            mesh=str(mesh),
+            valid="example_inputs",
+        )
 
 
 def _chosen_mesh(
@@ -225,6 +237,11 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta:
         raise FoldError(f"{on_meta[0]} is on meta.", parameters=listed(on_meta), valid='folded.to_empty(device="cpu") before')
+    if model._elsewhere.names:
+        raise FoldError(
+            "Modules initialise all of their parameters, and some are on other pipeline stages.",
+            valid="load_state_dict, which takes what a stage holds; pp=1",
+        )
     original = model._compiler.model
     initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
 

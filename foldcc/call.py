@@ -116,7 +116,8 @@ class Call:
         if not torch.is_grad_enabled():
             return frozenset()
         held = (*tree.named_parameters(remove_duplicate=False), *self.tensors().items())
-        return frozenset(name for name, x in held if x.requires_grad)
+        elsewhere = vars(tree)["_elsewhere"].names
+        return frozenset(name for name, x in held if x.requires_grad).union(n for n, trained in elsewhere.items() if trained)
 
     def with_numbers(self, numbers: Mapping[str, Any]) -> Call:
         return replace(self, leaves=[numbers.get(n, x) for n, x in self.items()])
@@ -126,6 +127,24 @@ class Call:
         left = [None if isinstance(x, Tensor) else x for x in self.leaves]
         arguments: dict[str, Any] = pytree.tree_unflatten(left, self.spec)
         return arguments
+
+    def apart(self, count: int, batch_dims: Mapping[str, int | None], ranks: int) -> list[Call]:
+        """The call in micro-batches: of each, the samples that stand at the same place among those of a data-parallel rank.
+
+        Args:
+            ranks: whose samples the tensors hold, one after the other.
+        """
+        if count == 1:
+            return [self]
+        for name, x in self.tensors().items():
+            if (dim := batch_dims[name]) is not None:
+                each = divides("samples", x.shape[dim], "dp", ranks, input=name, valid=f"multiples of {ranks * count}")
+                divides("samples of a rank", each, "micro_batches", count, input=name)
+
+        def part(x: Any, dim: int | None, i: int) -> Any:
+            return x if dim is None else x.unflatten(dim, (ranks, count, -1)).select(dim + 1, i).flatten(dim, dim + 1)
+
+        return [replace(self, leaves=[part(x, batch_dims.get(n), i) for n, x in self.items()]) for i in range(count)]
 
     def whole(self, mesh: FoldedMesh, batch_dims: Mapping[str, int | None], device: torch.device) -> dict[str, Any]:
         """The arguments by name, with stand-ins of global shapes for tensors."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from foldcc.call import Call, Told, without_digits
 from foldcc.capture import capture
+from foldcc.capture.counts import refuse_in_micro_batches, with_counts
 from foldcc.capture.numbers import as_inputs
 from foldcc.capture.numbers import watched as watched_numbers
 from foldcc.capture.observe import Recorder
@@ -28,11 +29,13 @@ from foldcc.hooks import watched
 from foldcc.ir.plan import Plan, UnfitPlan
 from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.passes import Pass, Stages, check_types, for_kernels, recomputing, run_passes
+from foldcc.passes import Pass, Stages, check_types, for_kernels, in_stages, recomputing, run_passes
 from foldcc.programs import Kept
 from foldcc.runtime.agreement import choices_of_first
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
+from foldcc.runtime.pipeline import Pipelined
+from foldcc.runtime.schedule import Pipelining
 from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.taps import with_results
 from foldcc.verification.origin import Origin
@@ -45,7 +48,10 @@ class Compiler:
     Attributes:
         model: an outline of the original. What is captured of it follows the modes, dtypes and device of the folded `tree`.
         there: the device that the original was on, and is captured for.
+        whole: the mesh with its pipeline stages.
+        mesh: of one pipeline stage.
         own: passes of a user's own, after the pipeline.
+        pipelining: how calls are cut; None where they are not, and nothing else is different.
         batch_dims, tracer, kernels, plan, recompute, progress: see `parallelize`.
     """
 
@@ -57,9 +63,11 @@ class Compiler:
     batch_dims: Mapping[str, int | None]
     progress: Callable[[str], None]
     there: torch.device
+    whole: FoldedMesh
     plan: Plan = Plan()
     recompute: str | float | None = None
     own: tuple[Pass, ...] = ()
+    pipelining: Pipelining | None = None
 
     def device(self, tree: nn.Module) -> torch.device:
         """Where programs run."""
@@ -67,6 +75,26 @@ class Compiler:
             return torch.device(self.mesh.device_type)
         device = next(tree.parameters()).device  # where they are now, which `.to` may have changed
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def divided(self) -> bool:
+        """Whether samples of a call are divided, over ranks or micro-batches."""
+        return self.mesh.size("dp") > 1 or (self.pipelining is not None and self.pipelining.micro_batches > 1)
+
+    def sample_dims(self, call: Call) -> dict[str, int | None]:
+        return sample_dims(call.leaves, call.names, self.batch_dims, divided=self.divided)
+
+    def micro_batches(self, call: Call) -> list[Call]:
+        """What the programs of a call are called with."""
+        if self.pipelining is None:
+            return [call]
+        ranks = self.mesh.size("dp") if self.mesh.is_virtual else 1
+        return call.apart(self.pipelining.micro_batches, self.sample_dims(call), ranks)
+
+    def executable(self, program: Program) -> Executable:
+        if self.pipelining is None:
+            return Executable(program)
+        return Pipelined(program, self.whole, self.pipelining)
 
     def modes(self, tree: nn.Module) -> Modes:
         return Modes.now(self.device(tree))
@@ -86,8 +114,8 @@ class Compiler:
             held: what is decided of parameters already.
             others: programs that are kept.
         """
-        divided = self.mesh.size("dp") > 1
-        batch_dims = sample_dims(call.leaves, call.names, self.batch_dims, divided=divided)
+        divided = self.divided
+        batch_dims = self.sample_dims(call)
         self._check_autocast(tree)
         start = time.perf_counter()
         self.progress("capture")
@@ -97,12 +125,12 @@ class Compiler:
         seconds = time.perf_counter() - start
         with compiling():
             stages = self._planned(program, tree, held, seconds)
-            if divided and not self.mesh.is_virtual and not self.batch_dims:
+            if divided and not self.batch_dims and (self.pipelining is not None or not self.mesh.is_virtual):
                 refuse_attention_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
         made = Kept(
             key,
-            Executable(stages[-1].program),
+            self.executable(stages[-1].program),
             stages,
             call.told(free),
             free,
@@ -142,7 +170,7 @@ class Compiler:
             named = [replace(p, known=known) if isinstance(p, Emit) else p for p in passes]
             later = run_passes(start[-1].program, named, check=check_types, progress=self.progress)
         stages = Stages([*start, *list(later)[1:]])
-        return replace(kept, executable=Executable(stages[-1].program), stages=stages, proof=None, others={})
+        return replace(kept, executable=self.executable(stages[-1].program), stages=stages, proof=None, others={})
 
     def chosen_alike(self, made: Kept) -> Kept:
         """The program with the choices of rank 0: ranks with different ones would wait for each other without end."""
@@ -153,7 +181,7 @@ class Compiler:
             "Ranks have made different choices, of other plans or on other machines: rank 0's are taken.", stacklevel=2
         )
         stages = made.stages.again(Plan.parse(plan), check=check_types)
-        return replace(made, stages=stages, executable=Executable(stages[-1].program))
+        return replace(made, stages=stages, executable=self.executable(stages[-1].program))
 
     def under(self, stages: Stages, zero: int, policies: Sequence[str]) -> Iterator[Program]:
         """What these stages would end with, lowered, under another storage and each of some policies of what is kept."""
@@ -181,6 +209,8 @@ class Compiler:
     def _passes(self, tree: nn.Module) -> tuple[Pass, ...]:
         emission, _ = self.emission(tree)
         pipeline = for_kernels(self.pipeline) if emission else self.pipeline
+        if self.pipelining is not None:
+            pipeline = in_stages(pipeline, self.pipelining.stages)
         policy = "blocks" if self.recompute is None and tree.training and checkpoints(self.model) else self.recompute
         if policy is not None:
             pipeline = recomputing(pipeline, policy)
@@ -210,7 +240,11 @@ class Compiler:
             device, recorder = self.device(tree), Recorder(watched(tree))
             program = capture(model, (), kwargs, self.mesh, tracer=self.tracer, device=device, recorder=recorder)
         program = with_results(program.with_gradients(call.given_gradients(tree)), recorder)
-        return replace(program, batch_dims=batch_dims), blind
+        program = replace(program, batch_dims=batch_dims)
+        if self.pipelining is not None:
+            refuse_in_micro_batches(program)
+            program = with_counts(program)
+        return program, blind
 
     def _over_numbers(
         self, call: Call, tree: nn.Module, program: Program, numbers: Mapping[str, Any], others: Iterable[Kept]

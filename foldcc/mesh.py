@@ -90,6 +90,14 @@ class FoldedMesh:
     def world_size(self) -> int:
         return self.size("pp") * self._stage("attention")
 
+    @cached_property
+    def stage(self) -> FoldedMesh:
+        """The ranks of one pipeline stage as a mesh, on which its layers are laid out; the mesh itself with `pp=1`.
+
+        There are as many of them side by side as there are stages: a process stands on its own stage's.
+        """
+        return self if self.size("pp") == 1 else FoldedMesh(self.device_type, (1, *self.sizes[1:]))
+
     @property
     def is_virtual(self) -> bool:
         """Whether all ranks live in this process."""
@@ -125,6 +133,13 @@ class FoldedMesh:
         return tuple(first + offset for offset in self._offsets(axes))
 
     # -- process groups ----------------------------------------------------------------------------
+
+    @property
+    def here(self) -> int:
+        """The rank on this mesh that this process is."""
+        import torch.distributed as dist
+
+        return dist.get_rank() % self.world_size
 
     @cached_property
     def attention(self) -> DeviceMesh:
@@ -226,9 +241,11 @@ class FoldedMesh:
         import torch
         from torch.distributed.device_mesh import DeviceMesh
 
-        axes = self.axes(view)
-        ranks = torch.arange(self.world_size).view([self.size(axis) for axis in axes])
-        return DeviceMesh(self.device_type, ranks, mesh_dim_names=axes)
+        axes, sizes = self.axes(view), [self.size(axis) for axis in self.axes(view)]
+        ranks = torch.arange(torch.distributed.get_world_size())
+        if len(ranks) == self.world_size:
+            return DeviceMesh(self.device_type, ranks.view(sizes), mesh_dim_names=axes)
+        return DeviceMesh(self.device_type, ranks.view(-1, *sizes), mesh_dim_names=("stages", *axes))[axes]
 
 
 def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Mapping[str, int] | None = None) -> FoldedMesh:

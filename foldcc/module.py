@@ -18,6 +18,7 @@ from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
+from foldcc.inspect.summary import summary
 from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
@@ -31,7 +32,10 @@ from foldcc.runtime.keys import draw_keys
 from foldcc.runtime.left_behind import notice_optimizers
 from foldcc.runtime.modes import compiling, one_at_a_time
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
-from foldcc.tree import Attributes, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
+from foldcc.runtime.pipeline import Pipelined
+from foldcc.runtime.schedule import Pipelining
+from foldcc.runtime.wires import counted_elsewhere, create_wires
+from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 
@@ -64,12 +68,14 @@ class FoldedModule(nn.Module):
         check_ranks: bool = True,
         plan: Plan | None = None,
         recompute: str | float | None = None,
+        pipelining: Pipelining | None = None,
     ):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
         self._compiler = Compiler(
             model=outline(model),
-            mesh=mesh,
+            mesh=mesh.stage,
+            whole=mesh,
             tracer=tracer,
             kernels=kernels,
             pipeline=pipeline,
@@ -78,38 +84,37 @@ class FoldedModule(nn.Module):
             there=next(model.parameters()).device,
             plan=plan or Plan(),
             recompute=recompute,
+            pipelining=pipelining,
         )
         self._programs = Programs()
-        self._places = Places(mesh)
+        self._places = Places(mesh.stage)
         self._structure: tuple[str, str] | None = None  # of example_inputs
         self._verified = verified
         self._check_ranks = check_ranks and not mesh.is_virtual
         self._started = False
         self._keeps = False  # gradients unreduced, inside no_sync
         self._unset: Unset = {}
+        self._elsewhere = Elsewhere()
         refuse_hooks(model)
-        copy_tree(model, self, mesh)
+        copy_tree(model, self, mesh.stage)
         self._inherited = inherit_hooks(model, self)
         self._attributes = Attributes(self)
         self.register_state_dict_post_hook(store_boxes)
         notice_optimizers(model, self)
         if not mesh.is_virtual:
-            watch_optimizers(mesh.attention, mesh.moe)
+            watch_optimizers(mesh.stage.attention, mesh.stage.moe)
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._agreed(args, kwargs)
-        kept = self._find(call)
+        parts = self._compiler.micro_batches(call)
+        kept = self._find(parts[0])
         if kept is None:
             self._compile(call)
-            kept = self._find(call)
+            kept = self._find(parts[0])
             assert kept is not None
-        program = kept.executable.program
-        inputs = call.inputs(kept.free, self._compiler.device(self))
-        held = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
+        program, executable = kept.executable.program, kept.executable
+        held = self._held()
         first = {slot.name: slot.names[0] for slot in program.slots}
         state = {i: self._places.local(first[name], held[first[name]]) for i, name in program.updates.items()}
         if self._check_ranks and not self._started:
@@ -117,8 +122,31 @@ class FoldedModule(nn.Module):
             buffers = {first[name]: (state[i], layouts[i]) for i, name in program.updates.items()}
             agree_on_start(self.mesh, call.tensors(), {**self._places.of(self), **buffers})
             self._started = True
-        keys = draw_keys(sum(s.kind == "key" for s in program.slots), self.mesh, self._compiler.device(self))
-        values, updated = [], set(program.updates.values())
+        count = len(parts) * sum(s.kind == "key" for s in program.slots)
+        keys = draw_keys(count, self.mesh, self._compiler.device(self))
+        there = {n: self._places.local(n, x) for n, x in held.items() if n in first.values()}
+        values = [self._values(kept, part, there, keys) for part in parts]
+        others = partial(self._for_gradients, kept)
+        if isinstance(executable, Pipelined):
+            return program.returned(executable.in_micro_batches(values, others))
+        after = partial(call_backward, self, program.observed, executable.no_gradient) if program.observed else None
+        outputs = executable(values[0], others, after)
+        with torch.no_grad():
+            for i, buffer in state.items():
+                buffer.copy_(outputs[i])
+        call_forward(self, program.observed, outputs)
+        return program.returned(outputs)
+
+    def _held(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by each of their names."""
+        parameters, buffers = self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)
+        return {**dict(parameters), **dict(buffers)}
+
+    def _values(self, kept: Kept, call: Call, held: Mapping[str, Tensor], keys: Iterator[Tensor]) -> list[Any]:
+        """The values of a program's slots; None for a parameter that is on another pipeline stage."""
+        program = kept.executable.program
+        inputs, updated = call.inputs(kept.free, self._compiler.device(self)), set(program.updates.values())
+        values: list[Any] = []
         for slot, node in zip(program.slots, program.placeholders, strict=True):
             if slot.kind == "input":
                 values.append(next(inputs))
@@ -129,23 +157,17 @@ class FoldedModule(nn.Module):
             elif slot.kind == "tap":
                 values.append(kept.executable.zeros(node))
             else:
-                value = self._places.local(slot.names[0], held[slot.names[0]])
+                value = held.get(slot.names[0])
                 # What the backward pass reads is the value that was there in this forward pass.
-                values.append(value.clone() if slot.name in updated else value)
-        others = partial(self._for_gradients, kept)
-        after = partial(call_backward, self, program.observed, kept.executable.no_gradient) if program.observed else None
-        outputs = kept.executable(values, others, after)
-        with torch.no_grad():
-            for i, buffer in state.items():
-                buffer.copy_(outputs[i])
-        call_forward(self, program.observed, outputs)
-        return program.returned(outputs)
+                values.append(value.clone() if value is not None and slot.name in updated else value)
+        return values
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call, where nothing speaks against it, and on real ranks all of them are about to run the same program."""
         try:
             drop_removed(self._inherited)
             self._attributes.check(self)
+            self._elsewhere.check(self)
             refuse_unset(self, self._unset)
             call = Call.of(self._compiler.model, args, kwargs)
             call.check_structure(self._structure)
@@ -165,17 +187,30 @@ class FoldedModule(nn.Module):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with one_at_a_time():
-            made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
+            made, replaced = self._compiler.compile(self._compiler.micro_batches(call)[0], self, self._places.plan, self._programs.kept.values())
             with compiling():
                 made = self._compiler.chosen_alike(made)
                 made = self._proved(made)
                 self._places.take(self, made.executable.program)
+                if isinstance(made.executable, Pipelined) and not self.mesh.is_virtual:
+                    self._leave_to_other_stages(made.executable)
             self._programs.keep(made, replaced)
-        found = self.summary()
+        found = summary(self.stages)
         if not found.uncounted:
             self._programs.announce_copies(found.copies)
         if fixed:
             self._structure = call.structure
+
+    def _leave_to_other_stages(self, executable: Pipelined) -> None:
+        """Keeps the parameters that this rank's stage uses, and has process groups between the stages."""
+        stages, (here,) = executable.program.plan.stages, executable.here
+        together = {name: places for name, places in stages.items() if len(places) > 1}
+        create_wires(self.mesh, [*together.values(), *(s for s in executable.shared.values() if len(s) > 1)])
+        names = {s.names[0]: s.names for s in executable.program.slots if s.kind == "parameter"}
+        self._elsewhere.leave(self, {n for first, n_ in names.items() if here not in stages.get(first, (here,)) for n in n_})
+        for name, places in together.items():
+            if here in places[1:]:
+                counted_elsewhere(self.get_parameter(name))
 
     def _proved(self, made: Kept) -> Kept:
         if not self._verified:
@@ -187,7 +222,7 @@ class FoldedModule(nn.Module):
 
     def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> tuple[Executable, Accumulation]:
         """What runs a backward pass that is given the gradients of these outputs, and what waits to be reduced with them."""
-        waits = MAY_WAIT and not self.mesh.is_virtual
+        waits = MAY_WAIT and not self.mesh.is_virtual and self._compiler.pipelining is None
         accumulation = Accumulation(self.mesh, dict(self.named_parameters()) if waits else {}, self._keeps and waits)
         if self._check_ranks:
             agree_on_gradients(self.mesh, f"{told_outputs(wanted)}{accumulation}")
@@ -214,7 +249,7 @@ class FoldedModule(nn.Module):
         In between, `.grad` is a DTensor of terms of a sum (`Partial`) in the layout in which the program uses the parameter. It
         adds up over programs of different shapes, its `full_tensor()` is the right gradient, and `zero_grad` drops it. With
         `zero=1` to `3` a rank then holds whole gradients, not its share. What needs no reduction is in `.grad` as ever. On a
-        virtual mesh, where nothing is sent, and with PyTorch 2.11, every backward pass leaves `.grad` complete.
+        virtual mesh, where nothing is sent, with micro-batches, and with PyTorch 2.11, every backward pass leaves `.grad` complete.
         """
         before, self._keeps = self._keeps, True
         try:
@@ -230,9 +265,10 @@ class FoldedModule(nn.Module):
         """
         stages, (emission, _) = self.stages.lowered, self._compiler.emission(self)
         later = run_passes(stages[-1].program, [*passes, *emission], check=check_types)
+        stages = Stages([*stages, *list(later)[1:]])
         other = copy.copy(self)
         other._compiler = replace(self._compiler, own=(*self._compiler.own, *passes))
-        other._programs = self._programs.rewritten(Stages([*stages, *list(later)[1:]]))
+        other._programs = self._programs.rewritten(stages, self._compiler.executable(stages[-1].program))
         return other
 
     # --- what a person reads ---
@@ -284,7 +320,10 @@ class FoldedModule(nn.Module):
         return self.program.plan
 
     def collectives(self) -> Any:
-        """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves."""
+        """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves.
+
+        With micro-batches, those of one of them; what stages send each other is not among them.
+        """
         from foldcc.inspect.collectives import collectives
 
         return collectives(self.stages)
@@ -296,6 +335,7 @@ class FoldedModule(nn.Module):
         """
         from foldcc.inspect.memory import Policies, memory
 
+        self._refuse_micro_batches("memory")
         policies, found = ("none", "selective", "blocks"), {}
         with one_at_a_time():
             for zero in (0, 1, 3):
@@ -305,9 +345,15 @@ class FoldedModule(nn.Module):
 
     def summary(self) -> Any:
         """FLOPs, parameters and bytes of a rank against those of the whole model."""
-        from foldcc.inspect.summary import summary
-
+        self._refuse_micro_batches("summary")
         return summary(self.stages)
+
+    def _refuse_micro_batches(self, what: str) -> None:
+        if self._compiler.pipelining is not None:
+            raise FoldError(
+                f"{what}() counts what a rank does and holds in a call, and not yet by pipeline stages and micro-batches.",
+                valid=f"{what}() of the same model with pp=1 and micro_batches=1, on {self.mesh.stage}: one stage of many",
+            )
 
     # --- what the original has besides ---
 
@@ -333,6 +379,8 @@ class FoldedModule(nn.Module):
     # --- values that are given afterwards ---
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        for name in self._elsewhere.names:
+            state.pop(prefix + name, None)
         refuse_overwritten(self, state, prefix)
         as_laid_out(self, state, prefix, assign=bool(metadata.get("assign_to_params_buffers")))
         super()._load_from_state_dict(state, prefix, metadata, *rest)
@@ -386,7 +434,7 @@ class FoldedModule(nn.Module):
         super().__setstate__(state)
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
-            watch_optimizers(self.mesh.attention, self.mesh.moe)
+            watch_optimizers(self.mesh.stage.attention, self.mesh.stage.moe)
         self._attributes, self._inherited = Attributes(self), []
 
 

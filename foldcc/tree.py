@@ -220,6 +220,35 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}
 
 
+class Elsewhere:
+    """The parameters of a tree that other pipeline stages hold, by each of their names: whether they are trained.
+
+    Every rank compiles the whole model, so what is compiled for depends on them as well, and is not changed afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, bool] = {}
+        self._held: dict[str, tuple[bool, torch.dtype]] = {}
+
+    def leave(self, root: nn.Module, names: set[str]) -> None:
+        """Takes parameters out of the tree, the first time that some are elsewhere."""
+        held = dict(root.named_parameters(remove_duplicate=False))
+        for name in names & held.keys():
+            path, _, attribute = name.rpartition(".")
+            root.get_submodule(path)._parameters[attribute] = None
+            self.names[name] = held[name].requires_grad
+        self._held = {n: (p.requires_grad, p.dtype) for n, p in held.items() if n not in names}
+
+    def check(self, root: nn.Module) -> None:
+        """Raises for what was done to parameters here, and perhaps not on the other stages."""
+        for name, p in root.named_parameters(remove_duplicate=False) if self.names else ():
+            if name in self._held and self._held[name] != (p.requires_grad, p.dtype):
+                raise FoldError(
+                    f"Parameter {name} was frozen, unfrozen or cast, and other pipeline stages do not know of it.",
+                    valid="the same on the model before parallelize",
+                )
+
+
 _READS = ("get_", "num_", "is_", "has_")  # how methods are called that only read
 
 

@@ -17,6 +17,7 @@ from foldcc.passes.recompute import Recompute
 from foldcc.passes.shard import ShardPass
 from foldcc.passes.simplify import Simplify
 from foldcc.passes.split import Split
+from foldcc.passes.stage import StagePass
 from foldcc.passes.store import Store
 from foldcc.passes.travel import Travel
 from foldcc.types.check import check_types
@@ -55,4 +56,12 @@ def recomputing(pipeline: Sequence[Pass], policy: str | float) -> tuple[Pass, ..
     return tuple(found)
 
 
-__all__ = ["for_kernels", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "recomputing", "run_passes"]
+def in_stages(pipeline: Sequence[Pass], stages: int) -> tuple[Pass, ...]:
+    """The pipeline of a program whose calls run on pipeline stages."""
+    found: list[Pass] = []
+    for p in pipeline:
+        found += [StagePass(stages=stages), p] if isinstance(p, Dispatch) else [p]
+    return tuple(found)
+
+
+__all__ = ["for_kernels", "in_stages", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "recomputing", "run_passes"]

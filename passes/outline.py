@@ -74,7 +74,9 @@ class _Outliner:
         return (_type(value), self.kinds.get(value), value in self.differentiated, self.said.get(value))
 
     def parts(self, smallest: int) -> list[_Run]:
-        return self._parts(0, len(self.nodes), smallest)
+        """What micro-batches share stands first, and alone."""
+        first = max((i + 1 for i, n in enumerate(self.nodes) if n.meta.get("count")), default=0)
+        return [*([_Run(0, first, 1)] if first else []), *self._parts(first, len(self.nodes), smallest)]
 
     def _parts(self, start: int, stop: int, smallest: int) -> list[_Run]:
         """The stretch as runs: the longest repeat, and what stands before and after it."""

@@ -22,7 +22,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.joint import Joint
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import Names, UnfitPlan
-from foldcc.ir.program import Program, unshards
+from foldcc.ir.program import Program, staged, unshards
 from foldcc.layout import Layout
 
 aten = torch.ops.aten
@@ -173,6 +173,7 @@ def _forward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
             new[node] = graph.node_copy(node)
         elif node.op == "call_module":
             call = graph.call_module(str(node.target), tuple(new[a] for a in node.args))
+            call.meta = staged(node)
             if halves[str(node.target)].saves:
                 first = graph.call_function(operator.getitem, (call, 0))
                 saved.append(graph.call_function(operator.getitem, (call, 1)))
@@ -215,6 +216,7 @@ def _backward(program: Program, halves: Mapping[str, Halves]) -> fx.GraphModule:
         fresh = {c: _again(root, graph, halves[str(c.target)], saved[c], c) for c in dict.fromkeys(sources.values())}
         values += [_item(graph, fresh[c], call.args[i].args[1], call.args[i]) for i, c in sources.items()]
         result = graph.call_module(name, (*values, *(t for t in tangents if t is not None)))
+        result.meta = staged(call)
         (output,) = block.find_nodes(op="output")
         for i, (actual, gradient) in enumerate(zip(call.args, output.args[0], strict=True)):
             if gradient is not None:
@@ -229,7 +231,9 @@ def _again(root: torch.nn.Module, graph: fx.Graph, both: Halves, saved: fx.Node,
     name = f"{call.target}_again"
     setattr(root, name, both.again)
     formals = both.again.graph.find_nodes(op="placeholder")
-    return graph.call_module(name, tuple(_item(graph, saved, i, formal) for i, formal in enumerate(formals)))
+    made = graph.call_module(name, tuple(_item(graph, saved, i, formal) for i, formal in enumerate(formals)))
+    made.meta = staged(call)
+    return made
 
 
 def _item(graph: fx.Graph, several: fx.Node, i: int, like: fx.Node) -> fx.Node:

@@ -6,7 +6,7 @@
 Backward, `unshard1` is the reduction: it is given terms of a sum over dp, as its results are R, and leaves the sum. So what a
 rank keeps of a parameter is said in one place; when it is unsharded, and when its gradient is reduced, is when a block runs:
 right before the block that uses it, and right behind its backward pass. A parameter that several calls use is unsharded for
-the first of them, and its gradient is reduced once. If all that the block does with it then is to cast it, so does `unshard1`.
+the first of them on each pipeline stage, and its gradient is reduced once there. If all that the block does with it then is to cast it, so does `unshard1`.
 
 With ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), or where the plan says how a parameter is stored, it is kept divided over
 the axis that replicates it otherwise: `w [h@dp, i@tp]`. `unshard1` is then an all-gather, and its transpose a reduce-scatter.
@@ -28,7 +28,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import UnfitPlan
-from foldcc.ir.program import UNSHARD, Program
+from foldcc.ir.program import UNSHARD, Program, staged
 from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard, Symbol
 from foldcc.ops.layout import reshard
@@ -37,6 +37,9 @@ from foldcc.runtime.placement import BLOCKS_ARE_JOINED
 
 aten = torch.ops.aten
 DATA = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that replicate parameters, by view
+
+
+Made = tuple[fx.Node, Layout, int | None]  # a parameter, as it is used, on a pipeline stage
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,10 @@ class Store(Pass):
     def run(self, program: Program) -> Program:
         stored = _stored(program)
         steps = {call: _steps(program, call, stored) for call in program.calls}
-        unshard = _Unshard(program.graph, Counter((s.parameter, s.used) for found in steps.values() for s in found.values()))
+        unshard = _Unshard(program.graph, Counter(_made(call, s) for call, found in steps.items() for s in found.values()))
         for call, found in steps.items():
             unshard.before(call, list(found.values()))
-            args = {i: unshard.made[s.parameter, s.used] for i, s in found.items()}
+            args = {i: unshard.made[_made(call, s)] for i, s in found.items()}
             call.args = tuple(args.get(i, a) for i, a in enumerate(call.args))
         for like in dict.fromkeys(s.like for found in steps.values() for s in found.values()):
             _use(like)
@@ -82,6 +85,11 @@ class Store(Pass):
             node.meta["layout"] = layout
         sizes = {f: n for x in other.values() for f, n in x.sizes.items()}
         return replace(program, plan=replace(program.plan, stored=other), sizes={**program.sizes, **sizes})
+
+
+def _made(call: fx.Node, step: Step) -> Made:
+    """What is the same for calls that can share the result of a step."""
+    return step.parameter, step.used, call.meta.get("stage")
 
 
 def _stored(program: Program) -> dict[fx.Node, Layout]:
@@ -244,21 +252,21 @@ class _Unshard:
     """Inserts calls of blocks that bring parameters to the layouts in which they are used.
 
     Attributes:
-        readers: by parameter and layout, how many calls use it so.
-        made: by parameter and layout, the value in the main graph.
+        readers: by parameter, layout and stage, how many calls use it so.
+        made: by the same, the value in the main graph.
         names: by the kinds of some steps, the block that makes them.
     """
 
-    def __init__(self, main: fx.GraphModule, readers: Counter[tuple[fx.Node, Layout]]):
+    def __init__(self, main: fx.GraphModule, readers: Counter[Made]):
         self.main, self.readers = main, readers
-        self.made: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self.made: dict[Made, fx.Node] = {}
         self.names: dict[tuple[Any, ...], str] = {}
 
     def before(self, call: fx.Node, steps: list[Step]) -> None:
         """Makes steps in front of a call, those that later calls use too by a block of their own."""
         for several in (False, True):
-            new = {(s.parameter, s.used): s for s in steps if (s.parameter, s.used) not in self.made}
-            some = [s for s in new.values() if (self.readers[s.parameter, s.used] > 1) == several]
+            new = {_made(call, s): s for s in steps if _made(call, s) not in self.made}
+            some = [s for made, s in new.items() if (self.readers[made] > 1) == several]
             if some:
                 self._call(call, some)
 
@@ -268,11 +276,11 @@ class _Unshard:
             setattr(self.main, name, _LazyGraphModule(torch.nn.Module(), _graph(steps)))
         with self.main.graph.inserting_before(before):
             call = self.main.graph.call_module(name, tuple(s.parameter for s in steps))
-            call.meta["val"] = tuple(_value(s.like) for s in steps)
+            call.meta = {"val": tuple(_value(s.like) for s in steps), **staged(before)}
             for k, s in enumerate(steps):
                 item = self.main.graph.call_function(operator.getitem, (call, k))
                 item.meta = {"val": _value(s.like), "layout": s.used, **{key: s.like.meta[key] for key in ("dims", "grad")}}
-                self.made[s.parameter, s.used] = item
+                self.made[_made(before, s)] = item
 
 
 def _graph(steps: list[Step]) -> fx.Graph:

@@ -15,6 +15,8 @@
       block1            rsqrt mul_3
     together
       block1            all_reduce_1 all_reduce_2, all_reduce_5 all_reduce_6
+    stages
+      lm_head.weight    1
 
 What a plan says is done, axis by axis; what it does not say is chosen at the least cost. So the plan of a compilation stands
 for all of it, and a plan of two lines decides two things.
@@ -36,9 +38,10 @@ from foldcc.precision import Precision
 
 Names = tuple[str, ...]
 _HEAD = re.compile(r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · (?P<precision>compute=.+))?")
-_SECTIONS = re.compile(r"parameters|stored|values|kept|together|(block|unshard)\d+")
+_SECTIONS = re.compile(r"parameters|stored|values|kept|together|stages|(block|unshard)\d+")
 _ABSENT = "-"
-_PARTS = ("parameters", "stored", "values", "blocks", "kept", "together")
+_PARTS = ("parameters", "stored", "values", "blocks", "kept", "together", "stages")
+_OF_PARAMETERS = ("parameters", "stored", "stages")
 
 
 class UnfitPlan(FoldError):
@@ -78,6 +81,7 @@ class Plan:
         blocks: by block and node, how an operator runs.
         kept: by block, the values that its backward pass reads of the forward pass.
         together: by block of the backward pass, the reductions that travel together.
+        stages: by the first name of each parameter, the pipeline stages that use it; empty where there is one stage.
     """
 
     mesh: str = ""
@@ -90,6 +94,7 @@ class Plan:
     blocks: Mapping[str, Mapping[str, OpLayouts]] = field(default_factory=dict)
     kept: Mapping[str, Names] = field(default_factory=dict)
     together: Mapping[str, tuple[Names, ...]] = field(default_factory=dict)
+    stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
@@ -100,7 +105,8 @@ class Plan:
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
         together = {block: ", ".join(" ".join(names) for names in groups) or _ABSENT for block, groups in self.together.items()}
         held = {"parameters": self.parameters, "stored": self.stored, "values": self.values}
-        sections = {**held, **self.blocks, "kept": kept, "together": together}
+        stages = {name: " ".join(map(str, places)) for name, places in self.stages.items()}
+        sections = {**held, **self.blocks, "kept": kept, "together": together, "stages": stages}
         for head, entries in sections.items():
             if entries:
                 width = max(map(len, entries))
@@ -145,11 +151,11 @@ class Plan:
 
     def with_parameters(self, other: Plan, names: Collection[str] | None = None) -> Plan:
         """This plan, with what another one says of parameters, or of those of these names."""
-        both = ((self.parameters, other.parameters), (self.stored, other.stored))
-        parameters, stored = (
-            {**mine, **{n: x for n, x in theirs.items() if names is None or n in names}} for mine, theirs in both
-        )
-        return replace(self, parameters=parameters, stored=stored)
+        parts = {
+            part: {**getattr(self, part), **{n: x for n, x in getattr(other, part).items() if names is None or n in names}}
+            for part in _OF_PARAMETERS
+        }
+        return replace(self, **parts)
 
     def with_names(self, names: Mapping[str, str]) -> Plan:
         """The same plan, in which parameters have their first names.
@@ -157,8 +163,8 @@ class Plan:
         Args:
             names: the first name by every name of a parameter.
         """
-        parameters, stored = ({names.get(n, n): x for n, x in said.items()} for said in (self.parameters, self.stored))
-        return replace(self, parameters=parameters, stored=stored)
+        parts = {part: {names.get(n, n): x for n, x in getattr(self, part).items()} for part in _OF_PARAMETERS}
+        return replace(self, **parts)
 
     def check_for(self, model: str, mesh: str) -> None:
         """That the plan is for this model on this mesh.
@@ -232,6 +238,8 @@ class _Reader:
             self._say(self.section, name, self._layout(entry))
         elif self.section == "kept":
             self._say("kept", name, _names(entry))
+        elif self.section == "stages":
+            self._say("stages", name, tuple(map(int, entry.split())))
         elif self.section == "together":
             self._say("together", name, tuple(filter(None, map(_names, entry.split(",")))))
         elif _SECTIONS.fullmatch(self.section):

@@ -19,6 +19,8 @@ A node carries in `node.meta`, beside `nn_module_stack`, `stack_trace`, `from_no
     again      whether the backward pass computes it again; `inline` where every kernel that reads it does
     kernel     of a call of a kernel, the Kernel
     nodes      of a call of a block, the captured nodes that the block stands for
+    count      it leads to what micro-batches share
+    stage      of a call of a block, the pipeline stage that runs it, if there are several; what counts has none
 The output of a block carries what it `returns`, by name and layout, and whether it is `joint`.
 """
 
@@ -233,6 +235,11 @@ def told_outputs(wanted: Sequence[bool]) -> str:
     """Outputs by their positions, such as "outputs 0, 2"."""
     places = [str(i) for i, there in enumerate(wanted) if there]
     return f"output{'s' * (len(places) != 1)} {', '.join(places)}"
+
+
+def staged(call: fx.Node) -> dict[str, Any]:
+    """What says on which pipeline stage a call runs, for one that runs there too."""
+    return {k: call.meta[k] for k in ("stage",) if k in call.meta}
 
 
 def where(node: fx.Node) -> str | None:

@@ -47,19 +47,24 @@ def size(axes: str) -> int:
 
 def index(axes: str) -> int:
     """This process's position in its group over `axes`."""
-    import torch.distributed as dist
-
-    return current().index(dist.get_rank(), tuple(axes.split(",")))
+    mesh = current()
+    return mesh.index(mesh.here, tuple(axes.split(",")))
 
 
 def create_groups(mesh: FoldedMesh, all_axes: list[str]) -> None:
-    """Creates the process groups for each combination of axes, in the same order on every rank."""
+    """Creates the process groups for each combination of axes, in the same order on every rank.
+
+    Of a mesh that is one pipeline stage, those of every stage.
+    """
     import torch.distributed as dist
+
+    firsts = range(0, dist.get_world_size(), mesh.world_size)
 
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     for axes in sorted(set(all_axes)):
         if (mesh, axes) not in known:
-            known[mesh, axes], _ = dist.new_subgroups_by_enumeration([list(g) for g in mesh.groups(tuple(axes.split(",")))])
+            groups = [[first + r for r in group] for first in firsts for group in mesh.groups(tuple(axes.split(",")))]
+            known[mesh, axes], _ = dist.new_subgroups_by_enumeration(groups)
 
 
 def process_group(axes: str) -> Any:

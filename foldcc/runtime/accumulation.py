@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.torch_version import TorchVersion
 
-from foldcc.ir.program import Program, unshards
+from foldcc.ir.program import Slot, unshards
 from foldcc.layout import PARTIAL, Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.placement import placements, redistributed
@@ -32,7 +32,7 @@ MAY_WAIT = TorchVersion(torch.__version__) >= "2.12"  # before, DTensor takes a 
 
 @dataclass(frozen=True)
 class Phases:
-    """A backward main graph in two.
+    """A backward main graph in two; `slots` are those whose gradients it returns.
 
     Attributes:
         first: what the backward graph takes -> the gradients of slots, None for those that are reduced; what reductions take.
@@ -45,9 +45,7 @@ class Phases:
     terms: Mapping[int, tuple[str, Layout]]
 
     @classmethod
-    def of(cls, program: Program) -> Phases:
-        main = program.backward
-        assert main is not None
+    def of(cls, main: fx.GraphModule, slots: Sequence[Slot]) -> Phases:
         gradients: Any = main.graph.output_node().args[0]
         calls = [n for n in main.graph.find_nodes(op="call_module") if _only_reduces(n, gradients)]
         late = {*calls, *(item for call in calls for item in call.users)}
@@ -58,7 +56,7 @@ class Phases:
             formals = getattr(main, str(call.target)).graph.find_nodes(op="placeholder")
             for formal, actual in zip(formals, call.args, strict=True):
                 if formal.meta.get("result") in items:
-                    slot = program.slots[gradients.index(items[formal.meta["result"]])]
+                    slot = slots[gradients.index(items[formal.meta["result"]])]
                     terms[taken.index(actual)] = (slot.names[0], formal.meta["layout"])
         first, reduce = fx.Graph(), fx.Graph()
         early: dict[fx.Node, fx.Node] = {}

@@ -107,7 +107,7 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping
     for name, x in inputs.items():
         compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, tuple(shared))[0]))
     for name, (x, layout) in held.items():
-        alike = tuple(a for a in mesh.axes(layout.view) if not isinstance(layout.states.get(a), Shard))
+        alike = tuple(a for a in mesh.axes(layout.view) if a != "pp" and not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))
     mine = torch.tensor([checksum for _, checksum, _ in compared], dtype=torch.int64, device=device)
     every = torch.empty((mesh.world_size, len(compared)), dtype=torch.int64, device=device)

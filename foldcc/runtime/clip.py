@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
 from foldcc.runtime.placement import whole_terms
+from foldcc.runtime.wires import is_counted_here, over_all_stages, whole_mesh
 
 
 @torch.no_grad()
@@ -24,7 +26,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scales all gradients so that their norm, taken over every parameter of the model at once, is at most `max_norm`.
 
-    `torch.nn.utils.clip_grad_norm_` refuses parameters on two meshes; this takes ordinary tensors and DTensors of any.
+    `torch.nn.utils.clip_grad_norm_` refuses parameters on two meshes; this takes ordinary tensors and DTensors of any. With
+    pipeline stages it is called on every rank, with parameters of each stage.
 
     Args:
         parameters: the parameters whose `.grad` to clip, in place; or pairs with their names, `model.named_parameters()`.
@@ -44,21 +47,28 @@ def clip_grad_norm_(
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     named = [x if isinstance(x, tuple) else (f"parameter {i} of those given", x) for i, x in enumerate(given)]
     graded = [(p, p.grad) for _, p in named if p.grad is not None]
-    if not graded:
+    stages = whole_mesh(p for _, p in named)
+    if not graded and stages is None:
         return torch.tensor(0.0)
     alike: dict[Any, list[Tensor]] = {}  # gradients that are divided alike
     meshes: dict[Any, list[Tensor]] = {}  # parameters whose gradients are on one mesh
     for parameter, grad in graded:
         local, divided = _local(grad)
-        alike.setdefault(divided, []).append(local if local.numel() else local.new_zeros(1))  # nothing has no largest element
+        if is_counted_here(parameter):
+            alike.setdefault(divided, []).append(local if local.numel() else local.new_zeros(1))  # nothing has no largest element
         meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
     norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
-    total = get_total_norm(norms, norm_type).to(graded[0][1].dtype)
+    total = get_total_norm(norms, norm_type)
+    if stages is not None:
+        total = _over_stages(total.to(stages.device_type).double(), stages, norm_type)
+    total = total.to(graded[0][1].dtype if graded else torch.float32)
     if error_if_nonfinite and not total.isfinite():
         name = _first_nonfinite([(name, p.grad) for name, p in named if p.grad is not None])
         raise FoldError(
             f"The norm of the gradients is {total.item()}; the first that is not finite is that of {name}."
             if name is not None
+            else f"The norm of the gradients is {total.item()}, and those on this pipeline stage are finite."
+            if stages is not None
             else f"The norm of the gradients is {total.item()}, and each of them is finite: it is too large for {total.dtype}.",
             valid="a smaller loss scale or learning rate; error_if_nonfinite=False to clip nevertheless",
         )
@@ -85,6 +95,13 @@ def _local(grad: Tensor) -> tuple[Tensor, Any]:
     grad = whole_terms(grad)  # the norm of a sum is not that of its terms
     divided = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
     return grad.to_local(), (grad.device_mesh, divided) if divided else None
+
+
+def _over_stages(norm: Tensor, mesh: FoldedMesh, norm_type: float) -> Tensor:
+    """The norm of gradients that are on several pipeline stages."""
+    if norm_type == float("inf"):
+        return over_all_stages(norm, mesh, largest=True)
+    return over_all_stages(norm**norm_type, mesh, largest=False) ** (1 / norm_type)
 
 
 def _over(norm: Tensor, divided: Any, norm_type: float) -> Tensor:

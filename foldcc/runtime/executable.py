@@ -41,7 +41,8 @@ class Executable:
 
     @cached_property
     def phases(self) -> Phases:
-        return Phases.of(self.program)
+        assert self.program.backward is not None
+        return Phases.of(self.program.backward, self.program.slots)
 
     def __call__(self, values: Sequence[Tensor], others: Others, after: After | None = None) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
@@ -119,8 +120,8 @@ def _call(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, others: Others, after: After | None, *values: Tensor) -> Any:
-        outputs, saved = executable.forward([v.detach() for v in values])
-        _save(ctx, saved)
+        outputs, kept = executable.forward([v.detach() for v in values])
+        save(ctx, kept)
         ctx.programs, ctx.after = others, after
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
@@ -128,16 +129,12 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise FoldError(
-                "Gradients of gradients were asked for with create_graph=True, and a backward pass has none.",
-                valid="create_graph=False; gradients of gradients from the model in one process",
-            )
+        refuse_second_order()
         executable: Executable
         executable, accumulation = ctx.programs(tuple(g is not None for g in gradients))
         layouts = [n.meta["layout"] for n in executable.program.objectives]
         tangents = executable.enter([g.contiguous() for g in gradients if g is not None], layouts)
-        result = accumulation.backward(executable, [*_saved(ctx), *tangents])
+        result = accumulation.backward(executable, [*saved(ctx), *tangents])
         placeholders = executable.program.placeholders
         if executable.virtual:
             columns = [None if any(x is None for x in c) else list(c) for c in zip(*result, strict=True)]
@@ -151,7 +148,16 @@ class _Step(torch.autograd.Function):
         return (None, None, None, *result)
 
 
-def _save(ctx: Any, values: list[Any]) -> None:
+def refuse_second_order() -> None:
+    """Raises inside a backward pass that is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise FoldError(
+            "Gradients of gradients were asked for with create_graph=True, and a backward pass has none.",
+            valid="create_graph=False; gradients of gradients from the model in one process",
+        )
+
+
+def save(ctx: Any, values: list[Any]) -> None:
     """Hands tensors to autograd, each once, which frees them, checks that they were not changed, and has hooks for them."""
     leaves, ctx.spec = pytree.tree_flatten(values)
     tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
@@ -161,7 +167,7 @@ def _save(ctx: Any, values: list[Any]) -> None:
     ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Any]:
     """What was saved; autograd lets go of it, unless there will be another backward pass."""
     tensors = ctx.saved_tensors
     ctx.maybe_clear_saved_tensors()

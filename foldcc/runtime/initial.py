@@ -11,7 +11,6 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
@@ -126,4 +125,4 @@ class _Initial(TorchDispatchMode):
             return parameter, everywhere(parameter.shape, parameter.device)
         local, layout = parameter.to_local(), self.layouts.get(self.names[id(parameter)])
         at = everywhere(parameter.shape, local.device)
-        return local, at if layout is None else positions(at, layout, self.mesh, dist.get_rank())
+        return local, at if layout is None else positions(at, layout, self.mesh, self.mesh.here)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 from torch.fx import GraphModule
@@ -59,7 +58,7 @@ class Places:
     def _distribute(self, parameter: nn.Parameter, layout: Layout, there: tuple[Placement, ...]) -> None:
         """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""
         assert isinstance(parameter, DTensor)
-        local = own_part(parameter.to_local().detach(), layout, self.mesh, dist.get_rank()).clone()
+        local = own_part(parameter.to_local().detach(), layout, self.mesh, self.mesh.here).clone()
         side = self.mesh.attention if layout.view == "attention" else self.mesh.moe
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))

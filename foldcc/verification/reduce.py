@@ -51,7 +51,8 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
     """
     made = stages[-1].program.plan  # what depends on sizes is chosen as in the actual program
     sharded: Program = stages["shard"].program
-    sharded = replace(sharded, plan=replace(sharded.plan, stored=made.stored, kept=made.kept, together=made.together))
+    said = {part: getattr(made, part) for part in ("stored", "kept", "together", "stages")}
+    sharded = replace(sharded, plan=replace(sharded.plan, **said))
     degrees = _degrees(sharded)
     alone = {f for f, n in sharded.sizes.items() if n == degrees.get(f, 1)}
     sharded = sharded if mesh is None else on_mesh(sharded, mesh)

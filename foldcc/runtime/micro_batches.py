@@ -1,0 +1,121 @@
+"""One call in micro-batches: the actions of a schedule, done on the stages that this process runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foldcc.runtime.schedule import BACKWARD, FORWARD, FREE, RECEIVES, SEND, RECEIVE, SENDS, Action, Order, in_step
+from foldcc.runtime.wires import Wires
+
+if TYPE_CHECKING:
+    from foldcc.runtime.pipeline import Pipelined
+
+Saved = dict[tuple[int, int], dict[int, Any]]  # by stage and micro-batch, what calls save, by position
+
+
+class Run:
+    """Passes under way.
+
+    Attributes:
+        values: of all slots, as ranks hold them, for each micro-batch.
+        tangents: of the outputs that are wanted, for each micro-batch.
+        saved: what forward passes have left for backward passes.
+        outputs: of each micro-batch.
+    """
+
+    def __init__(
+        self,
+        executable: Pipelined,
+        values: Sequence[Sequence[Any]] = (),
+        tangents: Sequence[Sequence[Any]] = (),
+        saved: Mapping[tuple[int, int], dict[int, Any]] | None = None,
+    ):
+        self.executable, self.values, self.tangents = executable, values, tangents
+        self.saved: Saved = dict(saved or {})
+        self.wires = Wires(executable.whole)
+        self.outputs: list[list[Any]] = [[None] * len(executable.outputs) for _ in values]
+        self._shared = self._counts() if values else []
+        self._entering: dict[tuple[int, int], list[Any]] = {}
+        self._leaving: dict[tuple[int, int], list[Any]] = {}
+        self._sums: dict[int, dict[int, Any]] = defaultdict(dict)  # by stage, what its backward piece makes, by position
+        self._dtypes: dict[int, torch.dtype] = {}
+
+    def through(self, orders: Sequence[Order]) -> Run:
+        """Does what the stages of this process have to do, each in its order."""
+        run = self.executable
+        actions = in_step(orders) if run.virtual else ((stage, action) for stage in run.here for action in orders[stage])
+        for stage, action in actions:
+            self._do(stage, action)
+        self.wires.finish()
+        return self
+
+    def _do(self, stage: int, action: Action) -> None:
+        kind, place = action.kind, (stage, action.micro_batch)
+        if kind in SENDS:
+            self.wires.send(stage, SENDS[kind], self._leaving.pop(place))
+        elif kind in RECEIVES:
+            pieces = self.executable.ahead if kind == RECEIVE else self.executable.back
+            self._entering[place] = self.wires.receive(stage, RECEIVES[kind], pieces.stages[stage].received)
+        elif kind == FORWARD:
+            self._forward(place)
+        elif kind == BACKWARD:
+            self._backward(place)
+        else:
+            assert kind == FREE
+            del self.saved[place]
+
+    def _counts(self) -> list[Any]:
+        """What micro-batches share: the mean of what each would have."""
+        run, piece = self.executable, self.executable.ahead.counts
+        if not any(run.ahead.stages[s].shared for s in run.here):
+            return []
+        each = [run.piece(piece, [values[k] for k in piece.given])[0] for values in self.values]
+        return [run.each(lambda *x: torch.stack(x).mean(0), *several) for several in zip(*each, strict=True)]
+
+    def _forward(self, place: tuple[int, int]) -> None:
+        stage, i = place
+        piece, count = self.executable.ahead.stages[stage], len(self.executable.outputs)
+        given = [*(self.values[i][k] for k in piece.given), *(self._shared[k] for k in piece.shared)]
+        made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
+        self.saved[place] = {}
+        for k, x in zip(piece.results, made, strict=True):
+            if k < count:
+                self.outputs[i][k] = x
+            else:
+                self.saved[place][k - count] = x
+
+    def _backward(self, place: tuple[int, int]) -> None:
+        stage, i = place
+        piece, saves = self.executable.back.stages[stage], self.executable.saves
+        given = [self.saved[place][k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
+        made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
+        sums = self._sums[stage]
+        for k, x in zip(piece.results, made, strict=True):
+            sums[k] = self.executable.each(torch.add, sums[k], x) if k in sums else self.executable.each(_wide, x)
+            self._dtypes[k] = (x[0] if self.executable.virtual else x).dtype
+
+    def gradients(self) -> list[dict[str, Any]]:
+        """By stage of this process, the gradients of slots by name: reduced over ranks, and of what this stage alone adds."""
+        found = []
+        for stage in self.executable.here:
+            sums, piece = self._sums[stage], self.executable.reduce.stages[stage]
+            names = self.executable.terms
+            narrow = {k: self.executable.each(partial(Tensor.to, dtype=self._dtypes[k]), x) for k, x in sums.items()}
+            made, _ = self.executable.piece(piece, [narrow[len(names) + k] for k in piece.given])
+            terms = {k: x for k, x in narrow.items() if k < len(names)} | dict(zip(piece.results, made, strict=True))
+            of: dict[str, Any] = {}
+            for k, x in terms.items():
+                of[names[k]] = x if names[k] not in of else self.executable.each(torch.add, of[names[k]], x)
+            found.append(of)
+        return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What is added up over micro-batches has 32 bits at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

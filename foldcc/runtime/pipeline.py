@@ -1,0 +1,303 @@
+"""A program in micro-batches on pipeline stages: on a virtual mesh all of them, on a real one this rank's.
+
+A call is cut into micro-batches along its samples. Each stage runs its piece of the main graphs (`runtime/stages.py`) for each
+of them, in the order of the schedule (`runtime/schedule.py`). A loss is the mean over micro-batches, which share the mean of
+their counts; gradients add up over micro-batches and are then reduced once.
+
+With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With `1f1b` they take turns, so that the call
+runs both, for a gradient of one; gradients are linear in it, and `backward()` multiplies them by the one that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from foldcc.errors import FoldError
+from foldcc.ir.program import Program, told_outputs
+from foldcc.layout import Layout
+from foldcc.mesh import FoldedMesh
+from foldcc.runtime.accumulation import Phases
+from foldcc.runtime.executable import Executable, Others, refuse_second_order, save, saved
+from foldcc.runtime.micro_batches import Run
+from foldcc.runtime.placement import own_samples
+from foldcc.runtime.schedule import Order, Pipelining, is_late
+from foldcc.runtime.stages import Piece, Pieces, apart, cut, like
+from foldcc.runtime.wires import from_stage, over_stages
+
+
+@dataclass
+class Pipelined(Executable):
+    """Runs one program, which is of one micro-batch and of one stage's mesh.
+
+    Attributes:
+        whole: the mesh with its pipeline stages.
+        samples: of each output, which dimension is samples; None for a loss.
+    """
+
+    whole: FoldedMesh
+    pipelining: Pipelining
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.samples = [_samples(self.program, i, n) for i, n in enumerate(self.outputs)]
+        for piece in (*self.ahead.stages, *(self.back.stages if self.trains else ())):
+            for node in piece.sent:
+                like(node)
+        if self.in_turns and [n.meta["val"].dim() for n in self.program.objectives] != [0]:
+            raise FoldError(
+                "Schedule 1f1b runs backward passes inside the call, from one loss, and a training step of this model goes back "
+                f"from {told_outputs(self.program.wanted or ())}.",
+                valid="a model that returns a loss; schedule='gpipe'",
+            )
+
+    @property
+    def trains(self) -> bool:
+        return self.program.backward is not None
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether backward passes run inside the call."""
+        return self.trains and self.pipelining.schedule == "1f1b"
+
+    @property
+    def here(self) -> range:
+        """The stages that this process runs."""
+        if self.virtual:
+            return range(self.pipelining.stages)
+        stage = self.whole.coordinate(self.whole.here, "pp")
+        return range(stage, stage + 1)
+
+    @cached_property
+    def ahead(self) -> Pieces:
+        return cut(self.program.graph, self.pipelining.stages)
+
+    @cached_property
+    def _phases(self) -> tuple[Phases, tuple[str, ...]]:
+        main, slots = apart(self.program)
+        return Phases.of(main, slots), tuple(s.name for s in slots)
+
+    @cached_property
+    def back(self) -> Pieces:
+        return cut(self._phases[0].first, self.pipelining.stages, backward=True)
+
+    @cached_property
+    def reduce(self) -> Pieces:
+        return cut(self._phases[0].reduce, self.pipelining.stages, backward=True)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The slot of each gradient that backward pieces leave: one for each stage that adds to it."""
+        return self._phases[1]
+
+    @cached_property
+    def saves(self) -> int:
+        """How many calls save something."""
+        placeholders = self._phases[0].first.graph.find_nodes(op="placeholder")
+        return len(placeholders) - len(self.program.objectives)
+
+    def in_micro_batches(self, values: Sequence[Sequence[Any]], others: Others) -> list[Tensor]:
+        """The outputs of all micro-batches together, differentiable with respect to parameters.
+
+        On a real mesh losses are on every rank, and what else there is on the stage that makes it; elsewhere it is on meta.
+
+        Args:
+            values: of all slots, for each micro-batch; None for a parameter that is elsewhere.
+        """
+        if self.trains:
+            outputs = list(_Steps.apply(self, others, values, *values[0]))
+        else:
+            with torch.no_grad():
+                outputs = self.joined(Run(self, self.entered(values)).through(self.orders(late=False)).outputs)
+        return [x if self.virtual or x.is_meta else self._own(x, i) for i, x in enumerate(outputs)]
+
+    def orders(self, *, late: bool | None = None) -> list[Order]:
+        """What each stage does; what comes before its first backward pass alone, or what comes from then on."""
+        found = []
+        for order in self.pipelining.orders(backward=self.trains):
+            first = next((k for k, action in enumerate(order) if is_late(action)), len(order))
+            found.append(order if late is None else order[first:] if late else order[:first])
+        return found
+
+    # --- micro-batches, apart and together ---
+
+    def entered(self, values: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The values of each micro-batch as ranks hold them; what is the same in all of them is made once."""
+        first = self.enter([v if v is None else v.detach() for v in values[0]], self.layouts)
+        found = [first]
+        for row in values[1:]:
+            new = [k for k, x in enumerate(row) if x is not values[0][k]]
+            made = self.enter([row[k].detach() for k in new], [self.layouts[k] for k in new])
+            found.append([*first])
+            for k, x in zip(new, made, strict=True):
+                found[-1][k] = x
+        return found
+
+    def joined(self, outputs: Sequence[Sequence[Any]]) -> list[Tensor]:
+        """The outputs of the call, of those of its micro-batches."""
+        found = []
+        for i, several in enumerate(zip(*outputs, strict=True)):
+            value, layout, maker = self.outputs[i].meta["val"], self.outputs[i].meta["layout"], self.ahead.maker(i)
+            if maker in self.here:
+                count = len(several)
+                whole = self._together(i, self.leave(several, [layout] * count, [self.program.told_output(i)] * count))
+            else:
+                device = value.device if self.samples[i] is None else "meta"
+                whole = torch.empty(self._shape(i), dtype=value.dtype, device=device)
+            found.append(from_stage(whole, self.whole, maker) if self.samples[i] is None and not self.virtual else whole)
+        return found
+
+    def tangents(self, gradients: Sequence[Tensor]) -> list[list[Any]]:
+        """For each micro-batch the gradients of the outputs that are wanted, of those of the call."""
+        wanted = [i for i, there in enumerate(self.program.wanted or ()) if there]
+        columns = [self._apart(i, gradient) for i, gradient in zip(wanted, gradients, strict=True)]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _apart(self, i: int, gradient: Tensor) -> list[Any]:
+        count, layout = self.pipelining.micro_batches, self.outputs[i].meta["layout"]
+        if gradient.is_meta:  # of an output that is on another stage
+            return [gradient] * count
+        shape = layout.global_shape if self.virtual else layout.shape
+        with torch.enable_grad():
+            parts = [gradient.new_zeros(shape).requires_grad_() for _ in range(count)]
+            each = torch.autograd.grad(self._together(i, parts), parts, gradient)
+        return self.enter([g.contiguous() for g in each], [layout] * count)
+
+    def _together(self, i: int, parts: Sequence[Tensor]) -> Tensor:
+        """One output of all micro-batches: the mean of losses; samples as the call had them."""
+        dim = self.samples[i]
+        if dim is None:
+            return torch.stack(list(parts)).mean(0)
+        ranks = self.program.mesh.size("dp") if self.virtual else 1
+        return torch.stack([p.unflatten(dim, (ranks, -1)) for p in parts], dim + 1).flatten(dim, dim + 2)
+
+    def _whole(self, i: int) -> Layout:
+        """The layout of an output of the call."""
+        layout: Layout = self.outputs[i].meta["layout"]
+        dim = self.samples[i]
+        first = layout.dims[dim][:1] if dim is not None else ()
+        sizes = {f: n * (self.pipelining.micro_batches if f in first else 1) for f, n in layout.sizes.items()}
+        return replace(layout, sizes=sizes)
+
+    def _shape(self, i: int) -> list[Any]:
+        """The shape of an output of the call with this rank's samples."""
+        layout, dim = self._whole(i), self.samples[i]
+        shape = list(replace(layout, states={a: s for a, s in layout.states.items() if a == "dp"}).shape)
+        if dim is not None and not layout.dims[dim]:  # one sample in a micro-batch
+            shape[dim] = self.pipelining.micro_batches
+        return shape
+
+    def _own(self, x: Tensor, i: int) -> Tensor:
+        return own_samples(x, self._whole(i), self.program.mesh)
+
+    # --- pieces ---
+
+    def piece(self, piece: Piece, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What a stage makes, and what it sends."""
+        result = self.run(piece.graph, values)
+        if not self.virtual:
+            return list(result[0]), list(result[1])
+        made, sent = ([list(x) for x in zip(*(r[k] for r in result), strict=True)] for k in (0, 1))
+        return made, sent
+
+    def each(self, function: Callable[..., Tensor], *values: Any) -> Any:
+        """A function of tensors, on this rank or on each of the virtual ones."""
+        return [function(*x) for x in zip(*values, strict=True)] if self.virtual else function(*values)
+
+    def gradients(self, run: Run) -> list[Tensor | None]:
+        """The gradients of slots, of all stages that use them together; on a real mesh, of those on this one."""
+        of = run.gradients()
+        found: list[Tensor | None] = []
+        for slot, node in zip(self.program.slots, self.program.placeholders, strict=True):
+            several = [gradients[slot.name] for gradients in of if slot.name in gradients]
+            if not several:
+                found.append(None)
+                continue
+            total = several[0]
+            for x in several[1:]:
+                total = self.each(torch.add, total, x)
+            stages = self.shared.get(slot.name, ())
+            if not self.virtual and len(stages) > 1:
+                total = over_stages(total, self.whole, stages)
+            what = f"The gradient of {slot.names[0]}"
+            found += self.leave([total], [node.meta["layout"]], [what])
+        return found
+
+    @cached_property
+    def shared(self) -> dict[str, tuple[int, ...]]:
+        """By slot, the stages that add to its gradient."""
+        found: dict[str, set[int]] = {}
+        for pieces in (self.back, self.reduce):
+            for stage, piece in enumerate(pieces.stages):
+                for k in piece.results:
+                    if k < len(self.terms):
+                        found.setdefault(self.terms[k], set()).add(stage)
+        return {name: tuple(sorted(stages)) for name, stages in found.items()}
+
+
+class _Steps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, executable: Pipelined, others: Others, values: Sequence[Sequence[Any]], *first: Any) -> Any:
+        entered = executable.entered(values)
+        ctx.in_turns, ctx.programs, ctx.executable = executable.in_turns, others, executable
+        if executable.in_turns:
+            node = executable.program.objectives[0]
+            one = torch.ones((), dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+            run = Run(executable, entered, executable.tangents([one])).through(executable.orders())
+            save(ctx, executable.gradients(run))
+        else:
+            run = Run(executable, entered).through(executable.orders(late=False))
+            save(ctx, [run.saved])
+        outputs = executable.joined(run.outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        refuse_second_order()
+        wanted = tuple(g is not None for g in gradients)
+        given = [g for g in gradients if g is not None]
+        if not ctx.in_turns:
+            executable, _ = ctx.programs(wanted)
+            (kept,) = saved(ctx)
+            run = Run(executable, (), executable.tangents(given), kept).through(executable.orders(late=True))
+            return (None, None, None, *executable.gradients(run))
+        if wanted != ctx.executable.program.wanted:
+            raise FoldError(
+                f"Schedule 1f1b went back from {told_outputs(ctx.executable.program.wanted)} inside the call, and the backward "
+                f"pass is given the gradients of {told_outputs(wanted)}.",
+                valid="loss.backward() of the loss that the model returns; schedule='gpipe'",
+            )
+        ctx.programs(wanted)
+        return (None, None, None, *(None if x is None else x * given[0] for x in saved(ctx)))
+
+
+def _samples(program: Program, i: int, node: fx.Node) -> int | None:
+    """Which dimension of an output is samples; None for a loss, of which there is one for all of them.
+
+    Raises:
+        FoldError: it has neither.
+    """
+    dims: Any = node.meta["layout"].dims
+    value = node.meta["val"]
+    if not dims and value.is_floating_point():
+        return None
+    for slot, entering in zip(program.slots, program.placeholders, strict=True):
+        dim = program.batch_dim(entering) if slot.kind == "input" else None
+        if dim is None:
+            continue
+        batch = entering.meta["layout"].dims[dim]
+        alike = [d for d, product in enumerate(dims) if product[: len(batch)] == batch and (batch or not product)]
+        if alike:
+            return dim if dim in alike else alike[0]
+    raise FoldError(
+        f"{program.told_output(i)} has no dimension of samples and is no loss, so that there is one for each micro-batch.",
+        shape=list(value.shape),
+        valid="a model that does not return it; micro_batches=1 and pp=1",
+    )

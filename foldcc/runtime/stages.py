@@ -1,0 +1,183 @@
+"""A main graph in pieces, one for each pipeline stage. What one stage makes and a later one reads goes from neighbour to neighbour.
+
+    y = block0(x); z = block1(y); loss = block2(z, y)      becomes, with a stage for each call
+    stage 0: y = block0(x), sends y         stage 1: z = block1(y), sends z and y         stage 2: loss = block2(z, y)
+
+The backward graph is cut alike, in the other direction: what comes back is the sum of the gradients of all later uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.utils import _pytree as pytree
+
+from foldcc.errors import FoldError
+from foldcc.ir.program import Program, Slot
+from foldcc.ir.walk import module_of
+
+_COUNTS = -1  # where what micro-batches share is made: before all stages, by each of those that read it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one stage runs of a main graph: `(given, shared, received) -> (results, sent)`.
+
+    Attributes:
+        given: the placeholders of the main graph that it takes, by position.
+        shared: the counts that it takes, by position.
+        received: what it is sent.
+        results: what it makes of what the main graph returns, by position.
+        sent: what it sends.
+    """
+
+    graph: fx.GraphModule
+    given: tuple[int, ...]
+    shared: tuple[int, ...]
+    received: tuple[fx.Node, ...]
+    results: tuple[int, ...]
+    sent: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A main graph in pieces.
+
+    Attributes:
+        counts: what micro-batches share: `(given) -> counts`, as their mean is read by the stages.
+        stages: in the order of the stages.
+    """
+
+    counts: Piece
+    stages: tuple[Piece, ...]
+
+    def maker(self, result: int) -> int:
+        """The stage that makes a result."""
+        return next(s for s, piece in enumerate(self.stages) if result in piece.results)
+
+
+def cut(main: fx.GraphModule, stages: int, *, backward: bool = False) -> Pieces:
+    """A main graph in pieces, as its calls say.
+
+    Args:
+        backward: the last stage runs first.
+    """
+    return _Cut(main, stages, backward).pieces()
+
+
+class _Cut:
+    """Attributes:
+    at: where each node runs, counted in the order in which stages run; None for what each of them can make of placeholders.
+    until: the last of the places that read a value.
+    """
+
+    def __init__(self, main: fx.GraphModule, stages: int, backward: bool):
+        self.main, self.stages, self.backward = main, stages, backward
+        self.nodes = list(main.graph.nodes)
+        self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        leaves = pytree.tree_leaves(main.graph.output_node().args[0], is_leaf=lambda x: isinstance(x, fx.Node))
+        self.at: dict[fx.Node, int | None] = {}
+        for node in self.nodes:
+            self.at[node] = self._place(node)
+        self.returned = {i: n for i, n in enumerate(leaves) if isinstance(n, fx.Node)}
+        self.until: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            place = self.at[node]
+            if place is not None:
+                self.until |= {x: max(place, self.until.get(x, 0)) for x in node.all_input_nodes}
+        read = {x for n in self.nodes if self.at[n] != _COUNTS and n.op != "output" for x in n.all_input_nodes}
+        self.counts = [n for n in self.nodes if self.at[n] == _COUNTS and (n in read or n in self.returned.values())]
+
+    def _place(self, node: fx.Node) -> int | None:
+        if node.op == "call_module":
+            stage: int = node.meta.get("stage", _COUNTS)
+            return self.stages - 1 - stage if self.backward and stage != _COUNTS else stage
+        if node.op == "output":
+            return None
+        return max((place for x in node.all_input_nodes if (place := self.at[x]) is not None), default=None)
+
+    def pieces(self) -> Pieces:
+        found = [self._piece(place) for place in range(self.stages)]
+        return Pieces(self._piece(_COUNTS), tuple(reversed(found) if self.backward else found))
+
+    def _piece(self, place: int) -> Piece:
+        stage = place != _COUNTS
+        received = self._crossing(place - 1) if stage else []
+        sent = self._crossing(place) if stage else []
+        results = {i: n for i, n in self.returned.items() if self._returns(n) == place} if stage else {}
+        wanted = {n for n in self.nodes if self.at[n] == place and n.op != "output"} | {*results.values()}
+        for node in reversed(self.nodes):  # what is made of placeholders is made where it is read
+            if node in wanted:
+                wanted.update(x for x in node.all_input_nodes if self.at[x] is None)
+        read = {x for n in wanted for x in n.all_input_nodes} | {*results.values()}
+        graph = fx.Graph()
+        given = [i for i, n in enumerate(self.placeholders) if n in wanted]
+        shared = [i for i, n in enumerate(self.counts) if n in read] if stage else []
+        new: dict[fx.Node, fx.Node] = {}
+        for node in (*(self.placeholders[i] for i in given), *(self.counts[i] for i in shared), *received):
+            new[node] = graph.placeholder(node.name)
+        for node in self.nodes:
+            if node in wanted and node not in new:
+                new[node] = graph.node_copy(node, new.__getitem__)
+        left = [*results.values()] if stage else self.counts
+        graph.output((tuple(new[n] for n in left), tuple(new[n] for n in sent)))
+        return Piece(_LazyGraphModule(self.main, graph), *map(tuple, (given, shared, received, results, sent)))  # type: ignore[arg-type]
+
+    def _returns(self, node: fx.Node) -> int:
+        """Where a result is returned from."""
+        place = self.at[node]
+        return 0 if place is None or place == _COUNTS else place
+
+    def _crossing(self, boundary: int) -> list[fx.Node]:
+        """What is made up to a place and read behind it."""
+        return [n for n in self.until if _between(self.at[n], boundary, self.until[n])]
+
+
+def _between(made: int | None, boundary: int, until: int) -> bool:
+    return made is not None and made != _COUNTS and made <= boundary < until
+
+
+def like(node: fx.Node) -> torch.Tensor:
+    """What crosses, as a rank has it, without values.
+
+    Raises:
+        FoldError: data decide its size.
+    """
+    value, layout = node.meta["val"], node.meta.get("layout")
+    shape = value.shape if layout is None else layout.shape
+    if not all(isinstance(n, int) for n in shape):
+        raise FoldError(
+            f"{node.name} goes from one pipeline stage to another, and data decide its size.",
+            shape=list(shape),
+            at=module_of(node) or None,
+            valid="pp=1; or a plan whose stages are cut elsewhere",
+        )
+    return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
+def apart(program: Program) -> tuple[fx.GraphModule, tuple[Slot, ...]]:
+    """The backward main graph, in which a gradient that several stages add to is left as a term of each; and whose it is."""
+    main = program.backward
+    assert main is not None
+    gradients: Any = main.graph.output_node().args[0]
+    sums: set[fx.Node] = set()
+    terms = [_terms(g, sums) for g in gradients]
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in main.graph.nodes:
+        if node.op != "output" and node not in sums:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(tuple(t and new[t] for several in terms for t in several))
+    slots = tuple(slot for slot, several in zip(program.slots, terms, strict=True) for _ in several)
+    return _LazyGraphModule(main, graph), slots
+
+
+def _terms(gradient: fx.Node | None, sums: set[fx.Node]) -> list[fx.Node | None]:
+    if gradient is None or gradient.target is not torch.ops.aten.add.Tensor or len(gradient.users) > 1:
+        return [gradient]
+    sums.add(gradient)
+    return [t for x in gradient.all_input_nodes for t in _terms(x, sums)]

@@ -1,0 +1,119 @@
+"""Between pipeline stages: what a stage sends its neighbours, and what all stages come to have."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+from foldcc.mesh import FoldedMesh
+from foldcc.runtime.stages import like
+
+# By the world's process group and the mesh: a group over pp for each direction, so that what goes one way waits for nothing that
+# comes the other way. And by the stages that hold a parameter, a group over them.
+_GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+_WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage
+_COUNTED_ELSEWHERE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that an earlier stage holds as well
+
+
+def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None:
+    """Creates the process groups between the stages of a mesh, in the same order on every rank.
+
+    Args:
+        held: stages that hold the same parameter, for each one that several hold.
+    """
+    known = _GROUPS.setdefault(dist.group.WORLD, {})
+    _WHOLE[mesh.stage.attention] = _WHOLE[mesh.stage.moe] = mesh
+    every = tuple(range(mesh.size("pp")))
+    for key, stages in [(step, every) for step in (1, -1)] + [(stages, stages) for stages in sorted(set(held))]:
+        if (mesh, key) not in known:
+            size = mesh.stage.world_size
+            groups = [[stage * size + r for stage in stages] for r in range(size)]
+            known[mesh, key], _ = dist.new_subgroups_by_enumeration(groups)
+
+
+def from_stage(x: Tensor, mesh: FoldedMesh, stage: int) -> Tensor:
+    """A value of one stage on all of them."""
+    x = x.contiguous()
+    dist.broadcast(x, src=stage * mesh.stage.world_size + mesh.stage.here, group=_group(mesh, 1))
+    return x
+
+
+def over_stages(x: Tensor, mesh: FoldedMesh, stages: tuple[int, ...]) -> Tensor:
+    """The sum of what these stages have, one of which is this process's."""
+    x = x.contiguous()
+    dist.all_reduce(x, group=_group(mesh, stages))
+    return x
+
+
+def counted_elsewhere(parameter: Tensor) -> None:
+    """Norms of all parameters count this one on another stage."""
+    _COUNTED_ELSEWHERE[parameter] = True
+
+
+def is_counted_here(parameter: Tensor) -> bool:
+    return parameter not in _COUNTED_ELSEWHERE
+
+
+def whole_mesh(parameters: Iterable[Tensor]) -> FoldedMesh | None:
+    """The mesh with its stages, of parameters that are on one of several stages."""
+    on = (getattr(p, "device_mesh", None) for p in parameters)
+    return next((_WHOLE[m] for m in on if m is not None and m in _WHOLE), None)
+
+
+def over_all_stages(x: Tensor, mesh: FoldedMesh, *, largest: bool) -> Tensor:
+    """The sum, or the largest, of what every stage has."""
+    dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=_group(mesh, 1))
+    return x
+
+
+def _group(mesh: FoldedMesh, key: Any) -> Any:
+    return _GROUPS[dist.group.WORLD][mesh, key]
+
+
+class Wires:
+    """What is under way in one call: between processes, or between the stages that one process plays."""
+
+    def __init__(self, mesh: FoldedMesh):
+        self.mesh = mesh
+        self.under_way: dict[tuple[int, int], Any] = {}
+
+    def send(self, stage: int, step: int, values: Sequence[Any]) -> None:
+        """Sends to the stage `step` away, when it has received what was sent before."""
+        if self.mesh.is_virtual:
+            self.under_way.setdefault((stage, step), deque()).append(values)
+            return
+        self._wait(stage, step)
+        peer, group = self._peer(stage + step), _group(self.mesh, step)
+        self.under_way[stage, step] = [(dist.isend(x, peer, group), x) for x in (v.contiguous() for v in values)]
+
+    def receive(self, stage: int, step: int, nodes: Sequence[fx.Node]) -> list[Any]:
+        """What comes from the stage `step` away: the values of these nodes."""
+        if self.mesh.is_virtual:
+            found: list[Any] = self.under_way[stage + step, -step].popleft()
+            return found
+        peer, group = self._peer(stage + step), _group(self.mesh, -step)
+        buffers = [torch.empty_like(like(n), device=self.mesh.device_type) for n in nodes]
+        for work in [dist.irecv(x, peer, group) for x in buffers]:
+            assert work is not None
+            work.wait()
+        return buffers
+
+    def finish(self) -> None:
+        """Waits until all that was sent has been received."""
+        if not self.mesh.is_virtual:
+            for stage, step in list(self.under_way):
+                self._wait(stage, step)
+
+    def _wait(self, stage: int, step: int) -> None:
+        for work, _ in self.under_way.pop((stage, step), ()):
+            work.wait()
+
+    def _peer(self, stage: int) -> int:
+        return stage * self.mesh.stage.world_size + self.mesh.stage.here
