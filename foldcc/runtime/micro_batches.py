@@ -95,10 +95,11 @@ class Run:
         piece, saves = self.executable.back.stages[stage], self.executable.saves
         given = [self.saved[place][k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
         made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
-        sums = self._sums[stage]
+        sums, run = self._sums[stage], self.executable
         for k, x in zip(piece.results, made, strict=True):
-            sums[k] = self.executable.each(torch.add, sums[k], x) if k in sums else self.executable.each(_wide, x)
-            self._dtypes[k] = (x[0] if self.executable.virtual else x).dtype
+            self._dtypes[k] = (x[0] if run.virtual else x).dtype
+            wide = run.each(_wide, x) if run.adds_up(k) else x
+            sums[k] = run.each(torch.add, sums[k], wide) if k in sums and run.adds_up(k) else wide
 
     def gradients(self) -> list[dict[str, Any]]:
         """By stage of this process, the gradients of slots by name: reduced over ranks, and of what this stage alone adds."""

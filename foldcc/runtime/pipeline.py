@@ -84,7 +84,8 @@ class Pipelined(Executable):
 
     @cached_property
     def back(self) -> Pieces:
-        return cut(self._phases[0].first, self.pipelining.stages, backward=True)
+        taken = {len(self.terms) + k: stage for stage, piece in enumerate(self.reduce.stages) for k in piece.given}
+        return cut(self._phases[0].first, self.pipelining.stages, backward=True, read=taken)
 
     @cached_property
     def reduce(self) -> Pieces:
@@ -94,6 +95,10 @@ class Pipelined(Executable):
     def terms(self) -> tuple[str, ...]:
         """The slot of each gradient that backward pieces leave: one for each stage that adds to it."""
         return self._phases[1]
+
+    def adds_up(self, result: int) -> bool:
+        """Whether what backward pieces leave is a gradient, or else what its reduction reads besides."""
+        return result < len(self.terms) or result - len(self.terms) in self._phases[0].terms
 
     @cached_property
     def saves(self) -> int:

@@ -8,6 +8,7 @@ The backward graph is cut alike, in the other direction: what comes back is the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +61,14 @@ class Pieces:
         return next(s for s, piece in enumerate(self.stages) if result in piece.results)
 
 
-def cut(main: fx.GraphModule, stages: int, *, backward: bool = False) -> Pieces:
+def cut(main: fx.GraphModule, stages: int, *, backward: bool = False, read: Mapping[int, int] | None = None) -> Pieces:
     """A main graph in pieces, as its calls say.
 
     Args:
         backward: the last stage runs first.
+        read: by the position of a result, the stage that reads it; one that any stage can make is made there.
     """
-    return _Cut(main, stages, backward).pieces()
+    return _Cut(main, stages, backward, read or {}).pieces()
 
 
 class _Cut:
@@ -75,8 +77,8 @@ class _Cut:
     until: the last of the places that read a value.
     """
 
-    def __init__(self, main: fx.GraphModule, stages: int, backward: bool):
-        self.main, self.stages, self.backward = main, stages, backward
+    def __init__(self, main: fx.GraphModule, stages: int, backward: bool, read: Mapping[int, int]):
+        self.main, self.stages, self.backward, self.read = main, stages, backward, read
         self.nodes = list(main.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
         leaves = pytree.tree_leaves(main.graph.output_node().args[0], is_leaf=lambda x: isinstance(x, fx.Node))
@@ -95,10 +97,13 @@ class _Cut:
     def _place(self, node: fx.Node) -> int | None:
         if node.op == "call_module":
             stage: int = node.meta.get("stage", _COUNTS)
-            return self.stages - 1 - stage if self.backward and stage != _COUNTS else stage
+            return self._turn(stage)
         if node.op == "output":
             return None
         return max((place for x in node.all_input_nodes if (place := self.at[x]) is not None), default=None)
+
+    def _turn(self, stage: int) -> int:
+        return self.stages - 1 - stage if self.backward and stage != _COUNTS else stage
 
     def pieces(self) -> Pieces:
         found = [self._piece(place) for place in range(self.stages)]
@@ -108,7 +113,7 @@ class _Cut:
         stage = place != _COUNTS
         received = self._crossing(place - 1) if stage else []
         sent = self._crossing(place) if stage else []
-        results = {i: n for i, n in self.returned.items() if self._returns(n) == place} if stage else {}
+        results = {i: n for i, n in self.returned.items() if self._returns(i, n) == place} if stage else {}
         wanted = {n for n in self.nodes if self.at[n] == place and n.op != "output"} | {*results.values()}
         for node in reversed(self.nodes):  # what is made of placeholders is made where it is read
             if node in wanted:
@@ -127,10 +132,10 @@ class _Cut:
         graph.output((tuple(new[n] for n in left), tuple(new[n] for n in sent)))
         return Piece(_LazyGraphModule(self.main, graph), *map(tuple, (given, shared, received, results, sent)))  # type: ignore[arg-type]
 
-    def _returns(self, node: fx.Node) -> int:
+    def _returns(self, i: int, node: fx.Node) -> int:
         """Where a result is returned from."""
         place = self.at[node]
-        return 0 if place is None or place == _COUNTS else place
+        return self._turn(self.read.get(i, 0)) if place is None or place == _COUNTS else place
 
     def _crossing(self, boundary: int) -> list[fx.Node]:
         """What is made up to a place and read behind it."""
