@@ -174,7 +174,7 @@ class Compiler:
 
     def chosen_alike(self, made: Kept) -> Kept:
         """The program with the choices of rank 0: ranks with different ones would wait for each other without end."""
-        plan = choices_of_first(self.mesh, str(made.executable.program.plan))
+        plan = choices_of_first(self.whole, str(made.executable.program.plan))
         if plan is None:
             return made
         warnings.warn(

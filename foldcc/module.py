@@ -38,6 +38,7 @@ from foldcc.runtime.wires import counted_elsewhere, create_wires
 from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
+from foldcc.verification.schedule import prove_schedule
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
 
@@ -187,7 +188,9 @@ class FoldedModule(nn.Module):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with one_at_a_time():
-            made, replaced = self._compiler.compile(self._compiler.micro_batches(call)[0], self, self._places.plan, self._programs.kept.values())
+            made, replaced = self._compiler.compile(
+                self._compiler.micro_batches(call)[0], self, self._places.plan, self._programs.kept.values()
+            )
             with compiling():
                 made = self._compiler.chosen_alike(made)
                 made = self._proved(made)
@@ -218,6 +221,10 @@ class FoldedModule(nn.Module):
         self._compiler.progress("verify")
         buffers = dict(self.named_buffers(remove_duplicate=False))
         proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
+        if isinstance(made.executable, Pipelined):
+            pipelining, trains = made.executable.pipelining, made.executable.trains
+            told = prove_schedule(pipelining.orders(backward=trains), pipelining.micro_batches, backward=trains)
+            proof = replace(proof, proved=(*proof.proved, told))
         return replace(made, proof=proof)
 
     def _for_gradients(self, kept: Kept, wanted: tuple[bool, ...]) -> tuple[Executable, Accumulation]:
@@ -249,7 +256,7 @@ class FoldedModule(nn.Module):
         In between, `.grad` is a DTensor of terms of a sum (`Partial`) in the layout in which the program uses the parameter. It
         adds up over programs of different shapes, its `full_tensor()` is the right gradient, and `zero_grad` drops it. With
         `zero=1` to `3` a rank then holds whole gradients, not its share. What needs no reduction is in `.grad` as ever. On a
-        virtual mesh, where nothing is sent, with micro-batches, and with PyTorch 2.11, every backward pass leaves `.grad` complete.
+        virtual mesh, where nothing is sent, in micro-batches, and with PyTorch 2.11, each backward pass leaves `.grad` complete.
         """
         before, self._keeps = self._keeps, True
         try:

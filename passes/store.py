@@ -6,7 +6,8 @@
 Backward, `unshard1` is the reduction: it is given terms of a sum over dp, as its results are R, and leaves the sum. So what a
 rank keeps of a parameter is said in one place; when it is unsharded, and when its gradient is reduced, is when a block runs:
 right before the block that uses it, and right behind its backward pass. A parameter that several calls use is unsharded for
-the first of them on each pipeline stage, and its gradient is reduced once there. If all that the block does with it then is to cast it, so does `unshard1`.
+the first of them on each pipeline stage, and its gradient is reduced once there. If all that the block does with it then is to
+cast it, so does `unshard1`.
 
 With ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), or where the plan says how a parameter is stored, it is kept divided over
 the axis that replicates it otherwise: `w [h@dp, i@tp]`. `unshard1` is then an all-gather, and its transpose a reduce-scatter.

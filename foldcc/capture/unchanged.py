@@ -59,9 +59,12 @@ def in_dtypes(model: nn.Module, other: nn.Module, device: torch.device) -> Itera
     for path, module in model.named_modules():
         theirs = other.get_submodule(path)
         for name, x in (*module._parameters.items(), *module._buffers.items()):
-            wanted = None if x is None else getattr(theirs, name)
+            if x is None:
+                continue
+            there = getattr(theirs, name)
+            wanted = x if there is None else there  # None where another pipeline stage holds it
             moved = isinstance(x, nn.Parameter) and x.device.type != device.type
-            if x is None or wanted is None or (x.dtype == wanted.dtype and not moved):
+            if x.dtype == wanted.dtype and not moved:
                 continue
             held = module._parameters if name in module._parameters else module._buffers
             if id(x) not in empty:

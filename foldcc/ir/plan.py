@@ -151,7 +151,7 @@ class Plan:
 
     def with_parameters(self, other: Plan, names: Collection[str] | None = None) -> Plan:
         """This plan, with what another one says of parameters, or of those of these names."""
-        parts = {
+        parts: dict[str, Any] = {
             part: {**getattr(self, part), **{n: x for n, x in getattr(other, part).items() if names is None or n in names}}
             for part in _OF_PARAMETERS
         }
@@ -163,7 +163,7 @@ class Plan:
         Args:
             names: the first name by every name of a parameter.
         """
-        parts = {part: {names.get(n, n): x for n, x in getattr(self, part).items()} for part in _OF_PARAMETERS}
+        parts: dict[str, Any] = {part: {names.get(n, n): x for n, x in getattr(self, part).items()} for part in _OF_PARAMETERS}
         return replace(self, **parts)
 
     def check_for(self, model: str, mesh: str) -> None:

@@ -109,8 +109,11 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping
     for name, (x, layout) in held.items():
         alike = tuple(a for a in mesh.axes(layout.view) if a != "pp" and not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))
-    mine = torch.tensor([checksum for _, checksum, _ in compared], dtype=torch.int64, device=device)
-    every = torch.empty((mesh.world_size, len(compared)), dtype=torch.int64, device=device)
+    longest = torch.tensor(len(compared), device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)  # pipeline stages hold different parameters
+    mine = torch.zeros(int(longest), dtype=torch.int64, device=device)
+    mine[: len(compared)] = torch.tensor([checksum for _, checksum, _ in compared], dtype=torch.int64)
+    every = torch.empty((mesh.world_size, len(mine)), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(every.flatten(), mine)
     found = every.tolist()
     differ = [(what, first) for i, (what, checksum, first) in enumerate(compared) if found[first][i] != checksum]

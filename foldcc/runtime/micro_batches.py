@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foldcc.runtime.schedule import BACKWARD, FORWARD, FREE, RECEIVES, SEND, RECEIVE, SENDS, Action, Order, in_step
+from foldcc.runtime.schedule import BACKWARD, FORWARD, FREE, RECEIVE, RECEIVES, SENDS, Action, Order, in_step
 from foldcc.runtime.wires import Wires
 
 if TYPE_CHECKING:

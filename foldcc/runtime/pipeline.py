@@ -4,8 +4,8 @@ A call is cut into micro-batches along its samples. Each stage runs its piece of
 of them, in the order of the schedule (`runtime/schedule.py`). A loss is the mean over micro-batches, which share the mean of
 their counts; gradients add up over micro-batches and are then reduced once.
 
-With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With `1f1b` they take turns, so that the call
-runs both, for a gradient of one; gradients are linear in it, and `backward()` multiplies them by the one that it is given.
+With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With `1f1b` they take turns, so that the
+call runs both, for a gradient of one; gradients are linear in it, and `backward()` multiplies them by the one that it is given.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ class Pipelined(Executable):
                 like(node)
         if self.in_turns and [n.meta["val"].dim() for n in self.program.objectives] != [0]:
             raise FoldError(
-                "Schedule 1f1b runs backward passes inside the call, from one loss, and a training step of this model goes back "
-                f"from {told_outputs(self.program.wanted or ())}.",
+                "Schedule 1f1b runs backward passes inside the call, from one loss, and a training step of this model "
+                f"goes back from {told_outputs(self.program.wanted or ())}.",
                 valid="a model that returns a loss; schedule='gpipe'",
+            )
+
+        if self.in_turns and any(n.meta["val"].dtype == torch.float16 for n in _computed(self.program)):
+            raise FoldError(
+                "Schedule 1f1b goes back from a gradient of one, which is too small in float16, before a scaler can raise it.",
+                valid="bfloat16; schedule='gpipe'",
             )
 
     @property
@@ -133,7 +139,8 @@ class Pipelined(Executable):
 
     def entered(self, values: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """The values of each micro-batch as ranks hold them; what is the same in all of them is made once."""
-        first = self.enter([v if v is None else v.detach() for v in values[0]], self.layouts)
+        given: list[Any] = [v if v is None else v.detach() for v in values[0]]
+        first = self.enter(given, self.layouts)
         found = [first]
         for row in values[1:]:
             new = [k for k, x in enumerate(row) if x is not values[0][k]]
@@ -237,7 +244,7 @@ class Pipelined(Executable):
     def shared(self) -> dict[str, tuple[int, ...]]:
         """By slot, the stages that add to its gradient."""
         found: dict[str, set[int]] = {}
-        for pieces in (self.back, self.reduce):
+        for pieces in (self.back, self.reduce) if self.trains else ():
             for stage, piece in enumerate(pieces.stages):
                 for k in piece.results:
                     if k < len(self.terms):
@@ -281,6 +288,11 @@ class _Steps(torch.autograd.Function):
             )
         ctx.programs(wanted)
         return (None, None, None, *(None if x is None else x * given[0] for x in saved(ctx)))
+
+
+def _computed(program: Program) -> list[fx.Node]:
+    """What blocks compute, as tensors."""
+    return [n for _, n in program.nodes() if isinstance(n.meta.get("val"), Tensor)]
 
 
 def _samples(program: Program, i: int, node: fx.Node) -> int | None:

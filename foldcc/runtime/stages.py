@@ -1,4 +1,4 @@
-"""A main graph in pieces, one for each pipeline stage. What one stage makes and a later one reads goes from neighbour to neighbour.
+"""A main graph in pieces, one for each pipeline stage. What a later stage reads goes there from neighbour to neighbour.
 
     y = block0(x); z = block1(y); loss = block2(z, y)      becomes, with a stage for each call
     stage 0: y = block0(x), sends y         stage 1: z = block1(y), sends z and y         stage 2: loss = block2(z, y)
@@ -78,7 +78,7 @@ class _Cut:
     """
 
     def __init__(self, main: fx.GraphModule, stages: int, backward: bool, read: Mapping[int, int]):
-        self.main, self.stages, self.backward, self.read = main, stages, backward, read
+        self.main, self.stages, self.backward, self.readers = main, stages, backward, read
         self.nodes = list(main.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
         leaves = pytree.tree_leaves(main.graph.output_node().args[0], is_leaf=lambda x: isinstance(x, fx.Node))
@@ -91,8 +91,8 @@ class _Cut:
             place = self.at[node]
             if place is not None:
                 self.until |= {x: max(place, self.until.get(x, 0)) for x in node.all_input_nodes}
-        read = {x for n in self.nodes if self.at[n] != _COUNTS and n.op != "output" for x in n.all_input_nodes}
-        self.counts = [n for n in self.nodes if self.at[n] == _COUNTS and (n in read or n in self.returned.values())]
+        used = {x for n in self.nodes if self.at[n] != _COUNTS and n.op != "output" for x in n.all_input_nodes}
+        self.counts = [n for n in self.nodes if self.at[n] == _COUNTS and (n in used or n in self.returned.values())]
 
     def _place(self, node: fx.Node) -> int | None:
         if node.op == "call_module":
@@ -135,7 +135,7 @@ class _Cut:
     def _returns(self, i: int, node: fx.Node) -> int:
         """Where a result is returned from."""
         place = self.at[node]
-        return self._turn(self.read.get(i, 0)) if place is None or place == _COUNTS else place
+        return self._turn(self.readers.get(i, 0)) if place is None or place == _COUNTS else place
 
     def _crossing(self, boundary: int) -> list[fx.Node]:
         """What is made up to a place and read behind it."""

@@ -15,8 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.stages import like
 
-# By the world's process group and the mesh: a group over pp for each direction, so that what goes one way waits for nothing that
-# comes the other way. And by the stages that hold a parameter, a group over them.
+# By the world's process group and the mesh: a group over pp for each direction, so that what goes one way waits for nothing
+# that comes the other way. And by the stages that hold a parameter, a group over them.
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage
 _COUNTED_ELSEWHERE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that an earlier stage holds as well

@@ -1,0 +1,311 @@
+"""Pipeline stages and micro-batches: the losses, gradients and steps of one process that accumulates over micro-batches."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+import torch.nn.functional as F
+from models import tiny_model, token_batch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import foldcc
+from foldcc.errors import FoldError
+from foldcc.testing import in_float64, run_distributed
+from foldcc.testing.equivalence import relative_error
+
+Batch = dict[str, Tensor]
+
+
+def micro_batches(batch: Batch, ranks: int, count: int) -> list[Batch]:
+    """Of the samples of each data-parallel rank, as many parts; the first parts of all ranks together, and so on."""
+    rows = [torch.cat([x.chunk(count)[i] for x in torch.arange(len(batch["labels"])).chunk(ranks)]) for i in range(count)]
+    return [{name: x[at] for name, x in batch.items()} for at in rows]
+
+
+def accumulated(model: nn.Module, batch: Batch, ranks: int, count: int) -> float:
+    """One process that accumulates: the mean over all labels, and of router losses the mean over micro-batches."""
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
+    valid = int((batch["labels"][:, 1:] != -100).sum())
+    total = 0.0
+    for part in micro_batches(batch, ranks, count):
+        out = model(**part)
+        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), part["labels"][:, 1:].flatten(), reduction="sum") / valid
+        if getattr(out, "aux_loss", None) is not None:
+            loss = loss + model.config.router_aux_loss_coef * out.aux_loss / count
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def tiny(family: str, *, layers: int = 2, **changes: Any) -> nn.Module:
+    return tiny_model(family, aux_loss=family == "mixtral", num_hidden_layers=layers, **changes).double()
+
+
+CASES = [
+    ("llama", "pp=2", 4, "gpipe", {}, {}),
+    ("llama", "dp=2", 2, "1f1b", {}, {"recompute": "blocks"}),
+    ("llama", "pp=3,dp=2", 4, "1f1b", {"layers": 3, "tie_word_embeddings": True}, {"zero": 1}),
+    ("mixtral", "pp=2,dp=2|ep=2", 2, "1f1b", {}, {"zero": 3}),
+    ("mixtral", "pp=2,dp=2,tp=2|ep=4", 2, "gpipe", {}, {}),
+]
+
+
+@pytest.mark.parametrize(("family", "mesh", "count", "schedule", "changes", "options"), CASES)
+def test_a_step_is_that_of_one_process_that_accumulates(
+    family: str, mesh: str, count: int, schedule: str, changes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    plain, batch = tiny(family, **changes), token_batch(8, 8)
+    ranks = foldcc.FoldedMesh.parse(mesh).size("dp")
+    with in_float64():
+        model = foldcc.parallelize(
+            copy.deepcopy(plain), mesh, example_inputs=batch, micro_batches=count, schedule=schedule, **options
+        )
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (plain, model)]
+        for _ in range(2):
+            wanted = accumulated(plain, batch, ranks, count)
+            out = model(**batch)
+            (2 * out.loss).backward()
+            assert abs(out.loss.item() - wanted) < 1e-10
+            with torch.no_grad():
+                assert relative_error(out.logits, plain(**batch).logits) < 1e-10
+            for name, p in plain.named_parameters():
+                assert relative_error(model.get_parameter(name).grad, 2 * p.grad) < 1e-10, name
+            norms = [torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0), foldcc.clip_grad_norm_(model.parameters(), 1.0)]
+            assert relative_error(norms[1], 2 * norms[0]) < 1e-10
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert model.proof.ok and any("schedule" in line for line in model.proof.proved)
+
+
+def test_other_shapes_evaluation_and_accumulation() -> None:
+    plain, batch, longer = tiny("llama"), token_batch(4, 8), token_batch(4, 12, seed=1)
+    with in_float64():
+        model = foldcc.parallelize(copy.deepcopy(plain), "pp=2", example_inputs=batch, micro_batches=4, verify=False)
+        for x in (batch, longer):
+            accumulated(plain, x, 1, 4)
+            loss = model(**x).loss
+            loss.backward(retain_graph=True)
+            accumulated(plain, x, 1, 4)
+            loss.backward()
+        for name, p in plain.named_parameters():
+            assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-10, name
+        with torch.no_grad():
+            found, wanted = model.eval()(**batch), plain.eval()(**batch)
+        assert relative_error(found.loss, wanted.loss) < 1e-10 and relative_error(found.logits, wanted.logits) < 1e-10
+    stages = [model.plan.stages[name] for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    assert stages == [(0,), (1,)]
+
+
+def test_a_loss_of_ones_own() -> None:
+    plain, batch = tiny("llama"), token_batch(4, 8)
+    ids = {"input_ids": batch["input_ids"]}
+    with in_float64():
+        model = foldcc.parallelize(copy.deepcopy(plain), "pp=2", example_inputs=ids, micro_batches=2, verify=False)
+        for m in (plain, model):
+            m(**ids).logits.square().mean().backward()
+    for name, p in plain.named_parameters():
+        assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-10, name
+
+
+def test_dropout_draws_as_one_process_that_accumulates() -> None:
+    """The first micro-batch draws first."""
+    batch = token_batch(4, 8)
+    losses = []
+    for mesh in ("pp=2", "dp=1"):
+        model = foldcc.parallelize(
+            tiny("llama", attention_dropout=0.5), mesh, example_inputs=batch, micro_batches=2, verify=False
+        )
+        torch.manual_seed(3)
+        losses.append(model(**batch).loss)
+    assert torch.equal(*losses)
+
+
+def test_in_16_bits_gradients_add_up_over_micro_batches_in_32() -> None:
+    """Next to the same parameters in one micro-batch: no farther from float64 than that, up to a factor."""
+    batch = token_batch(16, 8)
+    wanted = tiny("llama")
+    accumulated(wanted, batch, 1, 1)
+    errors = []
+    for count in (1, 16):
+        model = foldcc.parallelize(
+            tiny("llama").bfloat16(), "pp=2", example_inputs=batch, micro_batches=count, verify=False, schedule="gpipe"
+        )
+        model(**batch).loss.backward()
+        errors.append(sum(relative_error(model.get_parameter(n).grad, p.grad) for n, p in wanted.named_parameters()))
+    assert errors[1] < 1.5 * errors[0]
+
+
+# --- on processes ---
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def train(schedule: str, zero: int, folder: str) -> dict[str, Any]:
+    """Two steps on real stages, and a checkpoint after them."""
+    mesh = foldcc.FoldedMesh.parse("pp=2,dp=2|ep=2", "cpu")
+    batch = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(8, 8).items()}
+    with in_float64():
+        model = foldcc.parallelize(
+            tiny("mixtral", tie_word_embeddings=True),
+            mesh,
+            example_inputs=batch,
+            micro_batches=2,
+            schedule=schedule,
+            zero=zero,
+            verify=False,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        found: dict[str, Any] = {"losses": [], "norms": []}
+        for _ in range(2):
+            out = model(**batch)
+            out.loss.backward()
+            found["losses"].append(out.loss.item())
+            found.setdefault("gradients", {n: whole(p.grad) for n, p in model.named_parameters()})
+            found["norms"].append(foldcc.clip_grad_norm_(model.parameters(), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            logits = model(**batch).logits
+        found["logits"] = None if logits.is_meta else whole(logits)
+        found["shape"] = tuple(logits.shape)
+        state = model.state_dict()
+        checkpoint.save(state, checkpoint_id=folder)
+        found["weights"] = {n: whole(p) for n, p in model.named_parameters()}
+        for p in model.parameters():
+            p.data.zero_()
+        checkpoint.load(state, checkpoint_id=folder)
+        model.load_state_dict(state)
+        assert all(torch.equal(whole(p), found["weights"][n]) for n, p in model.named_parameters())
+        model.load_state_dict(tiny("mixtral", tie_word_embeddings=True, seed=1).state_dict())
+    return found
+
+
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 1), pytest.param("gpipe", 3, marks=pytest.mark.slow)])
+def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stage_uses(schedule: str, zero: int) -> None:
+    plain, batch = tiny("mixtral", tie_word_embeddings=True), token_batch(8, 8)
+    optimizer, losses, norms, gradients = torch.optim.AdamW(plain.parameters(), lr=1e-2), [], [], {}
+    with in_float64():
+        for _ in range(2):
+            losses.append(accumulated(plain, batch, 2, 2))
+            gradients = gradients or {n: p.grad.clone() for n, p in plain.named_parameters()}
+            norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            logits = plain(**batch).logits
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_distributed(train, 4, schedule, zero, folder)
+        stored = {n: torch.empty_like(p) for n, p in plain.state_dict().items()}
+        checkpoint.load(stored, checkpoint_id=folder, no_dist=True)
+    for rank, found in enumerate(ranks):
+        assert found["losses"] == pytest.approx(losses, rel=1e-10) and found["norms"] == pytest.approx(norms, rel=1e-10)
+        for name, gradient in found["gradients"].items():
+            assert relative_error(gradient, gradients[name]) < 1e-10, f"{name} on rank {rank}"
+        assert found["shape"] == (4, 8, 128) and (found["logits"] is None) == (rank < 2)
+    assert relative_error(torch.cat([ranks[r]["logits"] for r in (2, 3)]), logits) < 1e-10
+    first, last = (set(ranks[r]["gradients"]) for r in (0, 2))
+    assert first & last == {"model.embed_tokens.weight"} and first | last == set(gradients)
+    for name, p in plain.named_parameters():
+        assert relative_error(stored[name], p) < 1e-9, name
+
+
+def rows(x: Tensor) -> None:
+    mesh = foldcc.FoldedMesh.parse("pp=2", "cpu")
+    model = foldcc.parallelize(tiny("llama").float(), mesh, example_inputs=token_batch(2, 8), micro_batches=2, verify=False)
+    name, parameter = next(iter(model.named_parameters()))
+    parameter.requires_grad_(False)
+    with pytest.raises(FoldError, match="was frozen, unfrozen or cast"):
+        model(**token_batch(2, 8))
+    parameter.requires_grad_(True)
+    with pytest.raises(FoldError, match="some are on other pipeline stages"):
+        foldcc.init_parameters(model, seed=0)
+    with pytest.raises(FoldError, match="(?s)decided by the first program.*example_inputs"):
+        foldcc.parallelize(nn.Linear(4, 4), mesh)
+
+
+def test_what_ranks_of_stages_refuse() -> None:
+    run_distributed(rows, 2, torch.zeros(1))
+
+
+# --- what cannot be ---
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return self.second(self.first(x).relu()).square().mean()
+
+
+class WholeCount(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.second(self.first(x)).square().mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Sums(WholeCount):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        return (y.square().mean(-1) * mask).sum() / mask.sum(), y.sum(0)  # type: ignore[return-value]
+
+
+MASKED = {"x": torch.ones(4, 8), "mask": torch.ones(4, dtype=torch.int64)}
+
+
+def test_what_micro_batches_cannot_do_is_refused_with_the_arithmetic() -> None:
+    llama, batch = tiny("llama").float(), token_batch(4, 8)
+
+    def fold(model: nn.Module = llama, mesh: str = "pp=2", inputs: Any = batch, **options: Any) -> Any:
+        return foldcc.parallelize(model, mesh, example_inputs=inputs, verify=False, **options)
+
+    with pytest.raises(FoldError, match=r"(?s)pp=9 stages of 4 blocks.*1 to 4"):
+        fold(mesh="pp=9", micro_batches=4)
+    with pytest.raises(FoldError, match=r"1f1b fills 2 stages with as many micro-batches, and there are 1"):
+        fold(schedule="1f1b")
+    with pytest.raises(FoldError, match=r"4 samples of a rank do not divide over micro_batches=3 \(4 = 1 \* 3 \+ 1\)"):
+        fold(micro_batches=3)
+    with pytest.raises(FoldError, match=r"no schedule 'zb'[^$]*gpipe, 1f1b"):
+        fold(schedule="zb")
+    with pytest.raises(FoldError, match="micro_batches=0"):
+        fold(micro_batches=0)
+    with pytest.raises(FoldError, match="Buffer seen is updated in each forward pass"):
+        fold(Counting(), inputs=(torch.ones(4, 8),), micro_batches=2, mesh="dp=1")
+    with pytest.raises(FoldError, match="computed with as a whole number"):
+        fold(WholeCount(), inputs=MASKED, micro_batches=2, mesh="dp=1")
+    with pytest.raises(FoldError, match="Output 1 has no dimension of samples and is no loss"):
+        fold(Sums(), inputs=MASKED, micro_batches=2, mesh="dp=1")
+    with pytest.raises(FoldError, match="goes back from"):
+        fold(inputs={"input_ids": batch["input_ids"]}, micro_batches=2, schedule="1f1b")
+    hooked = copy.deepcopy(llama)
+    hooked.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(FoldError, match="Hooks see whole calls"):
+        fold(hooked, micro_batches=2)
+    model = fold(micro_batches=2, schedule="1f1b")
+    with pytest.raises(FoldError, match="went back from output 0 inside the call"):
+        model(**batch).logits.sum().backward()
+    for what in ("summary", "memory"):
+        with pytest.raises(FoldError, match=what):
+            getattr(model, what)()
+    embeddings = llama.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    with pytest.raises(FoldError, match="requires a gradient"):
+        fold(inputs={"inputs_embeds": embeddings, "labels": batch["labels"]}, micro_batches=2)
+    with pytest.raises(FoldError, match="float16"):
+        fold(micro_batches=2, schedule="1f1b", precision=foldcc.Precision(compute="float16"))
