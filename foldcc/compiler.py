@@ -36,7 +36,7 @@ from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
-from foldcc.samples import refuse_attention_over_samples, sample_dims
+from foldcc.samples import refuse_attention_over_samples, refuse_numbers, refuse_sums_over_samples, sample_dims
 from foldcc.taps import with_results
 from foldcc.verification.origin import Origin
 
@@ -79,7 +79,12 @@ class Compiler:
     @property
     def divided(self) -> bool:
         """Whether samples of a call are divided, over ranks or micro-batches."""
-        return self.mesh.size("dp") > 1 or (self.pipelining is not None and self.pipelining.micro_batches > 1)
+        return self.mesh.size("dp") > 1 or self.in_micro_batches
+
+    @property
+    def in_micro_batches(self) -> bool:
+        """Whether calls are cut into several micro-batches."""
+        return self.pipelining is not None and self.pipelining.micro_batches > 1
 
     def sample_dims(self, call: Call) -> dict[str, int | None]:
         return sample_dims(call.leaves, call.names, self.batch_dims, divided=self.divided)
@@ -121,12 +126,16 @@ class Compiler:
         self.progress("capture")
         program, blind = self._captured(call, tree, batch_dims)
         numbers = {n: x for n, x in call.items() if n in blind}
+        if self.in_micro_batches:
+            refuse_numbers(call.leaves, call.names, numbers)
         program, free, other = self._over_numbers(call, tree, program, numbers, others)
         seconds = time.perf_counter() - start
         with compiling():
             stages = self._planned(program, tree, held, seconds)
             if divided and not self.batch_dims and (self.pipelining is not None or not self.mesh.is_virtual):
                 refuse_attention_over_samples(stages["annotate"].program)
+            if self.in_micro_batches:
+                refuse_sums_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
         made = Kept(
             key,

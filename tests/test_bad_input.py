@@ -147,13 +147,6 @@ def test_an_unknown_axis() -> None:
         foldcc.init_folded_mesh("virtual", attention={"sp": 2})
 
 
-@pytest.mark.parametrize("axis", ["pp"])
-def test_an_axis_that_is_not_there_yet(axis: str) -> None:
-    model = Sized()
-    with refused(model, f"{axis}=2 is not supported yet", mesh=f"{axis}=2", valid=f"{axis}=1"):
-        fold(model, f"{axis}=2", example_inputs=(activations(),))
-
-
 @pytest.mark.usefixtures("world_of_eight")
 @pytest.mark.parametrize(("experts", "ep"), [(8, 8), (12, 4), (6, 2), (9, 1)])
 def test_a_plain_mesh_gets_as_much_ep_as_divides_the_experts(experts: int, ep: int) -> None:

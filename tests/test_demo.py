@@ -50,7 +50,9 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         (["--mesh", "dp=4,sp=2"], "unknown axis 'sp'."),
         (["--mesh", "eight"], "'eight' in 'eight' is not of the form axis=size."),
         (["--batch", "6"], "6 samples of a batch do not divide over dp=4 (6 = 1 * 4 + 2)."),
-        (["--mesh", "pp=2"], "pp=2 is not supported yet."),  # this one is found by the ranks
+        (["--mesh", "pp=2"], "The demo shows a mesh without pipeline stages."),
+        # this one is found by the ranks
+        (["--mesh", "tp=3"], "8 attention heads, 2 to each of 4 key/value heads, do not divide over tp=3."),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(

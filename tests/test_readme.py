@@ -14,7 +14,10 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-RUN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("memory", "operators", "passes", "plans", "verification"))]
+RUN = [
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("memory", "operators", "passes", "pipelines", "plans", "verification")),
+]
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)

@@ -11,7 +11,7 @@ _AXES = ("dp", "tp", "ep", "etp")
 def folded_meshes(world: int) -> list[FoldedMesh]:
     """All virtual meshes of `world` ranks over `dp`, `tp` | `ep`, `etp`, those with the fewest axes first.
 
-    `cp` is left at 1, for not every model has a sequence that it divides, and `pp`, for it is not compiled yet.
+    `cp` is left at 1, for not every model has a sequence that it divides, and `pp`, for it comes with micro-batches.
     """
     found = [
         init_folded_mesh("virtual", attention={"dp": world // tp, "tp": tp}, moe={"ep": ep, "etp": etp})

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         FoldError: the mesh, the batch and the model do not fit together.
     """
     mesh = FoldedMesh.parse(args.mesh)
+    if mesh.size("pp") > 1:
+        raise FoldError("The demo shows a mesh without pipeline stages.", mesh=mesh, valid="--mesh with pp=1")
     dp = mesh.size("dp")
     divides("samples of a batch", args.batch, "dp", dp, mesh=mesh, valid=f"--batch: multiples of {dp}")
     quiet()
