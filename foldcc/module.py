@@ -34,7 +34,7 @@ from foldcc.runtime.modes import compiling, one_at_a_time
 from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, refuse_unset, still_unset
 from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
-from foldcc.runtime.wires import counted_elsewhere, create_wires
+from foldcc.runtime.wires import counted_elsewhere
 from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
@@ -115,20 +115,21 @@ class FoldedModule(nn.Module):
             kept = self._find(parts[0])
             assert kept is not None
         program, executable = kept.executable.program, kept.executable
-        held = self._held()
         first = {slot.name: slot.names[0] for slot in program.slots}
-        state = {i: self._places.local(first[name], held[first[name]]) for i, name in program.updates.items()}
+        held = self._places.held(self, first.values())
+        state = {i: held[first[name]] for i, name in program.updates.items()}
         if self._check_ranks and not self._started:
-            layouts = [node.meta["layout"] for node in kept.executable.outputs]
+            layouts = [node.meta["layout"] for node in executable.outputs]
             buffers = {first[name]: (state[i], layouts[i]) for i, name in program.updates.items()}
             agree_on_start(self.mesh, call.tensors(), {**self._places.of(self), **buffers})
             self._started = True
-        count = len(parts) * sum(s.kind == "key" for s in program.slots)
-        keys = draw_keys(count, self.mesh, self._compiler.device(self))
-        there = {n: self._places.local(n, x) for n, x in held.items() if n in first.values()}
-        values = [self._values(kept, part, there, keys) for part in parts]
+        device = self._compiler.device(self)
+        keys = draw_keys(len(parts) * sum(s.kind == "key" for s in program.slots), self.mesh, device)
+        values = [kept.values(part, held, keys, device) for part in parts]
         others = partial(self._for_gradients, kept)
         if isinstance(executable, Pipelined):
+            for name in self._elsewhere.counted:  # of this module's own parameters, which may have been copied or replaced
+                counted_elsewhere(self.get_parameter(name))
             return program.returned(executable.in_micro_batches(values, others))
         after = partial(call_backward, self, program.observed, executable.no_gradient) if program.observed else None
         outputs = executable(values[0], others, after)
@@ -137,31 +138,6 @@ class FoldedModule(nn.Module):
                 buffer.copy_(outputs[i])
         call_forward(self, program.observed, outputs)
         return program.returned(outputs)
-
-    def _held(self) -> dict[str, Tensor]:
-        """Parameters and buffers, by each of their names."""
-        parameters, buffers = self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)
-        return {**dict(parameters), **dict(buffers)}
-
-    def _values(self, kept: Kept, call: Call, held: Mapping[str, Tensor], keys: Iterator[Tensor]) -> list[Any]:
-        """The values of a program's slots; None for a parameter that is on another pipeline stage."""
-        program = kept.executable.program
-        inputs, updated = call.inputs(kept.free, self._compiler.device(self)), set(program.updates.values())
-        values: list[Any] = []
-        for slot, node in zip(program.slots, program.placeholders, strict=True):
-            if slot.kind == "input":
-                values.append(next(inputs))
-            elif slot.kind == "constant":
-                values.append(program.constants[slot.name])
-            elif slot.kind == "key":
-                values.append(next(keys))
-            elif slot.kind == "tap":
-                values.append(kept.executable.zeros(node))
-            else:
-                value = held.get(slot.names[0])
-                # What the backward pass reads is the value that was there in this forward pass.
-                values.append(value.clone() if value is not None and slot.name in updated else value)
-        return values
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call, where nothing speaks against it, and on real ranks all of them are about to run the same program."""
@@ -196,24 +172,12 @@ class FoldedModule(nn.Module):
                 made = self._proved(made)
                 self._places.take(self, made.executable.program)
                 if isinstance(made.executable, Pipelined) and not self.mesh.is_virtual:
-                    self._leave_to_other_stages(made.executable)
+                    made.executable.keep_own(self, self._elsewhere)
             self._programs.keep(made, replaced)
-        found = summary(self.stages)
-        if not found.uncounted:
+        if not (found := summary(self.stages)).uncounted:
             self._programs.announce_copies(found.copies)
         if fixed:
             self._structure = call.structure
-
-    def _leave_to_other_stages(self, executable: Pipelined) -> None:
-        """Keeps the parameters that this rank's stage uses, and has process groups between the stages."""
-        stages, (here,) = executable.program.plan.stages, executable.here
-        together = {name: places for name, places in stages.items() if len(places) > 1}
-        create_wires(self.mesh, [*together.values(), *(s for s in executable.shared.values() if len(s) > 1)])
-        names = {s.names[0]: s.names for s in executable.program.slots if s.kind == "parameter"}
-        self._elsewhere.leave(self, {n for first, n_ in names.items() if here not in stages.get(first, (here,)) for n in n_})
-        for name, places in together.items():
-            if here in places[1:]:
-                counted_elsewhere(self.get_parameter(name))
 
     def _proved(self, made: Kept) -> Kept:
         if not self._verified:
@@ -222,8 +186,7 @@ class FoldedModule(nn.Module):
         buffers = dict(self.named_buffers(remove_duplicate=False))
         proof = on_one_rank(self.mesh, partial(prove_compiled, made.stages.lowered, buffers, made.origin))
         if isinstance(made.executable, Pipelined):
-            pipelining, trains = made.executable.pipelining, made.executable.trains
-            told = prove_schedule(pipelining.orders(backward=trains), pipelining.micro_batches, backward=trains)
+            told = prove_schedule(made.executable.pipelining, backward=made.executable.trains)
             proof = replace(proof, proved=(*proof.proved, told))
         return replace(made, proof=proof)
 
@@ -327,10 +290,7 @@ class FoldedModule(nn.Module):
         return self.program.plan
 
     def collectives(self) -> Any:
-        """Each collective of a training step: its axis, the bytes that a rank sends, and the module that it serves.
-
-        With micro-batches, those of one of them; what stages send each other is not among them.
-        """
+        """Each collective of a step, or of one of its micro-batches: its axes, the bytes that a rank sends, its module."""
         from foldcc.inspect.collectives import collectives
 
         return collectives(self.stages)
@@ -342,25 +302,16 @@ class FoldedModule(nn.Module):
         """
         from foldcc.inspect.memory import Policies, memory
 
-        self._refuse_micro_batches("memory")
-        policies, found = ("none", "selective", "blocks"), {}
+        stages, policies, found = self._compiler.counted(self.stages), ("none", "selective", "blocks"), {}
         with one_at_a_time():
             for zero in (0, 1, 3):
-                programs = self._compiler.under(self.stages, zero, policies)
+                programs = self._compiler.under(stages, zero, policies)
                 found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})
         return Policies(found)
 
     def summary(self) -> Any:
         """FLOPs, parameters and bytes of a rank against those of the whole model."""
-        self._refuse_micro_batches("summary")
-        return summary(self.stages)
-
-    def _refuse_micro_batches(self, what: str) -> None:
-        if self._compiler.pipelining is not None:
-            raise FoldError(
-                f"{what}() counts what a rank does and holds in a call, and not yet by pipeline stages and micro-batches.",
-                valid=f"{what}() of the same model with pp=1 and micro_batches=1, on {self.mesh.stage}: one stage of many",
-            )
+        return summary(self._compiler.counted(self.stages))
 
     # --- what the original has besides ---
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from foldcc.call import Key, Told
+import torch
+from torch import Tensor
+
+from foldcc.call import Call, Key, Told
 from foldcc.errors import FoldError
 from foldcc.hooks import Watch, told
 from foldcc.ir.program import told_outputs
@@ -49,6 +52,30 @@ class Kept:
     origin: Origin | None = None
     proof: Proof | None = None
     others: dict[tuple[bool, ...], Kept] = field(default_factory=dict)
+
+    def values(self, call: Call, held: Mapping[str, Tensor], keys: Iterator[Tensor], device: torch.device) -> list[Any]:
+        """The values of the program's slots in a call.
+
+        Args:
+            held: parameters and buffers by their first names; a parameter that is not there is on another pipeline stage.
+        """
+        program = self.executable.program
+        inputs, updated = call.inputs(self.free, device), set(program.updates.values())
+        found: list[Any] = []
+        for slot, node in zip(program.slots, program.placeholders, strict=True):
+            if slot.kind == "input":
+                found.append(next(inputs))
+            elif slot.kind == "constant":
+                found.append(program.constants[slot.name])
+            elif slot.kind == "key":
+                found.append(next(keys))
+            elif slot.kind == "tap":
+                found.append(self.executable.zeros(node))
+            else:
+                value = held.get(slot.names[0])
+                # What the backward pass reads is the value that was there in this forward pass.
+                found.append(value.clone() if value is not None and slot.name in updated else value)
+        return found
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}{told}" for name, told in self.told.items())

@@ -224,10 +224,14 @@ class Elsewhere:
     """The parameters of a tree that other pipeline stages hold, by each of their names: whether they are trained.
 
     Every rank compiles the whole model, so what is compiled for depends on them as well, and is not changed afterwards.
+
+    Attributes:
+        counted: those that are here too, and that norms of all parameters count elsewhere.
     """
 
     def __init__(self) -> None:
         self.names: dict[str, bool] = {}
+        self.counted: set[str] = set()
         self._held: dict[str, tuple[bool, torch.dtype]] = {}
 
     def leave(self, root: nn.Module, names: set[str]) -> None:

@@ -223,7 +223,7 @@ def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stage_u
         with torch.no_grad():
             logits = plain(**batch).logits
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_distributed(train, 4, schedule, zero, folder)
+        ranks = run_distributed(train, 4, schedule, zero, folder, timeout=600)
         stored = {n: torch.empty_like(p) for n, p in plain.state_dict().items()}
         checkpoint.load(stored, checkpoint_id=folder, no_dist=True)
     for rank, found in enumerate(ranks):
@@ -347,7 +347,7 @@ def test_what_a_model_in_micro_batches_cannot_do_is_refused_when_it_is_asked() -
     with pytest.raises(FoldError, match="Gradients of gradients"):
         torch.autograd.grad(model(**MASKED)[0], model.first.weight, create_graph=True)
     for ask in (model.summary, model.memory):
-        with pytest.raises(FoldError, match="not yet by pipeline stages and micro-batches"):
+        with pytest.raises(FoldError, match="not yet counted by pipeline stages and micro-batches"):
             ask()
     model.first.register_forward_hook(lambda *_: None)
     with pytest.raises(FoldError, match="Hooks see whole calls"):

@@ -22,7 +22,7 @@ from foldcc.runtime.schedule import (
     Order,
     Pipelining,
 )
-from foldcc.verification.schedule import prove_schedule
+from foldcc.verification.schedule import prove_orders, prove_schedule
 
 Orders = list[Order]
 
@@ -32,7 +32,7 @@ Orders = list[Order]
 def test_every_schedule_holds_with_and_without_backward_passes(schedule: str, stages: int, count: int) -> None:
     pipelining = Pipelining(stages, count, schedule)
     for backward in (True, False):
-        told = prove_schedule(pipelining.orders(backward=backward), count, backward=backward)
+        told = prove_schedule(pipelining, backward=backward)
         if backward:
             held = [min(count, stages - s) if schedule == "1f1b" else count for s in range(stages)]
             assert f"at most {', '.join(map(str, held))} at a time" in told
@@ -88,7 +88,7 @@ def test_every_mistake_in_a_schedule_is_found(schedule: str) -> None:
     assert len(planted) > 200
     for what, wrong in planted:
         with pytest.raises(FoldError):
-            prove_schedule(wrong, 4, backward=True)
+            prove_orders(wrong, 4, backward=True)
             pytest.fail(f"{what} is not found")
 
 
@@ -100,7 +100,7 @@ def test_stages_that_wait_for_each_other_in_a_circle_are_found() -> None:
     with pytest.raises(
         FoldError, match=r"(?s)wait for each other without end.*stage 0 +receive gradient 0.*stage 1 +receive 0"
     ):
-        prove_schedule([waits, last], 2, backward=True)
+        prove_orders([waits, last], 2, backward=True)
 
 
 def test_a_send_waits_for_what_was_sent_before() -> None:
@@ -108,4 +108,4 @@ def test_a_send_waits_for_what_was_sent_before() -> None:
     first = tuple(Action(k, i) for k, i in ((FORWARD, 0), (SEND, 0), (FORWARD, 1), (SEND, 1), (FORWARD, 2), (SEND, 2)))
     last = (Action(RECEIVE, 0), Action(FORWARD, 0), Action(RECEIVE_GRADIENT, 0))
     with pytest.raises(FoldError, match="(?s)wait for each other.*stage 0 +send 2"):
-        prove_schedule([first, last, ()], 3, backward=True)
+        prove_orders([first, last, ()], 3, backward=True)

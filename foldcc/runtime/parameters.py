@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +86,11 @@ class Places:
             )
         local = held.to_local(grad_placements=held.placements)
         return filled(local, self.layouts[name]) if laid_out else local
+
+    def held(self, tree: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """What this rank holds of parameters and buffers of these names."""
+        there = dict([*tree.named_parameters(remove_duplicate=False), *tree.named_buffers(remove_duplicate=False)])
+        return {n: self.local(n, there[n]) for n in dict.fromkeys(names) if n in there}
 
     def of(self, tree: nn.Module) -> dict[str, tuple[Tensor, Layout]]:
         """What this rank holds of each parameter that has a layout."""

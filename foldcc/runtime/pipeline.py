@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program, told_outputs
@@ -28,7 +28,8 @@ from foldcc.runtime.micro_batches import Run
 from foldcc.runtime.placement import own_samples
 from foldcc.runtime.schedule import Order, Pipelining, is_late
 from foldcc.runtime.stages import Piece, Pieces, apart, cut, like
-from foldcc.runtime.wires import from_stage, over_stages
+from foldcc.runtime.wires import create_wires, from_stage, over_stages
+from foldcc.tree import Elsewhere
 
 
 @dataclass
@@ -250,6 +251,14 @@ class Pipelined(Executable):
                     if k < len(self.terms):
                         found.setdefault(self.terms[k], set()).add(stage)
         return {name: tuple(sorted(stages)) for name, stages in found.items()}
+
+    def keep_own(self, tree: nn.Module, elsewhere: Elsewhere) -> None:
+        """Leaves a tree the parameters that this rank's stage uses, and has process groups between the stages."""
+        stages, (here,) = self.program.plan.stages, self.here
+        create_wires(self.whole, [s for s in (*stages.values(), *self.shared.values()) if len(s) > 1])
+        held = [s.names for s in self.program.slots if s.kind == "parameter"]
+        elsewhere.leave(tree, {n for names in held if here not in stages.get(names[0], (here,)) for n in names})
+        elsewhere.counted |= {names[0] for names in held if here in stages.get(names[0], ())[1:]}
 
 
 class _Steps(torch.autograd.Function):

@@ -21,11 +21,17 @@ from foldcc.runtime.schedule import (
     SEND,
     SEND_GRADIENT,
     Order,
+    Pipelining,
     in_step,
 )
 
 
-def prove_schedule(orders: Sequence[Order], micro_batches: int, *, backward: bool) -> str:
+def prove_schedule(pipelining: Pipelining, *, backward: bool) -> str:
+    """`prove_orders` of those of a schedule."""
+    return prove_orders(pipelining.orders(backward=backward), pipelining.micro_batches, backward=backward)
+
+
+def prove_orders(orders: Sequence[Order], micro_batches: int, *, backward: bool) -> str:
     """What is proved of the orders of a pipeline's stages, in a sentence.
 
     Args:
