@@ -139,6 +139,16 @@ def test_a_mesh_reads_what_it_prints(mesh):
     assert hash(pickle.loads(pickle.dumps(mesh))) == hash(mesh) and copy.deepcopy(mesh) == mesh
 
 
+def test_one_stage_is_a_mesh_of_its_own() -> None:
+    mesh = FoldedMesh.parse("pp=2,dp=2,tp=4|ep=4,etp=2")
+    assert mesh.stage == mesh.stage.stage == FoldedMesh.parse("dp=2,tp=4|ep=4,etp=2")
+    for rank in range(mesh.world_size):
+        for axes in ("dp", ("dp", "tp"), ("ep", "etp")):
+            place = rank % mesh.stage.world_size
+            assert mesh.index(rank, axes) == mesh.stage.index(place, axes)
+            assert mesh.group_of(rank, axes) == tuple(rank - place + r for r in mesh.stage.group_of(place, axes))
+
+
 @pytest.mark.parametrize("text", ["dp=1", "tp=2", "dp=2,cp=2,tp=2|ep=8", "pp=2,dp=2,tp=4|ep=4,etp=2", "tp=4|etp=2"])
 def test_text_prints_as_it_was_read(text):
     assert str(FoldedMesh.parse(text)) == text
