@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program, told_outputs
-from foldcc.layout import Layout
+from foldcc.layout import Layout, Shard, Symbol
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.accumulation import Phases
 from foldcc.runtime.executable import Executable, Others, refuse_second_order, save, saved
@@ -190,20 +190,23 @@ class Pipelined(Executable):
         return torch.stack([p.unflatten(dim, (ranks, -1)) for p in parts], dim + 1).flatten(dim, dim + 2)
 
     def _whole(self, i: int) -> Layout:
-        """The layout of an output of the call."""
+        """The layout of an output of the call: its samples are those of each micro-batch after the other."""
         layout: Layout = self.outputs[i].meta["layout"]
         dim = self.samples[i]
-        first = layout.dims[dim][:1] if dim is not None else ()
-        sizes = {f: n * (self.pipelining.micro_batches if f in first else 1) for f, n in layout.sizes.items()}
-        return replace(layout, sizes=sizes)
+        if dim is None:
+            return layout
+        count = Symbol("micro_batches", integer=True, positive=True)
+        dims = tuple((count, *product) if d == dim else product for d, product in enumerate(layout.dims))
+        moved = {
+            axis: Shard(dim, state.start + 1, state.stop + 1) if isinstance(state, Shard) and state.dim == dim else state
+            for axis, state in layout.states.items()
+        }
+        return replace(layout, dims=dims, sizes={**layout.sizes, count: self.pipelining.micro_batches}, states=moved)
 
     def _shape(self, i: int) -> list[Any]:
         """The shape of an output of the call with this rank's samples."""
-        layout, dim = self._whole(i), self.samples[i]
-        shape = list(replace(layout, states={a: s for a, s in layout.states.items() if a == "dp"}).shape)
-        if dim is not None and not layout.dims[dim]:  # one sample in a micro-batch
-            shape[dim] = self.pipelining.micro_batches
-        return shape
+        layout = self._whole(i)
+        return list(replace(layout, states={a: s for a, s in layout.states.items() if a == "dp"}).shape)
 
     def _own(self, x: Tensor, i: int) -> Tensor:
         return own_samples(x, self._whole(i), self.program.mesh)
@@ -318,10 +321,13 @@ def _samples(program: Program, i: int, node: fx.Node) -> int | None:
         dim = program.batch_dim(entering) if slot.kind == "input" else None
         if dim is None:
             continue
-        batch = entering.meta["layout"].dims[dim]
-        alike = [d for d, product in enumerate(dims) if product[: len(batch)] == batch and (batch or not product)]
-        if alike:
-            return dim if dim in alike else alike[0]
+        batch, *rest = entering.meta["layout"].dims[dim:]
+        # One sample has no factor: it stands alone in a dimension, or in front of what comes behind it in the input.
+        starts = [batch] if batch else [(), *(product[:1] for product in rest[:1])]
+        for start in starts:
+            alike = [d for d, product in enumerate(dims) if (product[: len(start)] == start if start else not product)]
+            if alike:
+                return dim if dim in alike else alike[0]
     raise FoldError(
         f"{program.told_output(i)} has no dimension of samples and is no loss, so that there is one for each micro-batch.",
         shape=list(value.shape),
