@@ -123,13 +123,13 @@ class FoldedModule(nn.Module):
             buffers = {first[name]: (state[i], layouts[i]) for i, name in program.updates.items()}
             agree_on_start(self.mesh, call.tensors(), {**self._places.of(self), **buffers})
             self._started = True
-        device = self._compiler.device(self)
-        keys = draw_keys(len(parts) * sum(s.kind == "key" for s in program.slots), self.mesh, device)
+        device, draws = self._compiler.device(self), sum(s.kind == "key" for s in program.slots)
+        keys = draw_keys(len(parts) * draws, self.mesh, device)
         values = [kept.values(part, held, keys, device) for part in parts]
         others = partial(self._for_gradients, kept)
+        for name in self._elsewhere.counted:  # of this module's own parameters, which may have been copied or replaced
+            counted_elsewhere(self.get_parameter(name))
         if isinstance(executable, Pipelined):
-            for name in self._elsewhere.counted:  # of this module's own parameters, which may have been copied or replaced
-                counted_elsewhere(self.get_parameter(name))
             return program.returned(executable.in_micro_batches(values, others))
         after = partial(call_backward, self, program.observed, executable.no_gradient) if program.observed else None
         outputs = executable(values[0], others, after)
@@ -168,8 +168,7 @@ class FoldedModule(nn.Module):
                 self._compiler.micro_batches(call)[0], self, self._places.plan, self._programs.kept.values()
             )
             with compiling():
-                made = self._compiler.chosen_alike(made)
-                made = self._proved(made)
+                made = self._proved(self._compiler.chosen_alike(made))
                 self._places.take(self, made.executable.program)
                 if isinstance(made.executable, Pipelined) and not self.mesh.is_virtual:
                     made.executable.keep_own(self, self._elsewhere)
@@ -246,7 +245,8 @@ class FoldedModule(nn.Module):
     def __repr__(self) -> str:
         from foldcc.inspect.module import described
 
-        return described(type(self._compiler.model).__name__, self, self.mesh, self._places.layouts, len(self._programs))
+        name, places = type(self._compiler.model).__name__, self._places
+        return described(name, self, self.mesh, places.layouts, places.plan.stages, len(self._programs))
 
     @property
     def program(self) -> Program:

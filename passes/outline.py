@@ -6,7 +6,8 @@ becomes
 
 so that everything after this pass is done once per distinct block. That a stretch of the graph is a repeat is checked on
 the graph: the same operators on the same shapes with the same wiring, given gradients alike, of parameters that the plan lays
-out alike. What differs between repeats becomes an argument.
+out alike. What differs between repeats becomes an argument. A stretch of which the plan has a part on another pipeline stage is
+cut there.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class _Outliner:
         self.differentiated = differentiated(program)
         said = {n: program.plan.parameters.get(program.slot(n.name).names[0]) for n in program.placeholders}
         self.said = {n: (layout.view, tuple(layout.states.items())) for n, layout in said.items() if layout is not None}
+        self.stages = _stages(program, nodes)
         ids: dict[Any, int] = {}
         self.signature = np.array([ids.setdefault(self._signature(n), len(ids)) for n in nodes])
 
@@ -74,9 +76,28 @@ class _Outliner:
         return (_type(value), self.kinds.get(value), value in self.differentiated, self.said.get(value))
 
     def parts(self, smallest: int) -> list[_Run]:
-        """What micro-batches share stands first, and alone."""
+        """What micro-batches share stands first, and alone; and no block is on two stages of which the plan says."""
         first = max((i + 1 for i, n in enumerate(self.nodes) if n.meta.get("count")), default=0)
-        return [*([_Run(0, first, 1)] if first else []), *self._parts(first, len(self.nodes), smallest)]
+        runs = self._on_one_stage(self._parts(first, len(self.nodes), smallest), smallest)
+        return [*([_Run(0, first, 1)] if first else []), *runs]
+
+    def _on_one_stage(self, runs: list[_Run], smallest: int) -> list[_Run]:
+        found: list[_Run] = []
+        for run in runs:
+            at, end = self._next_stage(run), run.start + run.period * run.count
+            parts = [run] if at is None else self._parts(run.start, at, smallest) + self._parts(at, end, smallest)
+            found += parts if at is None else self._on_one_stage(parts, smallest)
+        return found
+
+    def _next_stage(self, run: _Run) -> int | None:
+        """The first node of a run that reads a parameter of a later stage than its block does before."""
+        for k in range(run.count):
+            start = run.start + k * run.period
+            read = [i for i in range(start, start + run.period) if self.stages[i] is not None]
+            for i in read:
+                if self.stages[i] != self.stages[read[0]]:
+                    return i
+        return None
 
     def _parts(self, start: int, stop: int, smallest: int) -> list[_Run]:
         """The stretch as runs: the longest repeat, and what stands before and after it."""
@@ -118,6 +139,18 @@ class _Outliner:
                 if inside != (0 <= o < run.period) or (inside and i != o):
                     return False
         return True
+
+
+def _stages(program: Program, nodes: list[fx.Node]) -> list[int | None]:
+    """The pipeline stage of each node that reads a parameter, as far as the plan says it; stages ascend with the nodes."""
+    said = {n: program.plan.stages.get(program.slot(n.name).names[0], ()) for n in program.placeholders}
+    found: list[int | None] = []
+    now = 0
+    for node in nodes:
+        places = [p for x in _inputs(node) for p in said.get(x, ()) if p >= now]
+        now = min(places, default=now)
+        found.append(now if places else None)
+    return found
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

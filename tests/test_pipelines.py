@@ -126,6 +126,15 @@ def test_other_shapes_evaluation_and_accumulation() -> None:
         with torch.no_grad():
             found, wanted = model.eval()(**batch), plain.eval()(**batch)
         assert relative_error(found.loss, wanted.loss) < 1e-10 and relative_error(found.logits, wanted.logits) < 1e-10
+    with in_float64():
+        for m in (plain.train(), model.train()):
+            m.zero_grad()
+            m.get_input_embeddings().weight.requires_grad_(False)  # no two layers are alike then
+        model(**batch).loss.backward()
+        accumulated(plain, batch, 1, 4)
+    for name, p in plain.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert (gradient is p.grad is None) or relative_error(gradient, p.grad) < 1e-10, name
     stages = [model.plan.stages[name] for name in ("model.embed_tokens.weight", "lm_head.weight")]
     assert stages == [(0,), (1,)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -13,26 +15,34 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 
 
-def described(name: str, tree: nn.Module, mesh: FoldedMesh, layouts: dict[str, Layout], programs: int) -> str:
+def described(
+    name: str,
+    tree: nn.Module,
+    mesh: FoldedMesh,
+    layouts: dict[str, Layout],
+    stages: Mapping[str, tuple[int, ...]],
+    programs: int,
+) -> str:
     """As a console shows it.
 
     Args:
         name: of the model's class.
         layouts: of the parameters that have one, by name.
+        stages: that hold a parameter, by name, where there are several pipeline stages.
         programs: how many are kept.
     """
     parameters = dict(tree.named_parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters.values())
-    held = 0
+    held: Counter[int] = Counter()  # by pipeline stage
     for n, p in parameters.items():
         count = p.to_local().numel() if isinstance(p, DTensor) else p.numel()
         if n in layouts and not isinstance(p, DTensor):
             count = math.prod(int(size) for size in layouts[n].shape)
-        held += count * p.element_size()
+        held.update(dict.fromkeys(stages.get(n, (0,)), count * p.element_size()))
     lines = [
         f"{name} on {mesh}",
         f"parameters {sum(p.numel() for p in parameters.values()):,} in {len(parameters)} tensors, {human(whole)}",
-        f"a rank     {human(held)}" + ("" if layouts else ", before anything is compiled"),
+        f"a rank     {human(max(held.values(), default=0))}" + ("" if layouts else ", before anything is compiled"),
         f"programs   {programs} compiled",
     ]
     if watches := watched(tree):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
 from foldcc.passes.outline import Outline
 from foldcc.testing import assert_rewrites, program
@@ -77,6 +79,15 @@ def test_what_is_not_alike_is_no_repeat(why: str, old: str, new: str) -> None:
     text = LAYERS.replace(old, new) if old else LAYERS
     block = "\n".join(re.sub("(parameter|buffer|input) .*", "argument", line) for line in text.splitlines())
     assert_rewrites(Outline(smallest=3 if "smallest" in why else 2), text, block.replace("    %x", "block0\n%x", 1))
+
+
+def test_what_a_plan_has_on_two_pipeline_stages_is_two_blocks() -> None:
+    given = program(LAYERS)
+    found = Outline(smallest=3).run(replace(given, plan=Plan(stages={"w0": (0,), "w1": (1,)})))
+    calls = [[n.name for n in call.all_input_nodes] for call in found.calls]
+    assert calls == [["x", "w0"], [calls[1][0], "w1"]] and len(Outline(smallest=3).run(given).calls) == 1
+    alike = Outline(smallest=2).run(replace(given, plan=Plan(stages={"w0": (0,), "w1": (1,)})))
+    assert [str(call.target) for call in alike.calls] == ["block0", "block1", "block1", "block2"]
 
 
 def test_every_result_that_is_read_outside_is_returned() -> None:
