@@ -163,19 +163,21 @@ def test_dropout_draws_as_one_process_that_accumulates() -> None:
     assert torch.equal(*losses)
 
 
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).mean()
+
+
 def test_in_16_bits_gradients_add_up_over_micro_batches_in_32() -> None:
-    """Next to the same parameters in one micro-batch: no farther from float64 than that, up to a factor."""
-    batch = token_batch(16, 8)
-    wanted = tiny("llama")
-    accumulated(wanted, batch, 1, 1)
-    errors = []
-    for count in (1, 16):
-        model = foldcc.parallelize(
-            tiny("llama").bfloat16(), "pp=2", example_inputs=batch, micro_batches=count, verify=False, schedule="gpipe"
-        )
-        model(**batch).loss.backward()
-        errors.append(sum(relative_error(model.get_parameter(n).grad, p.grad) for n, p in wanted.named_parameters()))
-    assert errors[1] < 1.5 * errors[0]
+    """In bfloat16 there is nothing between 16 and 16.125, to which each of 15 terms adds 0.0625."""
+    x = torch.tensor([256.0] + [1.0] * 15, dtype=torch.bfloat16)
+    model = foldcc.parallelize(Weighted().bfloat16(), "dp=1", example_inputs=(x,), micro_batches=16, verify=False)
+    model(x).backward()
+    assert model.weight.grad.dtype == torch.bfloat16 and model.weight.grad.item() == 17.0
 
 
 # --- on processes ---
