@@ -55,7 +55,8 @@ def clip_grad_norm_(
     for parameter, grad in graded:
         local, divided = _local(grad)
         if is_counted_here(parameter):
-            alike.setdefault(divided, []).append(local if local.numel() else local.new_zeros(1))  # of nothing there is no largest
+            some = local if local.numel() else local.new_zeros(1)  # of nothing there is no largest
+            alike.setdefault(divided, []).append(some)
         meshes.setdefault(getattr(grad, "device_mesh", None), []).append(parameter)
     norms = [_over(get_total_norm(grads, norm_type).double(), divided, norm_type) for divided, grads in alike.items()]
     total = get_total_norm(norms, norm_type)
