@@ -28,6 +28,7 @@ from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule, quiet
 from foldcc.ops.capacity import Capacity
+from foldcc.ops.captured import captured_records
 from foldcc.ops.experts import experts_node
 from foldcc.passes import PIPELINE
 from foldcc.passes.recompute import Recompute
@@ -55,6 +56,7 @@ def parallelize(
     check_ranks: bool = True,
     plan: Plan | str | None = None,
     zero: int | None = None,
+    attention: str | None = None,
     precision: Precision | None = None,
     recompute: str | float | None = None,
     micro_batches: int = 1,
@@ -93,6 +95,8 @@ def parallelize(
             gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
             not kept for the backward pass, but gathered again. Where ranks do not divide a size, the last of them hold less.
             A plan says of single parameters over which axes they are divided.
+        attention: how `cp` divides attention: "gathered" keys and values, "ulysses" heads instead of the sequence, "ring" and
+            "halo"; see docs/sequences.md. Unless said otherwise, what costs least for each layer.
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
             parameters, gradients and what an optimizer holds keep theirs. With it, calls are not made under autocast.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
@@ -133,6 +137,7 @@ def parallelize(
             f"The plan's choices are those for zero={given.zero}, and zero={zero} is asked for.",
             valid="one of both; or the plan without its parts stored and kept",
         )
+    _check_attention(attention, given, mesh)
     if precision is not None and not isinstance(precision, Precision):
         raise FoldError(f"precision is a foldcc.Precision, not {precision!r}.", valid="Precision(compute='bfloat16')")
     if None not in (precision, given.precision) and precision != given.precision:
@@ -151,7 +156,12 @@ def parallelize(
         progress=progress or quiet,
         batch_dims=batch_dims,
         check_ranks=check_ranks,
-        plan=replace(given, zero=given.zero if zero is None else zero, precision=precision or given.precision),
+        plan=replace(
+            given,
+            zero=given.zero if zero is None else zero,
+            attention=attention or given.attention,
+            precision=precision or given.precision,
+        ),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
         pipelining=pipelining if pipelining.stages * micro_batches > 1 else None,
     )
@@ -161,6 +171,22 @@ def parallelize(
         args, kwargs = _arguments(inputs)
         folded._compile(Call.of(model, args, kwargs), fixed=fixed)
     return folded
+
+
+def _check_attention(asked: str | None, given: Plan, mesh: FoldedMesh) -> None:
+    ways = dict.fromkeys(d.way for record in captured_records() for d in record.divisions if d.way)
+    for way in (asked, given.attention):
+        if way and way not in ways:
+            raise FoldError(f"attention={way!r} is no way to divide a sequence.", valid=listed(ways))
+        if way and mesh.size("cp") == 1:
+            raise FoldError(
+                f"attention={way!r} says how cp divides the sequence, and cp=1.", mesh=str(mesh), valid="a mesh with cp"
+            )
+    if asked not in (None, given.attention) and (given.attention or given.blocks):
+        raise FoldError(
+            f"The plan says how attention runs, and attention={asked!r} is asked for.",
+            valid="one of both; or the plan without attention= and without its blocks",
+        )
 
 
 def _arguments(given: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -28,7 +28,7 @@ from foldcc.ops import record
 from foldcc.ops.captured import Captured, captured_record
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
-from foldcc.ops.moves import MOVES, ORDER
+from foldcc.ops.moves import IN_TWO, MOVES, ORDER
 from foldcc.ops.operator import positional
 from foldcc.plan.strategies import divided
 from foldcc.rules.kinds import shape_argument
@@ -131,8 +131,11 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
     now, wanted = x.meta["layout"], node.args[1]
     changed = _changed(now, wanted)
     pairs = {a: (letter(now.states[a]), letter(wanted.states[a])) for a in changed}
+    if set(pairs.values()) == {(VARYING, VARYING)}:
+        return _exchanged(emit, x, wanted, changed)
     same = set() if node.meta["grad"] else {(REPLICATED, INVARIANT), (INVARIANT, REPLICATED)}
-    left = {a: [] if pair in same else list(MOVES[pair]) for a, pair in pairs.items()}
+    moves = {**MOVES, (VARYING, VARYING): IN_TWO}
+    left = {a: [] if pair in same else list(moves[pair]) for a, pair in pairs.items()}
     for family in ORDER:
         groups: dict[Any, list[str]] = {}
         for axis in reversed(changed) if family == (ops.all_gather,) else changed:
@@ -153,6 +156,24 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
             if full:
                 x = emit(aten.slice.Tensor, (x, told["dim"], 0, now.shape[told["dim"]]), now)
     return x
+
+
+def _exchanged(emit: Callable[..., fx.Node], x: fx.Node, wanted: Layout, axes: list[str]) -> fx.Node:
+    """A value that is divided in other dimensions, or in another order of axes: one step for all of them."""
+
+    def cuts(layout: Layout) -> tuple[list[int], list[int]]:
+        """Which dimension each axis divides, and the blocks before it, one axis after the other."""
+        dims, outers = [], []
+        partly = replace(layout, states={**layout.states, **dict.fromkeys(axes, INVARIANT)})
+        for axis in axes:
+            state = layout.states[axis]
+            assert isinstance(state, Shard)
+            partly = partly.with_state(axis, state)
+            dims.append(state.dim)
+            outers.append(partly.outer(axis))
+        return dims, outers
+
+    return emit(ops.exchange, (x, ",".join(axes), *cuts(x.meta["layout"]), *cuts(wanted)), wanted)
 
 
 def _changed(now: Layout, wanted: Layout) -> list[str]:

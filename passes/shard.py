@@ -76,6 +76,7 @@ def _apply(program: Program, plan: Plan) -> None:
         for node in list(block.graph.nodes):
             if node.op == "call_function" and node.target is not operator.getitem:
                 said = plan.blocks[name][node.name]
+                node.meta["ways"] = said.ways
                 for x, layout in zip(operands(node), said.operands, strict=True):
                     if x is not None and layout is not None:
                         # An operand that gives only its type, such as new_zeros', is left as it is.

@@ -26,10 +26,14 @@ def gradients(model: nn.Module, **batch: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(family: str, mesh: str, batch: dict[str, Tensor], *, zero: int = 0, **changes: Any) -> foldcc.FoldedModule:
+def compare(
+    family: str, mesh: str, batch: dict[str, Tensor], *, zero: int = 0, attention: str | None = None, **changes: Any
+) -> foldcc.FoldedModule:
     plain = tiny_model(family, aux_loss=family in WITH_AUX_LOSS, **changes).double()
     with in_float64():
-        model = foldcc.parallelize(copy.deepcopy(plain), mesh, example_inputs=batch, zero=zero, verify=True)
+        model = foldcc.parallelize(
+            copy.deepcopy(plain), mesh, example_inputs=batch, zero=zero, attention=attention, verify=True
+        )
         assert not model.proof.impossible and model.summary().flops_ratio == pytest.approx(1, abs=0.01)
         if hasattr(plain.config, "_experts_implementation"):
             plain.config._experts_implementation = "eager"

@@ -37,7 +37,10 @@ from foldcc.mesh import FoldedMesh
 from foldcc.precision import Precision
 
 Names = tuple[str, ...]
-_HEAD = re.compile(r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · (?P<precision>compute=.+))?")
+_HEAD = re.compile(
+    r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · attention=(?P<attention>\S+))?"
+    r"(?: · (?P<precision>compute=.+))?"
+)
 _SECTIONS = re.compile(r"parameters|stored|values|kept|together|stages|(block|unshard)\d+")
 _ABSENT = "-"
 _PARTS = ("parameters", "stored", "values", "blocks", "kept", "together", "stages")
@@ -54,15 +57,18 @@ class UnfitPlan(FoldError):
 class OpLayouts:
     """How one operator runs: the layout that it is given each operand in, and leaves each result in.
 
-    None for an operand that is no tensor, and for a result that nothing reads.
+    None for an operand that is no tensor, and for a result that nothing reads. By axis, the way in which it is divided, where
+    there are several.
     """
 
     operands: tuple[Layout | None, ...]
     results: tuple[Layout | None, ...]
+    ways: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left, right = (", ".join(_ABSENT if x is None else str(x) for x in side) for side in (self.operands, self.results))
-        return f"{left} -> {right}".strip()
+        ways = "".join(f" {axis}={way}" for axis, way in self.ways.items())
+        return f"{left} -> {right}{' by' if ways else ''}{ways}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,7 @@ class Plan:
         model: the name of its class; empty for a plan of any.
         zero: how far parameters that data parallelism replicates are divided instead: 0 not at all, 1 and 2 where they are
             stored, so that their gradients and the optimizer's state are divided too, 3 also between forward and backward.
+        attention: the way in which `cp` divides attention, where `blocks` does not say it; empty for the cheapest of each.
         precision: the dtypes in which it is computed and gradients are added; None for those that the model has.
         parameters: the layout in which each parameter is used, by its first name.
         stored: the layout in which a rank holds it, where that is another one.
@@ -87,6 +94,7 @@ class Plan:
     mesh: str = ""
     model: str = ""
     zero: int = 0
+    attention: str = ""
     precision: Precision | None = None
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     stored: Mapping[str, Layout] = field(default_factory=dict)
@@ -100,6 +108,7 @@ class Plan:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
         lines = [" · ".join([f"plan {self.model}", self.mesh] if self.model else [f"plan {self.mesh}"])]
         lines[0] += f" · zero={self.zero}" if self.zero else ""
+        lines[0] += f" · attention={self.attention}" if self.attention else ""
         lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
@@ -143,7 +152,14 @@ class Plan:
             except ValueError as error:
                 raise FoldError(f"Line {number} of a plan is not understood: {error}", line=line.strip()) from None
         precision = Precision.parse(head["precision"]) if head["precision"] else None
-        return cls(mesh=str(mesh), model=head["model"] or "", zero=int(head["zero"] or 0), precision=precision, **reader.found)
+        return cls(
+            mesh=str(mesh),
+            model=head["model"] or "",
+            zero=int(head["zero"] or 0),
+            attention=head["attention"] or "",
+            precision=precision,
+            **reader.found,
+        )
 
     def only_parameters(self) -> Plan:
         """What is said of parameters alone, which all programs of a model share."""
@@ -205,7 +221,7 @@ def _equal(said: Any, there: Any) -> bool:
     if isinstance(said, OpLayouts):
         same = (len(said.operands), len(said.results)) == (len(there.operands), len(there.results))
         pairs = zip((*said.operands, *said.results), (*there.operands, *there.results), strict=False)
-        return same and all(x is None or _equal(x, y) for x, y in pairs)
+        return same and said.ways.items() <= there.ways.items() and all(x is None or _equal(x, y) for x, y in pairs)
     return bool(said == there)
 
 
@@ -246,10 +262,12 @@ class _Reader:
             given, arrow, left = entry.partition("->")
             if not arrow:
                 raise ValueError("what an operator is given, and what it leaves, have -> between them.")
+            left, _, by = left.partition(" by ")
+            ways = dict(part.split("=", 1) for part in by.split() if self.axes[part.split("=", 1)[0]] > 1)
             block = self.found.setdefault("blocks", {}).setdefault(self.section, {})
             if name in block:
                 raise ValueError(f"it says {name} a second time.")
-            block[name] = OpLayouts(self._several(given), self._several(left))
+            block[name] = OpLayouts(self._several(given), self._several(left), ways)
         else:
             raise ValueError("it stands in no part of a plan.")
 

@@ -18,6 +18,7 @@ from foldcc.ops.collectives import (
     shard,
 )
 from foldcc.ops.embedding import embedding
+from foldcc.ops.exchange import exchange
 from foldcc.ops.experts import (
     by_expert,
     count,
@@ -56,6 +57,7 @@ __all__ = [
     "cumsum",
     "each_expert",
     "embedding",
+    "exchange",
     "experts",
     "experts_node",
     "experts_record",

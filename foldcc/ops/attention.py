@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from foldcc.layout import Layout
+from foldcc.layout import VARYING, Layout, Shard, letter
 from foldcc.ops.captured import Division, Positions, Site, captured
 from foldcc.ops.positions import first, scalar
 from foldcc.ops.random import gain
@@ -87,13 +87,14 @@ def _selected(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
     """Key/value heads are fewer than parts of the queries: each rank takes, of all, those that its query heads use."""
     layout: Layout = k.meta["layout"]
     queries: Layout = q.meta["layout"]
-    axes = at.axes.split(",")
+    # Axes that divide the query heads and not those of keys; of several, the inner ones divide what the outer ones leave.
+    axes = [a for a, s in queries.states.items() if isinstance(s, Shard) and s.dim == 1 and letter(layout.states[a]) != VARYING]
     mine, shared, dim = queries.shape[1], layout.shape[1], queries.dims[1]
     group = mine * prod(layout.ranks[a] for a in axes) // shared  # query heads for each key/value head
     divided: dict[str, Any] = {a: queries.states[a] for a in axes}
-    one = scalar(layout, at.axes)
+    one = scalar(layout, ",".join(axes))
     each = replace(one, dims=(dim,), states={**one.states, **{a: replace(s, dim=0) for a, s in divided.items()}})
-    start = first(at.emit, at.axes, mine, k)
+    start = first(at.emit, ",".join(axes), mine, k)
     own = at.emit(aten.arange.default, (mine,), each, device=k.meta["val"].device)
     used = at.emit(aten.add.Tensor, (own, start), each)
     used = at.emit(aten.div.Tensor_mode, (used, group), each, rounding_mode="floor")
@@ -109,6 +110,10 @@ def _selected(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
 def _gathered(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
     """Each rank attends with its queries to all keys: it has to know how far its first query stands from the first key."""
     return at.local(q=q, k=k, v=v, **{**rest, "start": first(at.emit, at.axes, q.meta["layout"].shape[2], q)})
+
+
+# Parts of the query heads, and what a rank does for the key/value heads that they use: it has them, or is given all of them.
+_BY_HEADS = {("kv_heads",): None, ("group",): None, ("kv_heads", "group"): _selected}
 
 
 def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]:
@@ -129,7 +134,8 @@ attention = captured(
     ),
     divisions=(
         Division(("kv_heads", "group"), stretch=True, lower=_selected),
-        Division(("q",), stretch=True, only="cp", lower=_gathered),
+        Division(("q",), stretch=True, only="cp", way="gathered", lower=_gathered),
+        *(Division(x, stretch=True, only="cp", way="ulysses", lower=how) for x, how in _BY_HEADS.items()),
     ),
     products=_products,
     degree=lambda read: 1 + max(read),

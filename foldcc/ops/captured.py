@@ -51,14 +51,23 @@ class Division:
         letters: of which each is divided, outermost first.
         stretch: a rank's part must be one stretch, so that the outermost factor is divided.
         ends_sum: the operator ends its own sum, on every rank.
-        only: the axis that it is for; empty for any.
+        beside: letters of other operands that are divided alike; they have to stand for the same factors.
+        only: the axis that it is for, which may then divide these letters whatever else it takes; empty for any.
+        way: its name, where there are several ways to divide on one axis; a plan says it.
+        unfit: `(ranks, **arguments) -> why it cannot be`, empty if it can.
+        sent: `(ranks, **arguments) -> (how often a rank sends each element of an operand, by its name; collectives)`, of what
+            `lower` writes, forward and backward.
         lower: `(site, **arguments) -> what stands in the node's place`; None where the local operator is enough.
     """
 
     letters: tuple[str, ...]
     stretch: bool = False
     ends_sum: bool = False
+    beside: tuple[str, ...] = ()
     only: str = ""
+    way: str = ""
+    unfit: Callable[..., str] | None = None
+    sent: Callable[..., tuple[Mapping[str, float], int]] | None = None
     lower: Callable[..., Node] | None = None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING
 from foldcc.ops.collectives import all_gather, all_reduce, once, reduce_scatter, retype, shard
+from foldcc.ops.exchange import exchange
 from foldcc.ops.operator import Operator
 
 Step = tuple[Operator, str]
@@ -21,11 +22,13 @@ MOVES: dict[tuple[str, str], tuple[Step, ...]] = {
     (R, P): ((once, P),),
     (V, I): ((all_gather, I),),
     (V, R): ((all_gather, R),),
-    (V, V): ((all_gather, I), (shard, V)),
+    (V, V): ((exchange, V),),
     (P, I): ((all_reduce, I),),
     (P, R): ((all_reduce, R),),
     (P, V): ((reduce_scatter, V),),
 }
+# A part that lies within one that is joined or cut moves in two steps.
+IN_TWO: tuple[Step, ...] = ((all_gather, I), (shard, V))
 # The order in which steps are taken, where a value moves on several axes: sums first, also on the way back, and what makes
 # values smaller last.
 ORDER: tuple[tuple[Operator, ...], ...] = ((all_reduce,), (retype,), (all_gather,), (once,), (reduce_scatter, shard))

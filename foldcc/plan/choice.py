@@ -47,7 +47,7 @@ def op_layouts(program: Program, node: fx.Node, strategies: Mapping[str, Strateg
     """The layouts that an operator's strategies, by axis, need and leave."""
     given = [laid_out(program, x, {a: s.operands[i] for a, s in strategies.items()}) for i, x in enumerate(operands(node))]
     left = [laid_out(program, r, {a: s.results[k] for a, s in strategies.items()}) for k, r in enumerate(results_of(node))]
-    return OpLayouts(tuple(given), tuple(left))
+    return OpLayouts(tuple(given), tuple(left), {a: s.way for a, s in strategies.items() if s.way})
 
 
 def take(program: Program, axis: str, choice: Choice, taken: dict[fx.Node, dict[Any, int]]) -> None:

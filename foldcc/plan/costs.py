@@ -20,7 +20,7 @@ from foldcc.layout import INVARIANT, REPLICATED, VARYING, State, letter
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.groups import active
-from foldcc.ops.moves import MOVES
+from foldcc.ops.moves import IN_TWO, MOVES, Step
 from foldcc.ops.operator import positional
 
 TOKENS = 4.0  # tokens per unit of hidden width on a data-parallel rank: 16 Ki tokens for a width of 4096
@@ -59,16 +59,22 @@ class _Sent(TorchDispatchMode):
 
 
 @cache
-def price(source: str, target: str, ranks: int) -> Price | None:
-    """The price of a move between two types, None if there is none: its steps and their transposes, run on a small value."""
-    if (source, target) not in MOVES:
+def price(source: str, target: str, ranks: int, steps: tuple[Step, ...] | None = None) -> Price | None:
+    """The price of a move between two types, None if there is none: its steps and their transposes, run on a small value.
+
+    Args:
+        steps: others than `MOVES` has.
+    """
+    steps = MOVES.get((source, target)) if steps is None else steps
+    if steps is None:
         return None
     elements, written = ranks * ranks, Fraction(0)
     x = torch.empty(elements // ranks if source == VARYING else elements, device="meta", requires_grad=True)
     with active(FoldedMesh.parse(f"tp={ranks}")), _Sent(ranks) as sent:
         y, src = x, source
-        for operator, dst in MOVES[source, target]:
+        for operator, dst in steps:
             told = {"x": y, "axes": "tp", "src": src, "dst": dst, "dim": 0, "outer": 1}
+            told |= {"dims": [0], "outers": [1], "into": [0], "into_outers": [1]}
             y, src = operator(*positional(operator.overload, told)), dst
             written += y.numel()
         forward = sent.total
@@ -77,20 +83,23 @@ def price(source: str, target: str, ranks: int) -> Price | None:
     return Price(float(forward / unit), float((sent.total - forward) / unit), float(written / elements))
 
 
-def move(source: State, target: State, elements: float, ranks: int, grad: bool, start: float) -> float | None:
+def move(
+    source: State, target: State, elements: float, ranks: int, grad: bool, start: float, *, whole: bool = False
+) -> float | None:
     """Cost of bringing a value from one state to another on one axis, None where that cannot be done.
 
     Args:
         elements: of the whole value, as held when it is not divided on this axis.
         grad: whether a gradient comes back.
         start: what starting one collective costs; 0 for a parameter, whose reductions are made together.
+        whole: a value that is divided otherwise is made whole first.
     """
     if source == target:
         return 0.0
     pair = (letter(source), letter(target))
     if not grad and set(pair) == {REPLICATED, INVARIANT}:
         return 0.0
-    found = price(*pair, ranks)
+    found = price(*pair, ranks, IN_TWO if whole and pair == (VARYING, VARYING) else None)
     if found is None:
         return None
     backward = found.backward if grad else 0.0

@@ -18,6 +18,7 @@ from foldcc.ir.node import name_of, operands
 from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import REPLICATED, Shard, State
+from foldcc.ops.captured import captured_record
 from foldcc.plan import costs, roles
 from foldcc.plan.choice import Choice, laid_out, op_layouts, plain, take
 from foldcc.plan.interface import interface, returns
@@ -92,12 +93,14 @@ class _AxisProblem:
             if not there:
                 self._unfit(f"{block} {node.name}", said, *(op_layouts(self.program, node, {self.axis: s}) for s in options))
             options = there
+        elif self.plan.attention:
+            options = self._asked(node, options)
         if self.axis == "tp" and "kv_heads" in node.meta.get("letters", ()):
             self._check_heads(node, options)
         work = self.work.of(node) * times
         found = []
         for s in options:
-            found.append((s, self.model.variable(work * s.share, integer=True)))
+            found.append((s, self.model.variable(work * s.share + self.work.sent(node, s, self.ranks) * times, integer=True)))
         self.model.row([v for _, v in found], [1.0] * len(found), 1, 1)
         self.strategies[node] = found
         for i, x in enumerate(operands(node)):
@@ -129,11 +132,28 @@ class _AxisProblem:
             *zip(operands(node), strategy.operands, said.operands, strict=False),
             *zip(results_of(node), strategy.results, said.results, strict=False),
         ]
-        return all(
+        return said.ways.get(self.axis, strategy.way) == strategy.way and all(
             plain(x, state) == layout.states[self.axis]
             for x, state, layout in pairs
             if x is not None and state is not None and layout is not None and self.axis in layout.states
         )
+
+    def _asked(self, node: fx.Node, options: list[Strategy]) -> list[Strategy]:
+        """The strategies of the way to divide that the plan asks for, where there are several on this axis."""
+        asked, rule = self.plan.attention, node.meta["rule"]
+        ways = [d for d in captured_record(node.target).divisions if d.way and d.only == self.axis]
+        there = [s for s in options if s.way == asked]
+        if ways and not there:
+            d = next(d for d in reversed(ways) if d.way == asked)
+            sizes = " ".join(f"{x}={rule.sizes[x]}" for x in d.letters)
+            raise FoldError(
+                f"attention={asked!r} cannot be on {self.axis}={self.ranks}: "
+                f"{self.strategist.unfit(node, d) or f'{sizes} cannot be cut in {self.ranks} equal parts'}.",
+                at=where(node),
+                mesh=str(self.program.mesh),
+                valid=f"{listed(dict.fromkeys(s.way for s in options if s.way))}; or without it, the cheapest for each layer",
+            )
+        return there if ways else options
 
     def _unfit(self, what: str, said: object, *options: object) -> NoReturn:
         raise UnfitPlan(
@@ -211,7 +231,9 @@ class _AxisProblem:
         if roles.is_parameter(x) and isinstance(source, Shard) and source != target:
             return None
         start = 0.0 if x.meta.get("parameter") else self.work.start
-        return costs.move(source, target, size, self.ranks, x.meta["grad"], start)
+        # An exchange over tp would be cheaper than it is counted here. Counting on it there gives other layouts, such as an
+        # embedding that is divided along its width.
+        return costs.move(source, target, size, self.ranks, x.meta["grad"], start, whole=self.axis != "cp")
 
     def _check_heads(self, node: fx.Node, options: list[Strategy]) -> None:
         """Attention that cannot be divided would run whole on every rank, which nobody means who asks for tp."""

@@ -30,11 +30,21 @@ Dims = tuple[tuple[Symbol, ...], ...]
 
 @dataclass(frozen=True)
 class Strategy:
-    """States of the operands (None where there is none to choose) and of the results, and the share of the work done."""
+    """States of the operands (None where there is none to choose) and of the results, and the share of the work done.
+
+    Attributes:
+        division: how the operator is divided, if it is.
+    """
 
     operands: tuple[State | None, ...]
     results: tuple[State, ...]
     share: float
+    division: Division | None = None
+
+    @property
+    def way(self) -> str:
+        """The name of the way to divide, where there are several."""
+        return "" if self.division is None else self.division.way
 
 
 def results_of(node: fx.Node) -> list[fx.Node | None]:
@@ -106,25 +116,37 @@ class Strategist:
 
     def _divided(self, node: fx.Node, rule: Rule, division: Division) -> list[Strategy]:
         letters, taken = node.meta["letters"], self.taken.get(node, {})
-        if division.only not in ("", self.axis) or any(x not in letters or rule.sizes[x] == 0 for x in division.letters):
+        if any(x not in letters or rule.sizes[x] == 0 for x in division.letters) or self.unfit(node, division):
             return []
         product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
         found = []
         for start, stop in runs([self.sizes[f] // taken.get((x, i), 1) for x, i, f in product], self.ranks):
             each = {x for x, _, _ in product[start:stop]} == set(division.letters)
-            allowed = self.takes.issuperset(f for _, _, f in product[start:stop])
+            allowed = bool(division.only) or self.takes.issuperset(f for _, _, f in product[start:stop])
             if each and allowed and not (start and division.stretch):
                 strategy = self._run(node, rule, division, start, stop)
                 found += [] if strategy is None else [strategy]
         return found
 
+    def unfit(self, node: fx.Node, division: Division) -> str:
+        """Why a node cannot be divided in this way on this axis, as far as its arguments say it; empty if it can."""
+        if division.only not in ("", self.axis):
+            return f"it is for {division.only}"
+        letters, first = node.meta["letters"], division.letters[0]
+        if any(letters.get(x) != letters.get(first) for x in division.beside):
+            return "what sees and what is seen are not one sequence"
+        return "" if division.unfit is None else division.unfit(self.ranks, **captured_record(node.target).arguments(node))
+
     def _run(self, node: fx.Node, rule: Rule, division: Division, start: int, stop: int) -> Strategy | None:
-        letters, product = node.meta["letters"], division.letters
-        summed = all(rule.summed(x) for x in product)
+        letters = node.meta["letters"]
+        summed = all(rule.summed(x) for x in division.letters)
 
         def state(pattern: Pattern | None, absent: State) -> State | None:
             if pattern is None:
                 return None
+            there = {x for dim in pattern for x in dim}
+            product = next((p for p in ((x,) for x in division.beside) if not there.isdisjoint(p)), division.letters)
+            product = division.letters if division.letters[0] in there else product
             places = [(d, dim.index(product[0])) for d, dim in enumerate(pattern) if product[0] in dim]
             places = [(d, at) for d, at in places if pattern[d][at : at + len(product)] == product]
             if len(places) > 1:
@@ -149,17 +171,21 @@ class Strategist:
         if division.ends_sum:
             left = [INVARIANT for _ in left]
         given += (None,) * (len(operands(node)) - len(given))  # what only lowering gives it
-        return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), 1 / self.ranks)
+        return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), 1 / self.ranks, division)
 
 
 def divisions(node: fx.Node) -> list[Division]:
     """How a node may be divided: along each letter that need not be whole, and in the other ways that its record lists."""
-    rule, own = node.meta["rule"], {d.letters: d for d in captured_record(node.target).divisions}
-    return [*(own.pop((x,), Division((x,))) for x in rule.letters() if x not in rule.whole), *own.values()]
+    rule, own = node.meta["rule"], captured_record(node.target).divisions
+    said = {d.letters for d in own if not d.only}
+    return [*(Division((x,)) for x in rule.letters() if x not in rule.whole and (x,) not in said), *own]
 
 
 def divided(node: fx.Node) -> dict[Division, str]:
-    """How a node whose values have layouts is divided, and on which axes, comma separated in the order of the mesh."""
+    """How a node whose values have layouts is divided, and on which axes, comma separated in the order of the mesh.
+
+    The layouts say which letters each axis divides; where several ways divide the same, `node.meta["ways"]` says which.
+    """
     rule: Rule | None = node.meta.get("rule")
     if rule is None:
         return {}
@@ -167,9 +193,12 @@ def divided(node: fx.Node) -> dict[Division, str]:
     for x, pattern in [*zip(operands(node), rule.operands, strict=False), *zip(results_of(node), rule.results, strict=False)]:
         for axis, state in x.meta["layout"].states.items() if x is not None and pattern is not None else ():
             if isinstance(state, Shard):
-                touched.setdefault(axis, {y for y, _ in product_of(pattern, state, node.meta["letters"])})
-    axes = node.meta["layout"].states
-    found = {d: ",".join(a for a in axes if touched.get(a) == set(d.letters)) for d in divisions(node)}
+                touched.setdefault(axis, set()).update(y for y, _ in product_of(pattern, state, node.meta["letters"]))
+    axes, ways = node.meta["layout"].states, node.meta.get("ways", {})
+    found = {
+        d: ",".join(a for a in axes if touched.get(a) == {*d.letters, *d.beside} and ways.get(a, "") == d.way)
+        for d in divisions(node)
+    }
     return {d: axes for d, axes in found.items() if axes}
 
 

@@ -12,7 +12,7 @@ from foldcc.layout import Shard
 from foldcc.ops.captured import PLAIN, captured_record
 from foldcc.plan import costs, roles
 from foldcc.plan.choice import Choice
-from foldcc.plan.strategies import results_of
+from foldcc.plan.strategies import Strategy, results_of
 
 
 class Work:
@@ -62,6 +62,14 @@ class Work:
                 product = float(np.prod([rule.sizes[x] for x in contracted]))
                 flops = 2 * product * sum(self.elements(r) for r in results)
         return passes * (traffic + costs.FLOPS * flops / self.hidden)
+
+    def sent(self, node: fx.Node, strategy: Strategy, ranks: int) -> float:
+        """What the exchanges of the way in which an operator is divided cost a rank, forward and backward."""
+        if strategy.division is None or strategy.division.sent is None:
+            return 0.0
+        arguments = captured_record(node.target).arguments(node)
+        times, starts = strategy.division.sent(ranks, **arguments)
+        return sum(n * self.elements(arguments[name]) for name, n in times.items()) + starts * self.start
 
     def holding(self, slot: fx.Node) -> float:
         """What holding a whole weight matrix costs; vectors are too small to count."""

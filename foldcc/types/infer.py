@@ -123,16 +123,18 @@ class Typing:
         source, _, target = known.types.partition("->")
         before, after = (arguments.get(t.strip(), t.strip()) for t in (source, target))
         dim, on = arguments.get("dim", 0), [a for a in arguments["axes"].split(",") if a in self.atoms.of]
+        axes = arguments["axes"].split(",")
+        cut, joined = (dict(zip(axes, arguments.get(x, [dim] * len(axes)), strict=True)) for x in ("dims", "into"))
         now = Value(dict.fromkeys(self.atoms.across, SAME)) if x is None else x
         if not _fits_ranks(node, known, dim, prod(self.mesh.size(a) for a in on)):
             why = f"has not the sizes of dimension {dim} over {', '.join(on)}"
             raise illegal(node, why, part, self.told(node, values))
         for axis in on:
-            if before and not all(_takes(known, before, dim, now.types[b]) for b in self.atoms.of[axis]):
+            if before and not all(_takes(known, before, cut[axis], now.types[b]) for b in self.atoms.of[axis]):
                 why = f"needs {before} on {axis}, and its operand is {self.on(now, axis).letter}"
                 raise illegal(node, why, part, self.told(node, values, self._beside(axis)))
-        left = _after(known, after, dim, node, arguments)
-        types = self._set(now.types, {a: left if self.on(now, a).letter != ZERO else Type(ZERO) for a in on})
+        left = {a: _after(known, after, joined[a], node, arguments) for a in on}
+        types = self._set(now.types, {a: left[a] if self.on(now, a).letter != ZERO else Type(ZERO) for a in on})
         if known.transpose is None and PARTIAL in {t.letter for t in types.values()}:
             raise illegal(node, "is not linear in terms of a sum", part, self.told(node, values))
         pieces = now.pieces if known in _BUCKETS else ()

@@ -28,6 +28,8 @@ def rewrites(before: str, after: str, mesh: str = "dp=2,tp=2") -> None:
         ("[batch, seq] P(tp)", "[batch, seq@tp]", "reduce_scatter(%x, 1, 1, tp)"),
         ("[batch, seq] I(tp)", "[batch, seq] P(tp)", "once(%x, tp, I)"),
         ("[batch, seq] R(tp)", "[batch, seq] P(tp)", "once(%x, tp, R)"),
+        ("[batch@tp, seq]", "[batch, seq@tp]", "exchange(%x, tp, [0], [1], [1], [1])"),
+        ("[batch@dp, seq@tp]", "[batch, seq@(dp,tp)]", "exchange(%x, dp,tp, [0, 1], [1, 1], [1, 1], [1, 1])"),
     ],
 )
 def test_a_change_of_layout_is_one_collective(old: str, new: str, moves: str) -> None:
@@ -50,9 +52,11 @@ def test_parts_that_differ_are_gathered_as_long_as_the_longest_and_what_filled_t
     ("old", "new", "lines"),
     [
         (
-            "[batch@tp, seq]",
-            "[batch, seq@tp]",
-            "%h : f32[batch, seq] I(tp) = all_gather(%x, 0, 1, tp, I)\n%y : f32[batch, seq@tp] = shard(%h, 1, 1, tp, I)",
+            "[batch@dp, seq@tp]",
+            "[batch, seq@dp] I(tp)",
+            "%h : f32[batch@dp, seq] I(tp) = all_gather(%x, 1, 1, tp, I)\n"
+            "%g : f32[batch, seq] I(dp,tp) = all_gather(%h, 0, 1, dp, I)\n"
+            "%y : f32[batch, seq@dp] I(tp) = shard(%g, 1, 1, dp, I)",
         ),
         (
             "[batch@dp, seq@tp]",
