@@ -198,7 +198,9 @@ def _steps(program: Program, call: fx.Node, stored: dict[fx.Node, Layout]) -> di
     for i, (actual, formal) in enumerate(zip(call.args, block.graph.find_nodes(op="placeholder"), strict=True)):
         if actual in stored:
             like = _like(program, str(call.target), i, formal)
-            if stored[actual] != _used(like):
+            if (
+                stored[actual] != _used(like) or stored[actual] != formal.meta["layout"]
+            ):  # which may be what the block makes of it
                 found[i] = Step(actual, stored[actual], _used(like), like)
     return found
 
