@@ -78,12 +78,12 @@ class Recompute(Pass):
 def _kept(joint: Joint, policy: str, forced: Collection[fx.Node] = ()) -> list[fx.Node]:
     free = {*joint.results, *(n for n in joint.formals if n.meta["parameter"])}
     if policy == "none":
-        return joint.read
+        return joint.kept
     if policy == "kernels":
-        read = {_base(n) for n in joint.read}
+        read = {_base(n) for n in joint.kept}
         forced = {n for n in read if not all(_in_kernel(u) for u in _readers(n, joint.late))}
     may = _may_again if policy == "blocks" else _is_pointwise
-    return least(joint.read, free, lambda n: n not in forced and may(n))
+    return least(joint.kept, free, lambda n: n not in forced and may(n))
 
 
 def _within(program: Program, blocks: dict[str, Joint], share: float) -> dict[str, list[fx.Node]]:
@@ -92,7 +92,7 @@ def _within(program: Program, blocks: dict[str, Joint], share: float) -> dict[st
     Raises:
         FoldError: more than that has to be kept.
     """
-    most = {name: _size(joint.read) for name, joint in blocks.items()}
+    most = {name: _size(joint.kept) for name, joint in blocks.items()}
     fewest = {name: _size(_kept(joint, "blocks")) for name, joint in blocks.items()}
     times = {name: program.count(name) for name in blocks}
     every, least_of_all = (sum(times[n] * of[n] for n in blocks) for of in (most, fewest))
@@ -177,7 +177,7 @@ def _may_again(node: fx.Node) -> bool:
         return _may_again(node.args[0])
     known = record(node.target)
     if node.op != "call_function" or (known is not None and known.simulate is not None):
-        return False
+        return known is not None and known.again
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
     chosen = any(isinstance(x, Tensor) and x.dim() and not x.is_floating_point() and x.dtype != torch.bool for x in values)
     drawn = node.target is ops.random_bits.overload  # a function of its key

@@ -93,7 +93,7 @@ def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]
     there = {n.name: n for n in (*joint.formals, *joint.early)}
     given = [joint.formals[i] for i in sorted(anew)]
     of_parameters = _of(given, joint.early)
-    wanted = [n.name for n in joint.read] if said is None else list(said)
+    wanted = [n.name for n in joint.kept] if said is None else list(said)
     if again_itself:
         saved, given = given, []
     else:

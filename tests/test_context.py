@@ -34,7 +34,7 @@ def compare(
         model = foldcc.parallelize(
             copy.deepcopy(plain), mesh, example_inputs=batch, zero=zero, attention=attention, verify=True
         )
-        assert not model.proof.impossible and model.summary().flops_ratio == pytest.approx(1, abs=0.01)
+        assert not model.proof.impossible and model.summary().flops_ratio < 1.01
         if hasattr(plain.config, "_experts_implementation"):
             plain.config._experts_implementation = "eager"
         wanted = gradients(plain, **batch)

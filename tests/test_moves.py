@@ -114,6 +114,7 @@ def test_the_pairs_that_the_documentation_lists_are_those_of_the_records(row: tu
     src, dst, name, back, forth, transposed = row
     known: Any = getattr(ops, name)
     told = {"x": torch.empty(4, device="meta", requires_grad=True), "axes": "tp", "src": src, "dst": dst, "dim": 0, "outer": 1}
+    told |= {"dims": [0], "outers": [1], "into": [0], "into_outers": [1], "by": 1, "before": 1}
     assert [{"src": src, "dst": dst}.get(t, t) for t in known.types.split(" -> ")] == [src, dst]
     seen: list[Any] = []
     with active(FoldedMesh.parse("tp=2")):

@@ -16,7 +16,10 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 RUN = [
     README,
-    *(ROOT / "docs" / f"{name}.md" for name in ("memory", "operators", "passes", "pipelines", "plans", "verification")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("memory", "operators", "passes", "pipelines", "plans", "sequences", "verification")
+    ),
 ]
 
 

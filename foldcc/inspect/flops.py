@@ -106,6 +106,8 @@ def flops_of(node: fx.Node, sizes: Sizes) -> float:
         names = [a.name for a in node.target._schema.arguments]
         q, v = (shape(node.args[names.index(x)]) for x in ("query", "value"))
         return _pairs(q, v, 2 if name.endswith("_backward") else 1)
+    if name.startswith("foldcc.attend_block"):
+        return _pairs(shape(argument(node, "q")), shape(argument(node, "v")), 2 if name.endswith("_backward") else 1)
     if name in CONVOLUTIONS:
         return _convolution(node, node, shape)
     if name == "aten.convolution_backward":

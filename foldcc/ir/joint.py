@@ -58,6 +58,17 @@ class Joint:
         read = list(dict.fromkeys(n for n in taken if n not in inside))
         return cls(formals, tangents, results, gradients, early, late, read)
 
+    @property
+    def kept(self) -> list[fx.Node]:
+        """What is kept of `read`, if no more is computed again than what an operator has a backward pass ask for once more."""
+        return list(dict.fromkeys(_asked_of(n) for n in self.read))
+
+
+def _asked_of(node: fx.Node) -> fx.Node:
+    while (known := record(node.target)) is not None and known.again:
+        node = node.all_input_nodes[0]
+    return node
+
 
 def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
     found: set[fx.Node] = set()

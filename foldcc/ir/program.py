@@ -9,6 +9,7 @@ A node carries in `node.meta`, beside `nn_module_stack`, `stack_trace`, `from_no
     dims       its dimensions as products of factors, from `annotate` on
     rule       the factor rule of its operator, or None; `unknown` where there is no rule, which `shard` warns of
     letters    the factors that each letter of its rule stands for, from `shard` on
+    ways       by axis, the name of the way in which it is divided, where there are several, from `shard` on
     layout     its Layout, from `shard` on; from `differentiate` on, of what enters and leaves blocks
     grad       whether a gradient flows back through it, from `shard` to `split`; a block's argument is a `parameter` or not
     dtype      of what `dispatch` inserts, whose `val` `localize` finds

@@ -32,9 +32,11 @@ from foldcc.ops.experts import (
     splits,
     unpermute,
 )
+from foldcc.ops.halo import halo, halo_sum
 from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
 from foldcc.ops.random import random_bits
+from foldcc.ops.ring import attend_block, attend_block_backward, shift
 from foldcc.ops.rows import collected, extended, leading, spread
 from foldcc.ops.scan import cumsum, from_ranks_before, of_ranks_behind
 
@@ -47,6 +49,8 @@ __all__ = [
     "all_reduce_max",
     "all_to_all",
     "all_to_all_v",
+    "attend_block",
+    "attend_block_backward",
     "attention",
     "axis_index",
     "by_expert",
@@ -65,6 +69,8 @@ __all__ = [
     "from_ranks_before",
     "gather_rows",
     "grouped_linear",
+    "halo",
+    "halo_sum",
     "leading",
     "of_ranks_behind",
     "once",
@@ -77,6 +83,7 @@ __all__ = [
     "reduce_scatter_v",
     "retype",
     "shard",
+    "shift",
     "splits",
     "spread",
     "token_loss",

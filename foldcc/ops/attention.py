@@ -10,6 +10,7 @@ where h = g * r.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -23,21 +24,10 @@ from foldcc.layout import VARYING, Layout, Shard, letter
 from foldcc.ops.captured import Division, Positions, Site, captured
 from foldcc.ops.positions import first, scalar
 from foldcc.ops.random import gain
+from foldcc.ops.ring import allowed_pairs
+from foldcc.ops.sequences import around, ring
 
 aten = torch.ops.aten
-
-
-def _allowed(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int, start: Tensor | None) -> Tensor | None:
-    """Boolean mask of the pairs (query, key) that may attend, None when causality alone decides, or nothing does."""
-    if valid is None and window == 0 and (start is None or not causal):
-        return None
-    own = torch.arange(q.shape[2], device=q.device)
-    distance = (own if start is None else own + start)[:, None] - torch.arange(k.shape[2], device=q.device)
-    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window:
-        allowed = allowed & (distance < window) & (distance > -window)
-    allowed = allowed[None, None]
-    return allowed if valid is None else allowed & valid[:, None, None].to(torch.bool)
 
 
 def _attend(
@@ -56,7 +46,8 @@ def _attend(
 ) -> Tensor:
     if window >= k.shape[2]:
         window = 0
-    allowed = _allowed(q, k, valid, causal, window, start)
+    alone = valid is None and window == 0 and (start is None or not causal)  # causality decides alone, or nothing does
+    allowed = None if alone else allowed_pairs(q, k, valid, causal, window, start)
     grouped = q.shape[1] != k.shape[1]
     if sinks is None and not softcap and keep is None:
         y = scaled_dot_product_attention(
@@ -116,6 +107,29 @@ def _gathered(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
 _BY_HEADS = {("kv_heads",): None, ("group",): None, ("kv_heads", "group"): _selected}
 
 
+def _no_ring(ranks: int, *, start: Node | None, keep: Node | None, **_: Any) -> str:
+    """Why keys and values cannot stay divided."""
+    if start is not None:
+        return "queries stand elsewhere than keys"
+    return "dropout draws a mask for all keys" if keep is not None else ""
+
+
+def _sent_around(ranks: int, **_: Any) -> tuple[Mapping[str, float], int]:
+    """Keys and values go around once forward and once backward, and their gradients once."""
+    return dict.fromkeys("kv", 3 * (ranks - 1) / ranks), 6 * (ranks - 1)
+
+
+def _no_halo(ranks: int, *, k: Node, causal: bool, window: int, **rest: Any) -> str:
+    if not causal:
+        return "queries see keys behind them"
+    return _no_ring(ranks, **rest) if 0 < window < k.meta["val"].shape[2] else "no window bounds how far queries see"
+
+
+def _sent_before(ranks: int, *, k: Node, window: int, **_: Any) -> tuple[Mapping[str, float], int]:
+    """As many positions as queries see before their own part, forward, and their gradients backward."""
+    return dict.fromkeys("kv", 2 * min((window - 1) / k.meta["val"].shape[2], 1 - 1 / ranks)), 4
+
+
 def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str, ...], tuple[str, ...]], ...]:
     pairs = 2 * prod(q[:3]) * k[2]
     return (pairs * q[3], ("q",), ("k",)), (pairs * v[3], ("q", "k"), ("v",))
@@ -133,9 +147,11 @@ attention = captured(
         " b (kv_heads group) [q] [k] -> b [q] (kv_heads group) [value_dim] ; linear 2"
     ),
     divisions=(
-        Division(("kv_heads", "group"), stretch=True, lower=_selected),
         Division(("q",), stretch=True, only="cp", way="gathered", lower=_gathered),
+        Division(("q",), stretch=True, beside=("k",), only="cp", way="ring", unfit=_no_ring, sent=_sent_around, lower=ring),
+        Division(("q",), stretch=True, beside=("k",), only="cp", way="halo", unfit=_no_halo, sent=_sent_before, lower=around),
         *(Division(x, stretch=True, only="cp", way="ulysses", lower=how) for x, how in _BY_HEADS.items()),
+        Division(("kv_heads", "group"), stretch=True, lower=_selected),  # wraps what is written for the sequence
     ),
     products=_products,
     degree=lambda read: 1 + max(read),

@@ -35,6 +35,7 @@ class Operator:
         sent: `(elements of the first argument on a rank, elements of the result, ranks of a group) -> elements that one
             rank sends`; None when nothing is sent.
         moves: each element of the result is one of a rank's first argument.
+        again: a backward pass asks for the result once more, instead of keeping it.
     """
 
     overload: Any
@@ -45,6 +46,7 @@ class Operator:
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None
     sent: Callable[[Any, Any, int], Any] | None
     moves: bool
+    again: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +80,7 @@ def operator(
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
     sent: Callable[[Any, Any, int], Any] | None = None,
     moves: bool = False,
+    again: bool = False,
 ) -> Operator:
     """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors."""
     name = schema.split("(")[0]
@@ -111,6 +114,7 @@ def operator(
         simulate=simulate,
         sent=sent,
         moves=moves,
+        again=again,
     )
     _RECORDS[found.overload] = found
     return found

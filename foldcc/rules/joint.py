@@ -34,6 +34,8 @@ UNIT = "'"
 _HEADS, _KEYS, _VALUES, _OUT, _LSE = "b (g r) q d", "b g k d", "b g k e", "b (g r) q e", "b (g r) q"
 _ATTENTION = f"{_HEADS}, {_KEYS}, {_VALUES} -> {_OUT}, {_LSE}"
 _GRADS = f"{_HEADS}, {_KEYS}, {_VALUES} ; linear 0"
+# Blocks of queries and of keys are divided alike.
+_STATE, _BLOCK = "b (g r) s e, b (g r) s one", "b (g r) s d, b g s d, b g s e, b s"
 _NORM = "... [h], ... [h], ... one, ... one, [h], [h] -> ... [h], [h], [h] ; linear 0"
 
 TABLE = {
@@ -59,6 +61,10 @@ TABLE = {
         "aten._scaled_dot_product_cudnn_attention_backward": f"{_OUT}, {_ATTENTION.replace(' ->', ',')} -> {_GRADS}",
         "aten._scaled_dot_product_efficient_attention_backward": (
             f"{_OUT}, {_HEADS}, {_KEYS}, {_VALUES}, mask, {_OUT}, {_LSE} -> {_GRADS}"
+        ),
+        "foldcc.attend_block": f"{_BLOCK}, {_STATE}, b (g r) s one -> {_STATE}, b (g r) s one",
+        "foldcc.attend_block_backward": (
+            f"{_STATE}, {_BLOCK}, b (g r) s one -> b (g r) s d, b g s d, b g s e, {_STATE} ; linear 0 1"
         ),
         "foldcc.permute": "t h, t -> t h ; linear 0",
         "foldcc.gather_rows": "t h, t -> t h ; linear 0",

@@ -201,7 +201,8 @@ def sign(field: Field, x: Tensor) -> Tensor:
 @meaning("maximum", "fmax")
 def maximum(field: Field, x: Any, y: Any) -> Tensor:
     x, y = value(field, x), value(field, y)
-    return torch.where(field.decided(_at_least(field, x, y)), x, y)
+    found = torch.where(field.decided(_at_least(field, x, y)), x, y)
+    return field.remember("shift", found, found)
 
 
 @meaning("minimum", "fmin")

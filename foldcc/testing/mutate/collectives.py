@@ -142,6 +142,10 @@ def _way_back(node: fx.Node) -> None:
     node.args = (x, receive, send, *rest)
 
 
+def _other_way(node: fx.Node) -> None:
+    node.update_arg(3, -node.args[3])
+
+
 _KINDS: dict[str, dict[str, Change]] = {
     "all_reduce": {"once": _becomes(ops.once, "I"), "all_reduce_max": _becomes(ops.all_reduce_max)},
     "all_reduce_max": {"all_reduce": _becomes(ops.all_reduce, "I"), "the smallest value": _smallest},
@@ -152,6 +156,7 @@ _KINDS: dict[str, dict[str, Change]] = {
     "once": {"all_reduce": _becomes(ops.all_reduce, "I")},
     "all_gather_v": {"the own rows in their place": _in_their_place},
     "all_to_all_v": {"its own way back": _way_back},
+    "shift": {"the other way around": _other_way},
 }
 
 

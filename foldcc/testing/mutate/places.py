@@ -16,12 +16,13 @@ from foldcc.testing.mutate.stand_ins import exchanged_index, exchanged_rows
 
 aten = torch.ops.aten
 _ORDERLESS = {ops.all_reduce, ops.all_reduce_max}
+_BY_PLACE = {ops.exchange, ops.shift, ops.halo, ops.halo_sum}  # what a rank is sent depends on its own place alone
 
 
 def swapped(node: fx.Node, mesh: FoldedMesh) -> Mistakes:
     """The first rank of a group with the second, and with the last."""
     known = collective(node)
-    if known is None or known in _ORDERLESS:
+    if known is None or known in _ORDERLESS | _BY_PLACE:
         return
     ranks = ranks_of(mesh, axes_of(node))
     for other in dict.fromkeys((1, ranks - 1)):
