@@ -239,7 +239,7 @@ def _not_rescaled(graph: torch.fx.Graph) -> None:
         node.update_arg(6, nodes[0].args[6])
 
 
-@pytest.mark.parametrize("way", ["ring", "halo", "ulysses"])
+@pytest.mark.parametrize("way", ["ring", *(pytest.param(way, marks=pytest.mark.slow) for way in ("halo", "ulysses"))])
 def test_the_program_is_the_same_graph_at_smaller_sizes(way: str) -> None:
     assert foldcc.verify(windowed(way), reduced=True, rounds=1).ok
 
