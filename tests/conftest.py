@@ -1,5 +1,14 @@
-"""Programs are proved where a test is about proofs; a proof of every program that tests compile would double their time."""
+"""What all tests have in common: the switches that keep them fast."""
 
+import gc
 import os
 
+# Programs are proved where a test is about proofs; a proof of every program that tests compile would double their time.
 os.environ.setdefault("FOLDCC_VERIFY", "0")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, so that looking for garbage need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)

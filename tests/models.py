@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,15 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(_FAMILIES)
 WITH_AUX_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+
+
+def crossed(families: Sequence[str], meshes: Sequence[str], *more: str) -> list[Any]:
+    """All pairs, for `parametrize`: each family on one of the meshes in turn, the other pairs and more meshes marked slow."""
+    return [
+        pytest.param(family, mesh, marks=() if i % len(meshes) == j else pytest.mark.slow)
+        for i, family in enumerate(families)
+        for j, mesh in enumerate((*meshes, *more))
+    ]
 
 
 def tiny_model(family: str, *, aux_loss: bool = False, seed: int = 0, **changes: Any) -> nn.Module:

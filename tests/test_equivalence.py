@@ -1,4 +1,4 @@
-"""Folding changes nothing: loss, outputs and every gradient in float64, for every family on every mesh of the plan."""
+"""Folding changes nothing: loss, outputs and every gradient in float64, for every family, and on every mesh of the plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foldcc.mesh import FoldedMesh
 from foldcc.testing import check_equivalence
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, WITH_AUX_LOSS, crossed, tiny_model, token_batch
 
 QUICK = ("dp=2,tp=2|ep=4", "dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
 SLOW = (
@@ -17,21 +17,18 @@ SLOW = (
     "dp=4,tp=2|ep=8",
     "dp=8|ep=4",
 )
-EVERY_MESH = [*QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
 
 
 def batch_for(mesh: str) -> dict[str, torch.Tensor]:
     return token_batch(2 * FoldedMesh.parse(mesh).size("dp"))
 
 
-@pytest.mark.parametrize("mesh", EVERY_MESH)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mesh"), crossed(FAMILIES, QUICK, *SLOW))
 def test_folding_changes_nothing(family: str, mesh: str) -> None:
     check_equivalence(tiny_model(family), mesh, kwargs=batch_for(mesh))
 
 
-@pytest.mark.parametrize("mesh", EVERY_MESH)
-@pytest.mark.parametrize("family", WITH_AUX_LOSS)
+@pytest.mark.parametrize(("family", "mesh"), crossed(WITH_AUX_LOSS, QUICK, *SLOW))
 def test_a_router_loss_is_taken_over_the_global_batch(family: str, mesh: str) -> None:
     check_equivalence(tiny_model(family, aux_loss=True), mesh, kwargs=batch_for(mesh))
 

@@ -23,8 +23,7 @@ from foldcc.types.axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, r
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 JOINT = ("split", "lower", "simplify", "bucket")
-QUICK = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
-SLOW = ("tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
+MESHES = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2", "tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
 
 
 def folded(family: str, mesh: str, **changes: Any) -> Stages:
@@ -47,7 +46,8 @@ def across() -> Stages:
 # --- no false alarm ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [*QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)])
+@pytest.mark.slow  # each compilation checks this, whatever a test compiles
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_differentiation_writes_is_well_typed(family: str, mesh: str) -> None:
     stages = folded(family, mesh, aux_loss=family in WITH_AUX_LOSS)

@@ -26,7 +26,7 @@ from foldcc.verification.field import Field
 from foldcc.verification.lockstep import Ranked, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.prove import prove
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, WITH_AUX_LOSS, crossed, tiny_model, token_batch
 
 aten = torch.ops.aten
 MESHES = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
@@ -82,8 +82,7 @@ def edit_first(target: object, change: Callable[[fx.Node], None], where: str = "
     return edit
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mesh"), crossed(FAMILIES, MESHES))
 def test_a_folded_model_is_proved(family: str, mesh: str) -> None:
     foldcc.verify(folded(family, mesh), rounds=1).raise_if_failed()
 
