@@ -15,7 +15,6 @@ from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"
-OFF = pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 
 
 def plain_and_folded(**given: Any) -> tuple[nn.Module, foldcc.FoldedModule]:
@@ -25,7 +24,7 @@ def plain_and_folded(**given: Any) -> tuple[nn.Module, foldcc.FoldedModule]:
     return plain, model
 
 
-@OFF
+@pytest.mark.parametrize("off", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode])
 def test_a_model_may_be_evaluated_before_it_is_trained(off: Callable[[], Any]) -> None:
     batch = token_batch(4)
     plain, model = plain_and_folded()
@@ -44,7 +43,7 @@ def test_a_model_may_be_evaluated_before_it_is_trained(off: Callable[[], Any]) -
         assert relative_error(p.grad, plain.get_parameter(name).grad, 1e-4) < 1e-5, name
 
 
-@OFF
+@pytest.mark.parametrize("off", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow)])
 def test_a_model_may_be_evaluated_between_steps(off: Callable[[], Any]) -> None:
     batch = token_batch(4)
     plain, model = plain_and_folded(example_inputs=batch)

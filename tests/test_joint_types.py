@@ -23,7 +23,15 @@ from foldcc.types.axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, r
 from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 JOINT = ("split", "lower", "simplify", "bucket")
-MESHES = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2", "tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
+MESHES = (
+    "dp=2,tp=4|ep=4,etp=2",
+    "dp=3,tp=2|ep=2",
+    "tp=2|ep=2",
+    "dp=2,tp=2|ep=4",
+    "tp=4|ep=2,etp=2",
+    "dp=4,tp=2|ep=8",
+    "dp=8|ep=4",
+)
 
 
 def folded(family: str, mesh: str, **changes: Any) -> Stages:

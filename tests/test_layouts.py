@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from foldcc.mesh import FoldedMesh
 from tests.models import tiny_model, token_batch
 
 
+@cache
 def sharded(family: str, mesh: str, **changes: Any) -> Program:
     model = tiny_model(family, **changes)
     parsed = FoldedMesh.parse(mesh)
@@ -43,10 +45,17 @@ def test_a_dense_block_is_column_then_row_parallel(mesh: str) -> None:
     assert set(divided(program, "norm.weight", "tp")) == {None}
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_embedding_head_and_loss_are_vocabulary_parallel(family: str, tied: bool) -> None:
-    program = sharded(family, "dp=2,tp=2|ep=4", tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("mixtral", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        pytest.param("mixtral", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_embedding_head_and_loss_are_vocabulary_parallel(family: str, options: dict[str, bool]) -> None:
+    program = sharded(family, "dp=2,tp=2|ep=4", **options)
     assert divided(program, "embed_tokens.weight", "tp") == [0]
     assert divided(program, "lm_head.weight", "tp") == [0]
     assert len({s.names for s in program.slots}) == len(program.slots)
@@ -54,7 +63,7 @@ def test_embedding_head_and_loss_are_vocabulary_parallel(family: str, tied: bool
     assert isinstance(loss.args[0].meta["layout"].states["tp"], Shard)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"])
 def test_between_blocks_the_sequence_is_divided(family: str) -> None:
     program = sharded(family, "dp=2,tp=2|ep=4")
     streams = 0
@@ -79,11 +88,11 @@ def test_the_layout_does_not_depend_on_the_shape() -> None:
     model = tiny_model("mixtral")
     mesh = FoldedMesh.parse("dp=2,tp=2|ep=4")
     layouts = []
-    for batch, length in ((2, 8), (4, 64), (32, 16)):
+    for batch, length in ((2, 64), (32, 8)):
         folded = foldcc.parallelize(model, mesh, example_inputs=token_batch(batch, length))
         program = folded.stages["dispatch"].program
         layouts.append({n.name: n.meta["layout"].states for n in program.placeholders})
-    assert layouts[0] == layouts[1] == layouts[2]
+    assert layouts[0] == layouts[1]
 
 
 def test_no_value_holds_the_samples_of_another_data_parallel_rank_and_nothing_grows_with_dp() -> None:

@@ -83,10 +83,8 @@ def _model(name: str, implementation: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        (n, i)
-        for n in _MODELS
-        for i in ("eager", "sdpa")
-        if (n, i) not in (("sinks", "sdpa"), ("soft cap", "sdpa"), ("own", "sdpa"))
+        *((n, "eager" if n in ("sinks", "soft cap", "own") else "sdpa") for n in _MODELS),
+        *(pytest.param(n, "eager", marks=pytest.mark.slow) for n in _MODELS if n not in ("sinks", "soft cap", "own")),
     ],
 )
 def test_a_query_attends_to_what_it_attends_to_in_the_model(name: str, implementation: str) -> None:
@@ -107,13 +105,13 @@ def test_a_soft_cap_is_folded_proved_and_runs_in_bfloat16() -> None:
     ids = torch.randint(1, 32, (4, 12), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "labels": ids}
     plain = _model("soft cap", "eager").model
-    check_equivalence(plain, "dp=2,tp=2", kwargs=inputs)
     folded = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=inputs, verify=False)
     nodes = [n for _, n in folded.stages["shard"].program.nodes() if n.target is attention]
     assert [argument(n, "softcap") for n in nodes] == [0.5, 0.5]  # of the layer with a window, and of the other
     assert foldcc.verify(folded, rounds=1).ok
     narrow = foldcc.parallelize(copy.deepcopy(plain).to(torch.bfloat16), "dp=2,tp=2", example_inputs=inputs, verify=False)
     wanted = plain(**inputs).loss
+    assert abs(folded(**inputs).loss - wanted) < 1e-5 * wanted
     assert abs(narrow(**inputs).loss - wanted) < 1e-2 * wanted
     for layer in plain.model.layers:
         layer.self_attn.attn_logit_softcapping = None

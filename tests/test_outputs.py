@@ -44,8 +44,7 @@ def returned_on_a_rank(text: str) -> dict[str, Any]:
         }
         for name, loss in {
             "loss": lambda out: out.loss,
-            "of the whole": lambda out: _objective(whole(out.logits), whole(out.router_logits[0])),
-            "of parts": lambda out: whole(out.logits.square().sum()),
+            "of others": lambda out: _objective(*map(whole, (out.logits, out.router_logits[0], out.logits.square().sum()))),
         }.items():
             folded.zero_grad()
             loss(folded(**batch)).backward()
@@ -55,9 +54,10 @@ def returned_on_a_rank(text: str) -> dict[str, Any]:
     return found if dist.get_rank() in (0, mesh.world_size - 1) else {}
 
 
-def _objective(logits: Tensor, router: Tensor) -> Tensor:
+def _objective(logits: Tensor, router: Tensor, squares: Tensor) -> Tensor:
+    """A loss that reads two outputs whole, and a number that is made of the parts of one."""
     weights = [torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view_as(x[0]) for x in (logits, router)]
-    return (logits.log_softmax(-1) * weights[0]).sum() + (router.square() * weights[1]).sum()
+    return (logits.log_softmax(-1) * weights[0]).sum() + (router.square() * weights[1]).sum() + squares
 
 
 class OnlyLoss(nn.Module):
@@ -107,10 +107,10 @@ def test_outputs_on_processes_are_this_ranks_samples_and_differentiable(text: st
             torch.testing.assert_close(found["router_logits"], routed, rtol=1e-10, atol=1e-12)
         for name, loss in {
             "loss": lambda out: out.loss,
-            "of the whole": lambda out: sum(
-                _objective(*x) for x in zip(out.logits.chunk(dp), out.router_logits[0].chunk(dp), strict=True)
+            "of others": lambda out: sum(
+                _objective(*x, x[0].square().sum())
+                for x in zip(out.logits.chunk(dp), out.router_logits[0].chunk(dp), strict=True)
             ),
-            "of parts": lambda out: out.logits.square().sum(),
         }.items():
             model.zero_grad()
             loss(model(**batch)).backward()

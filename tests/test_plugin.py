@@ -58,12 +58,12 @@ def test_pytest_finds_the_plugin_by_its_entry_point() -> None:
     assert table is not None and table[1] == 'foldcc = "foldcc.testing.plugin"'
 
 
-def run_pytest(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, source: str) -> dict[str, int]:
-    """The outcomes of a file of tests, in a process that has the plugin and no other."""
+def run_pytest(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, **sources: str) -> dict[str, int]:
+    """The outcomes of files of tests, in a process that has the plugin and no other."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    pytester.makepyfile(source)
+    pytester.makepyfile(**sources)
     result = pytester.runpytest_subprocess("-p", "foldcc.testing.plugin", "--strict-markers", "-W", "ignore")
     return result.parseoutcomes()
 
@@ -102,13 +102,11 @@ FIXTURES = """
 """
 
 
-def test_the_plugin_brings_its_fixtures(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = len(foldcc.testing.folded_meshes(4)) + 6
-    assert run_pytest(pytester, monkeypatch, FIXTURES) == {"passed": passed}
-
-
-def test_the_page_about_testing_is_a_file_of_tests(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_brings_its_fixtures_and_the_page_about_testing_is_a_file_of_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "testing.md").read_text(), re.MULTILINE | re.DOTALL)
     tests = sum(block.count("def test_") for block in blocks)
-    outcomes = run_pytest(pytester, monkeypatch, "\n".join(blocks))
-    assert outcomes.keys() == {"passed"} and outcomes["passed"] >= tests > 0
+    outcomes = run_pytest(pytester, monkeypatch, test_fixtures=FIXTURES, test_page="\n".join(blocks))
+    passed = len(foldcc.testing.folded_meshes(4)) + 6
+    assert outcomes.keys() == {"passed"} and outcomes["passed"] >= passed + tests > passed
