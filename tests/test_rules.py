@@ -398,7 +398,7 @@ def check_every_strategy(name: str, draw: Size, ranks: int, fine: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 @settings(
-    max_examples=12,
+    max_examples=8,
     phases=[Phase.generate, Phase.shrink],
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -50,7 +50,7 @@ def equivalent(examples: int, **options: Any) -> Callable[[Callable[[Case], None
     return lambda test: checks(given(programs(world=8))(test))
 
 
-@equivalent(6, derandomize=True)
+@equivalent(4, derandomize=True)
 def test_a_drawn_program_is_equivalent_to_its_model(case: Case) -> None:
     check_equivalence(case.model, case.mesh, kwargs=case.inputs)
 
