@@ -26,11 +26,11 @@ from foldcc.verification.field import Field
 from foldcc.verification.lockstep import Ranked, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.prove import prove
-from tests.models import FAMILIES, WITH_AUX_LOSS, crossed, tiny_model, token_batch
+from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
 
 aten = torch.ops.aten
 MESHES = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
-OTHERS = ("tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
+EVERY = (*MESHES, "tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
 
 
 def folded(family: str, text: str) -> FoldedModule:
@@ -82,13 +82,13 @@ def edit_first(target: object, change: Callable[[fx.Node], None], where: str = "
     return edit
 
 
-@pytest.mark.parametrize(("family", "mesh"), crossed(FAMILIES, MESHES))
+@pytest.mark.parametrize(("family", "mesh"), zip(("gpt_oss", "qwen2_moe", "mixtral", "olmoe"), 2 * MESHES, strict=True))
 def test_a_folded_model_is_proved(family: str, mesh: str) -> None:
     foldcc.verify(folded(family, mesh), rounds=1).raise_if_failed()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", OTHERS)
+@pytest.mark.parametrize("mesh", EVERY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folded_model_is_proved_on_every_mesh(family: str, mesh: str) -> None:
     foldcc.verify(folded(family, mesh)).raise_if_failed()
@@ -98,7 +98,7 @@ def drawn(examples: int) -> Callable[..., Callable[..., None]]:
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 
 
-@drawn(5)
+@drawn(3)
 @given(case=programs(world=4))
 def test_no_program_is_a_false_alarm(case: Case) -> None:
     folded = foldcc.parallelize(case.model, case.mesh, example_inputs=case.inputs)
