@@ -47,14 +47,15 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "head_dim": 8, "sliding_window": 4, **_CHOICE}),
 }
 FAMILIES = tuple(_FAMILIES)
+LAYER_KINDS = {family: 2 if family in ("deepseek_v3", "gpt_oss") else 1 for family in FAMILIES}
 WITH_AUX_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 
 
-def crossed(families: Sequence[str], meshes: Sequence[str], *more: str) -> list[Any]:
-    """All pairs, for `parametrize`: each family on one of the meshes in turn, the other pairs and more meshes marked slow."""
+def crossed(models: Sequence[Any], meshes: Sequence[str], *more: str) -> list[Any]:
+    """All pairs, for `parametrize`: each model on one of the meshes in turn, the other pairs and more meshes marked slow."""
     return [
-        pytest.param(family, mesh, marks=() if i % len(meshes) == j else pytest.mark.slow)
-        for i, family in enumerate(families)
+        pytest.param(model, mesh, marks=() if i % len(meshes) == j else pytest.mark.slow)
+        for i, model in enumerate(models)
         for j, mesh in enumerate((*meshes, *more))
     ]
 

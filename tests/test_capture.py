@@ -19,7 +19,7 @@ from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.testing import check_equivalence
 from tests import versions
-from tests.models import FAMILIES, tiny_model, token_batch
+from tests.models import FAMILIES, LAYER_KINDS, tiny_model, token_batch
 from tests.versions import dynamo_traces_modules_that_functions_are_given
 
 TRACERS = ("export", "dynamo")
@@ -49,7 +49,7 @@ def activations(features: int = 16) -> Tensor:
 @dynamo_traces_modules_that_functions_are_given
 @pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_both_tracers_capture_the_same_operators(family: str) -> None:
-    layers = 2 if family in ("deepseek_v3", "gpt_oss") else 1  # these two have layers of two kinds
+    layers = LAYER_KINDS[family]
     model, batch = tiny_model(family, num_hidden_layers=layers), token_batch(4)
     first, second = (operators(captured(model, tracer, **batch)) for tracer in TRACERS)
     assert first == second

@@ -20,7 +20,7 @@ from foldcc.rules.joint import UNIT
 from foldcc.rules.notation import Rule
 from foldcc.types.atoms import atoms_of
 from foldcc.types.axis import MIXED, SAME, TERM, UNKNOWN, ZERO, Illegal, Type, read_across, through
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, WITH_AUX_LOSS, crossed, tiny_model, token_batch
 
 JOINT = ("split", "lower", "simplify", "bucket")
 MESHES = (
@@ -80,15 +80,14 @@ class Between(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*no factor rule")
-@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=4"])  # two samples on a rank, and one
-@pytest.mark.parametrize("between", [
+@pytest.mark.parametrize(("between", "mesh"), crossed([  # on meshes with two samples on a rank, and with one
     lambda y: y, lambda y: y.softmax(1), lambda y: functional.layer_norm(y, (8,)), lambda y: y.cumsum(1).flip(1),
     lambda y: y - y.mean(0, keepdim=True), lambda y: y * y.mean(), lambda y: y.amax(1, keepdim=True) * y,
     lambda y: y.sort(-1)[0], lambda y: torch.bmm(y, torch.bmm(y.transpose(1, 2), y)), lambda y: y[:, :1].expand(-1, 6, -1) * y,
     lambda y: functional.conv1d(y.transpose(1, 2), torch.ones(8, 8, 3), padding=1).transpose(1, 2),
     lambda y: functional.pad(y.topk(2)[0], (0, 6)), lambda y: y.repeat(1, 1, 2)[..., 4:12], lambda y: y.detach() * y.sum(),
     lambda y: functional.scaled_dot_product_attention(y, y, y, is_causal=True), lambda y: torch.where(y > 0, y, 0.0),
-])  # fmt: skip
+], ("dp=2,tp=2", "dp=4")))  # fmt: skip
 def test_what_a_model_may_do_raises_no_alarm(between: Callable[[Tensor], Tensor], mesh: str) -> None:
     foldcc.parallelize(Between(between), FoldedMesh.parse(mesh), example_inputs=(torch.randn(4, 6, 8),))
 

@@ -26,7 +26,7 @@ from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.testing.equivalence import relative_error
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, LAYER_KINDS, WITH_AUX_LOSS, tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"
 ROOT = Path(__file__).parent.parent
@@ -63,8 +63,7 @@ def marked(family: str, mesh: str) -> Any:
 @pytest.mark.parametrize(("family", "fold"), [marked(*case) for case in CASES])
 def test_kernels_give_the_same_losses_and_gradients(family: str, fold: str) -> None:
     mesh, batch = FoldedMesh.parse(fold), token_batch(4, 8)
-    layers = 2 if family in ("deepseek_v3", "gpt_oss") else 1  # these two have layers of two kinds
-    model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS, num_hidden_layers=layers)
+    model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS, num_hidden_layers=LAYER_KINDS[family])
     aten = foldcc.parallelize(model, mesh, example_inputs=batch, kernels="aten")
     triton = foldcc.parallelize(model, mesh, example_inputs=batch, kernels="triton")
     wanted, found = gradients(aten, batch), gradients(triton, batch)
@@ -92,7 +91,8 @@ def test_only_what_torch_distributed_needs_waits_for_the_device(monkeypatch: pyt
         return call
 
     batch = token_batch(4)
-    folded = foldcc.parallelize(tiny_model("mixtral"), FoldedMesh.parse(MESH), example_inputs=batch, kernels="triton")
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    folded = foldcc.parallelize(model, FoldedMesh.parse(MESH), example_inputs=batch, kernels="triton")
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__int__", "__bool__", "__index__"):
             patch.setattr(Tensor, name, watched(getattr(Tensor, name)))

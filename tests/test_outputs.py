@@ -108,8 +108,8 @@ def test_outputs_on_processes_are_this_ranks_samples_and_differentiable(text: st
         for name, loss in {
             "loss": lambda out: out.loss,
             "of others": lambda out: sum(
-                _objective(*x, x[0].square().sum())
-                for x in zip(out.logits.chunk(dp), out.router_logits[0].chunk(dp), strict=True)
+                _objective(x, y, x.square().sum())
+                for x, y in zip(out.logits.chunk(dp), out.router_logits[0].chunk(dp), strict=True)
             ),
         }.items():
             model.zero_grad()

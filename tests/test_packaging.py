@@ -66,9 +66,7 @@ def test_a_wheel_holds_the_table_of_tiles(installed: Path, tmp_path: Path) -> No
 
 def test_foldcc_imports_and_the_readme_runs_from_a_wheel_without_transformers(installed: Path, tmp_path: Path) -> None:
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
-    where = (
-        "\nimport foldcc.passes\nfrom foldcc import register_experts\nprint(foldcc.__file__, foldcc.passes.__file__, sep='\\n')"
-    )
+    where = "\nimport foldcc.passes; foldcc.register_experts\nprint(foldcc.__file__, foldcc.passes.__file__, sep='\\n')"
     printed = python(BLOCKED + block + where, folder=installed, cwd=tmp_path).splitlines()
     assert printed[-2:] == [str(installed / "foldcc" / name) for name in ("__init__.py", "passes/__init__.py")]
 
@@ -92,3 +90,4 @@ def test_foldcc_imports_no_transformers(tmp_path: Path) -> None:
     """
     tops = python("if True:" + added, folder=ROOT, cwd=tmp_path).split()
     assert "foldcc" in tops and "transformers" not in tops  # torch imports triton by itself, where it is there
+

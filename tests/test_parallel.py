@@ -8,7 +8,7 @@ import pytest
 
 import foldcc
 from foldcc.mesh import FoldedMesh
-from tests.models import FAMILIES, crossed, tiny_model, token_batch
+from tests.models import FAMILIES, LAYER_KINDS, crossed, tiny_model, token_batch
 
 MESHES = ("dp=2,tp=2|ep=4", "dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
 LATENT = ("q_a_proj.weight", "kv_a_proj_with_mqa.weight")  # narrow enough that replicating them can be cheaper
@@ -29,7 +29,8 @@ def shares(name: str, shape: tuple[int, ...], mesh: FoldedMesh) -> set[int]:
 @pytest.mark.parametrize(("family", "mesh"), crossed(FAMILIES, MESHES))
 def test_every_rank_has_its_share(family: str, mesh: str) -> None:
     parsed = FoldedMesh.parse(mesh)
-    folded = foldcc.parallelize(tiny_model(family), parsed, example_inputs=token_batch(2 * parsed.size("dp")))
+    model = tiny_model(family, num_hidden_layers=LAYER_KINDS[family])
+    folded = foldcc.parallelize(model, parsed, example_inputs=token_batch(2 * parsed.size("dp")))
     summary = folded.summary()
     assert summary.flops_ratio <= 1.05, summary
     held = 0

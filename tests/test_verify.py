@@ -26,16 +26,16 @@ from foldcc.verification.field import Field
 from foldcc.verification.lockstep import Ranked, leaves, on_ranks, run_in_lockstep
 from foldcc.verification.mode import FieldMode
 from foldcc.verification.prove import prove
-from tests.models import FAMILIES, WITH_AUX_LOSS, tiny_model, token_batch
+from tests.models import FAMILIES, LAYER_KINDS, WITH_AUX_LOSS, tiny_model, token_batch
 
 aten = torch.ops.aten
 MESHES = ("dp=2,tp=4|ep=4,etp=2", "dp=3,tp=2|ep=2")
 EVERY = (*MESHES, "tp=2|ep=2", "dp=2,tp=2|ep=4", "tp=4|ep=2,etp=2", "dp=4,tp=2|ep=8", "dp=8|ep=4")
 
 
-def folded(family: str, text: str) -> FoldedModule:
+def folded(family: str, text: str, **changes: int) -> FoldedModule:
     mesh = FoldedMesh.parse(text)
-    model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS)
+    model = tiny_model(family, aux_loss=family in WITH_AUX_LOSS, **changes)
     return foldcc.parallelize(model, mesh, example_inputs=token_batch(2 * mesh.size("dp")))
 
 
@@ -82,9 +82,9 @@ def edit_first(target: object, change: Callable[[fx.Node], None], where: str = "
     return edit
 
 
-@pytest.mark.parametrize(("family", "mesh"), zip(("gpt_oss", "qwen2_moe", "mixtral", "olmoe"), 2 * MESHES, strict=True))
+@pytest.mark.parametrize(("family", "mesh"), [*zip(("gpt_oss", "qwen2_moe", "mixtral", "olmoe"), 2 * MESHES, strict=True)])
 def test_a_folded_model_is_proved(family: str, mesh: str) -> None:
-    foldcc.verify(folded(family, mesh), rounds=1).raise_if_failed()
+    foldcc.verify(folded(family, mesh, num_hidden_layers=LAYER_KINDS[family]), rounds=1).raise_if_failed()
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ class Confuse(Pass):
 
 def test_a_model_is_verified_as_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, inputs = FoldedMesh.parse("dp=2,tp=2|ep=4"), token_batch(4)
-    folded_model = foldcc.parallelize(tiny_model("mixtral"), mesh, example_inputs=inputs, verify=True)
+    folded_model = foldcc.parallelize(tiny_model("mixtral", num_hidden_layers=1), mesh, example_inputs=inputs, verify=True)
     assert folded_model(**inputs).loss.isfinite()
     monkeypatch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:2], Confuse(), *PIPELINE[2:]))
     with pytest.raises(FoldError, match="at stage confuse"):
