@@ -90,4 +90,3 @@ def test_foldcc_imports_no_transformers(tmp_path: Path) -> None:
     """
     tops = python("if True:" + added, folder=ROOT, cwd=tmp_path).split()
     assert "foldcc" in tops and "transformers" not in tops  # torch imports triton by itself, where it is there
-
