@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +23,11 @@ from foldcc.compiler import Compiler
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
+from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import FAMILIES, LAYER_KINDS, WITH_AUX_LOSS, tiny_model, token_batch
 
 MESH = "dp=2,tp=2|ep=4"
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,15 +47,14 @@ def gradients(model: FoldedModule, batch: dict[str, Tensor]) -> dict[str, Tensor
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-SOME = ("mixtral", "deepseek_v3", "llama")
+SOME = ("mixtral", "deepseek_v3")
 
 
 CASES = [(f, MESH) for f in FAMILIES] + [(f, "dp=2") for f in ("mixtral", "gpt_oss", "llama")]
 
 
 def marked(family: str, mesh: str) -> Any:
-    quick = family in SOME and (family, mesh) != ("llama", "dp=2")
-    return pytest.param(family, mesh, marks=() if quick else pytest.mark.slow)
+    return pytest.param(family, mesh, marks=() if family in SOME else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("family", "fold"), [marked(*case) for case in CASES])
@@ -347,13 +344,15 @@ def test_a_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPa
         source.write("kernels", "x = 1\n")
 
 
-_WRITES = "from foldcc.codegen import source\nfor i in range(30): source.write(f'kernels{i}', f'x = {i}\\n' * 20_000)"
+def written(folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLDCC_CACHE", folder)
+        for i in range(30):
+            source.write(f"kernels{i}", f"x = {i}\n" * 20_000)
 
 
 def test_processes_that_emit_at_once_leave_whole_files(tmp_path: Path) -> None:
-    environment = {**os.environ, "FOLDCC_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    writers = [subprocess.Popen([sys.executable, "-c", _WRITES], env=environment, cwd=ROOT) for _ in range(2)]
-    assert [w.wait() for w in writers] == [0, 0]
+    run_distributed(written, 2, str(tmp_path))
     texts = {path.read_text() for path in tmp_path.iterdir()}
     assert texts == {f"x = {i}\n" * 20_000 for i in range(30)} and len(list(tmp_path.iterdir())) == 30
 
