@@ -51,12 +51,12 @@ LAYER_KINDS = {family: 2 if family in ("deepseek_v3", "gpt_oss") else 1 for fami
 WITH_AUX_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 
 
-def crossed(models: Sequence[Any], meshes: Sequence[str], *more: str) -> list[Any]:
-    """All pairs, for `parametrize`: each model on one of the meshes in turn, the other pairs and more meshes marked slow."""
+def crossed(rows: Sequence[Any], columns: Sequence[Any], *more: Any) -> list[Any]:
+    """All pairs, for `parametrize`: each row with one of the columns in turn, the other pairs and more columns marked slow."""
     return [
-        pytest.param(model, mesh, marks=() if i % len(meshes) == j else pytest.mark.slow)
-        for i, model in enumerate(models)
-        for j, mesh in enumerate((*meshes, *more))
+        pytest.param(row, column, marks=() if i % len(columns) == j else pytest.mark.slow)
+        for i, row in enumerate(rows)
+        for j, column in enumerate((*columns, *more))
     ]
 
 

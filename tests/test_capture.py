@@ -19,7 +19,7 @@ from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
 from foldcc.testing import check_equivalence
 from tests import versions
-from tests.models import FAMILIES, LAYER_KINDS, tiny_model, token_batch
+from tests.models import FAMILIES, LAYER_KINDS, crossed, tiny_model, token_batch
 from tests.versions import dynamo_traces_modules_that_functions_are_given
 
 TRACERS = ("export", "dynamo")
@@ -164,8 +164,7 @@ class Attention(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize(("options", "kv_heads"), crossed([{}, {"is_causal": True}, {"scale": 0.3}], (4, 2)), ids=str)
 def test_scaled_dot_product_attention_is_recognised(options: dict[str, Any], kv_heads: int) -> None:
     model = Attention(kv_heads=kv_heads, **options)
     for tracer in TRACERS:
@@ -173,8 +172,7 @@ def test_scaled_dot_product_attention_is_recognised(options: dict[str, Any], kv_
     check_equivalence(model, "dp=2,tp=2", (activations(),))
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("mask", ["bool", "by sample", "learned"])
+@pytest.mark.parametrize(("mask", "kv_heads"), crossed(["bool", "by sample", "learned"], (4, 2)))
 @pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
 def test_attention_with_a_mask_keeps_its_operator(mask: str, kv_heads: int) -> None:
     model = Attention(kv_heads=kv_heads, mask=mask)

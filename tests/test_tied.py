@@ -93,7 +93,7 @@ def test_a_sum_that_is_not_reduced_is_refused_by_types_and_one_that_is_doubled_b
     assert not foldcc.verify(rewrite(model, after="split", edit=doubled), rounds=1, reduced=True).ok
 
 
-@pytest.mark.parametrize("kernels", ["aten", "triton"])
+@pytest.mark.parametrize("kernels", [pytest.param("aten", marks=pytest.mark.slow), "triton"])
 def test_gradients_of_other_outputs_of_a_tied_model(kernels: str) -> None:
     plain = tiny_model("llama", num_hidden_layers=2, tie_word_embeddings=True)
     model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=token_batch(4), kernels=kernels)
