@@ -130,14 +130,19 @@ def check_training(family: str, text: str, *dtypes: torch.dtype, **options: Any)
 
 
 @joins_blocks
-@pytest.mark.parametrize("mesh", ["tp=4|ep=2,etp=2", pytest.param("dp=2,tp=4|ep=2,etp=2", marks=pytest.mark.slow)])
-def test_experts_divided_over_two_axes_train_as_in_one_process(mesh):
-    check_training("mixtral", mesh, torch.float64, num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("mesh", "dtypes"),
+    [("tp=4|ep=2,etp=2", [torch.float64]), pytest.param("dp=2,tp=4|ep=2,etp=2", PRECISIONS, marks=pytest.mark.slow)],
+)
+def test_experts_divided_over_two_axes_train_as_in_one_process(mesh, dtypes):
+    check_training("mixtral", mesh, *dtypes, num_hidden_layers=1)
 
 
-@pytest.mark.parametrize("mesh", ["tp=2", pytest.param("dp=2,tp=2", marks=pytest.mark.slow)])
-def test_tied_embeddings_stay_one_parameter_and_train_as_in_one_process(mesh):
-    check_training("llama", mesh, torch.float32, tie_word_embeddings=True, num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("mesh", "dtypes"), [("tp=2", [torch.float32]), pytest.param("dp=2,tp=2", PRECISIONS, marks=pytest.mark.slow)]
+)
+def test_tied_embeddings_stay_one_parameter_and_train_as_in_one_process(mesh, dtypes):
+    check_training("llama", mesh, *dtypes, tie_word_embeddings=True, num_hidden_layers=1)
 
 
 @pytest.mark.slow
