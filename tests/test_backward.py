@@ -210,7 +210,7 @@ class Refined(Stack):
         return y
 
 
-@pytest.mark.parametrize("free", [1, 2])
+@pytest.mark.parametrize("free", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_layers_that_run_without_gradients_first_have_those_of_their_last_runs(free: int) -> None:
     plain, x = Refined(free).double(), stack_input().requires_grad_()
     model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2", example_inputs=(x.detach(),))

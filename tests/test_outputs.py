@@ -72,7 +72,7 @@ class OnlyLoss(nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_what_is_returned_beside_the_loss_is_not_gathered(dtype: torch.dtype) -> None:
     mesh, batch = foldcc.FoldedMesh.parse("dp=2,tp=2|ep=4"), token_batch(4)
     folded, alone = (foldcc.parallelize(m, mesh, example_inputs=batch) for m in (model_of(dtype), OnlyLoss(model_of(dtype))))
