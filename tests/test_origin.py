@@ -93,15 +93,15 @@ def test_what_is_captured_is_proved_to_be_what_the_module_computes(name: str, ma
 # --- capture mistakes, on both sides of the proof of the folded program ---
 
 attention = import_module("foldcc.ops.attention")  # the package has its node under this name
-_allowed, _attention, _experts = attention._allowed, transformers._attention, transformers.experts
+_allowed, _attention, _experts = attention.allowed_pairs, transformers._attention, transformers.experts
 
 
 def diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allowed(q: Tensor, k: Tensor, valid: Tensor | None, *rest: Any) -> Tensor | None:
+    def allowed(q: Tensor, k: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
         found = _allowed(q, k, valid, *rest)
-        return found if valid is None or found is None else found | torch.eye(q.shape[2], dtype=torch.bool)
+        return found if valid is None else found | torch.eye(q.shape[2], dtype=torch.bool)
 
-    monkeypatch.setattr(attention, "_allowed", allowed)
+    monkeypatch.setattr(attention, "allowed_pairs", allowed)
 
 
 def without(monkeypatch: pytest.MonkeyPatch, option: str) -> None:

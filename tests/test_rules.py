@@ -89,7 +89,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.token_loss", lambda n: (ops.token_loss, real(t := n(), v := n()), ids(v, t), 1)
     yield "foldcc.attention", _attention
     yield "foldcc.experts", _experts
-    yield "foldcc.places", _places
+    yield "foldcc.places", _places_of_choices
     yield "foldcc.random_bits", lambda n: (ops.random_bits.overload, torch.tensor(7), [torch.arange(n()), torch.arange(n())])
     yield "aten.scaled_dot_product_attention", _masked_attention
     yield "aten.matmul", lambda n: (aten.matmul.default, real(n(), 1, n(), k := n()), real(n(), k, n()))
@@ -256,7 +256,7 @@ def _slice(n: Size) -> Call:
     return aten.slice.Tensor, x, dim, start if n() > 1 else None, stop, 1 + n() % 2
 
 
-def _places(n: Size) -> Call:
+def _places_of_choices(n: Size) -> Call:
     experts, shape = n(), (n(), n(), n())
     return places.overload, ids(experts, *shape), real(*shape), experts, 1.0, True, False
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 import foldcc
 from foldcc import FoldError
-from foldcc.runtime.placement import BLOCKS_ARE_JOINED
 from foldcc.testing import check_equivalence, in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import FAMILIES, FusedAttention, tiny_model, token_batch
+from tests.versions import joins_blocks
 
 MESHES = ["dp=2,tp=2|ep=4", "dp=4|ep=2", "dp=3,tp=2|ep=2"]
 
@@ -228,42 +228,52 @@ def stepped(model: nn.Module, x: Tensor, optimizer: Any) -> list[float]:
     return found
 
 
-def uneven_on_processes(folder: str) -> None:
-    for text, out in (("dp=4", 5), ("dp=2,tp=2", 7))[: 2 if BLOCKS_ARE_JOINED else 1]:
-        mesh, dp = foldcc.FoldedMesh.parse(text, device_type="cpu"), int(text[3])
-        x, plain = X.double(), Mlp(out).double()
-        own = x.chunk(dp)[mesh.coordinate(dist.get_rank(), "dp")]
-        model = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), zero=3)
-        optimizer, usual = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
-        assert stepped(model, own, optimizer) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
-        with in_float64():  # instead of the bfloat16 of Muon's iteration
-            for m in (model, plain):
-                torch.optim.Muon([m.up.weight, m.down.weight], lr=0.1).step()
-        for name, p in model.named_parameters():
-            assert relative_error(p.full_tensor(), plain.get_parameter(name)) < 1e-9, name
-        held = model.down.bias.to_local().numel()
-        assert held == {"dp=4": [2, 2, 1, 0], "dp=2,tp=2": [4, 4, 3, 3]}[text][dist.get_rank()]
-        state, moments = get_state_dict(model, optimizer)
-        checkpoint.save({"model": state, "optimizer": moments}, checkpoint_id=folder + text)
-        other = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), check_ranks=False)
-        second = torch.optim.AdamW(other.parameters(), lr=0.1)
-        state, moments = get_state_dict(other, second)
-        checkpoint.load({"model": state, "optimizer": moments}, checkpoint_id=folder + text)
-        set_state_dict(other, second, model_state_dict=state, optim_state_dict=moments)
-        assert stepped(other, own, second) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
-        for m in (model, other):
-            foldcc.init_parameters(m, seed=1)
-        for name, p in other.named_parameters():
-            assert torch.equal(whole(p), whole(model.get_parameter(name))), name
+def uneven_on_processes(text: str, out: int, parts: list[int], folder: str) -> None:
+    mesh = foldcc.FoldedMesh.parse(text, device_type="cpu")
+    dp = mesh.size("dp")
+    x, plain = X[: 2 * dp].double(), Mlp(out).double()
+    own = x.chunk(dp)[mesh.coordinate(dist.get_rank(), "dp")]
+    model = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), zero=3)
+    optimizer, usual = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
+    assert stepped(model, own, optimizer) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
+    with in_float64():  # instead of the bfloat16 of Muon's iteration
+        for m in (model, plain):
+            torch.optim.Muon([m.up.weight, m.down.weight], lr=0.1).step()
+    for name, p in model.named_parameters():
+        assert relative_error(p.full_tensor(), plain.get_parameter(name)) < 1e-9, name
+    held = model.down.bias.to_local().numel()
+    assert held == parts[dist.get_rank()]
+    state, moments = get_state_dict(model, optimizer)
+    checkpoint.save({"model": state, "optimizer": moments}, checkpoint_id=folder)
+    other = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), check_ranks=False)
+    second = torch.optim.AdamW(other.parameters(), lr=0.1)
+    state, moments = get_state_dict(other, second)
+    checkpoint.load({"model": state, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(other, second, model_state_dict=state, optim_state_dict=moments)
+    assert stepped(other, own, second) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
+    for m in (model, other):
+        foldcc.init_parameters(m, seed=1)
+    for name, p in other.named_parameters():
+        assert torch.equal(whole(p), whole(model.get_parameter(name))), name
 
 
 def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def test_parts_that_differ_train_are_made_orthogonal_as_a_whole_and_are_stored_and_loaded() -> None:
+@pytest.mark.parametrize(
+    ("text", "out", "parts"),
+    [
+        ("dp=3", 4, [2, 2, 0]),
+        pytest.param("dp=4", 5, [2, 2, 1, 0], marks=pytest.mark.slow),
+        pytest.param("dp=2,tp=2", 7, [4, 4, 3, 3], marks=[joins_blocks, pytest.mark.slow]),
+    ],
+)
+def test_parts_that_differ_train_are_made_orthogonal_as_a_whole_and_are_stored_and_loaded(
+    text: str, out: int, parts: list[int]
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run_distributed(uneven_on_processes, 4, folder + "/")
+        run_distributed(uneven_on_processes, len(parts), text, out, parts, folder)
 
 
 def trained(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, optimizer: Any = None) -> list[float]:
