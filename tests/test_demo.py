@@ -17,7 +17,7 @@ ROW = re.compile(r"│ +(\d+) │ +([\d.]+) │ +([\d.]+) │ +([-+.e\d]+) │")
 
 
 def test_both_models_train_alike(tmp_path: Path) -> None:
-    options = ["--mesh", "dp=2,tp=2|ep=4", "--steps", "2", "--batch", "4", "--length", "16", "--out", "stages"]
+    options = ["--mesh", "pp=2,dp=2|ep=2", "--steps", "2", "--batch", "4", "--length", "16", "--out", "stages"]
     environment = {**os.environ, "COLUMNS": str(WIDTH), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "foldcc", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -49,8 +49,7 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     [
         (["--mesh", "dp=4,sp=2"], "unknown axis 'sp'."),
         (["--mesh", "eight"], "'eight' in 'eight' is not of the form axis=size."),
-        (["--batch", "6"], "6 samples of a batch do not divide over dp=4 (6 = 1 * 4 + 2)."),
-        (["--mesh", "pp=2"], "The demo shows a mesh without pipeline stages."),
+        (["--batch", "7"], "7 samples of a batch do not divide over dp * micro_batches=2 (7 = 3 * 2 + 1)."),
         # this one is found by the ranks
         (["--mesh", "tp=3"], "8 attention heads, 2 to each of 4 key/value heads, do not divide over tp=3."),
     ],

@@ -1,7 +1,7 @@
 """`python -m foldcc demo`: train a small Mixtral on eight processes, folded, next to the same model in one process.
 
-Each process is a rank of `dp=4,tp=2|ep=8` on gloo; the text is the standard library's own source, as bytes. It prints which
-rank plays which part in attention and in the experts, the stages of compilation, the collectives of a step, and both
+Each process is a rank of `pp=2,cp=2,tp=2|ep=4` on gloo; the text is the standard library's own source, as bytes. It prints
+which rank plays which part in attention and in the experts, the stages of compilation, the collectives of a step, and both
 losses, step by step. Every stage's program is written to a folder as text.
 """
 
@@ -47,10 +47,8 @@ def run(args: argparse.Namespace) -> None:
         FoldError: the mesh, the batch and the model do not fit together.
     """
     mesh = FoldedMesh.parse(args.mesh)
-    if mesh.size("pp") > 1:
-        raise FoldError("The demo shows a mesh without pipeline stages.", mesh=mesh, valid="--mesh with pp=1")
-    dp = mesh.size("dp")
-    divides("samples of a batch", args.batch, "dp", dp, mesh=mesh, valid=f"--batch: multiples of {dp}")
+    parts = mesh.size("dp") * args.micro_batches
+    divides("samples of a batch", args.batch, "dp * micro_batches", parts, mesh=mesh, valid=f"--batch: multiples of {parts}")
     quiet()
     count = sum(p.numel() for p in model().parameters())
     console = Console()
@@ -65,8 +63,10 @@ def run(args: argparse.Namespace) -> None:
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m foldcc demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--mesh", default="dp=4,tp=2|ep=8", help="the folded mesh; a process for each rank")
-    parser.add_argument("--steps", type=int, default=20, help="training steps")
+    parser.add_argument("--mesh", default="pp=2,cp=2,tp=2|ep=4", help="the folded mesh; a process for each rank")
+    parser.add_argument("--micro-batches", type=int, default=2, help="into which each batch is cut")
+    parser.add_argument("--schedule", default="1f1b", help="in which order pipeline stages work on them")
+    parser.add_argument("--steps", type=int, default=12, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="samples of the whole batch")
     parser.add_argument("--length", type=int, default=64, help="bytes of a sample")
     parser.add_argument("--out", default="foldcc-demo", help="folder for the text of each stage")
@@ -110,17 +110,24 @@ def batches(args: argparse.Namespace) -> torch.Tensor:
 
 
 def train(step_model: Any, data: torch.Tensor, clip: Callable[..., Any], report: Callable[[int], None]) -> list[float]:
-    """AdamW steps, each reported before it starts; the loss of each."""
+    """AdamW steps, each reported before it starts; the loss of each.
+
+    Args:
+        data: [steps, parts, samples, length]; gradients of the parts of a step are accumulated.
+    """
     optimizer = torch.optim.AdamW(step_model.parameters(), lr=LEARNING_RATE)
     losses = []
-    for step, ids in enumerate(data, 1):
+    for step, parts in enumerate(data, 1):
         report(step)
-        loss = step_model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        total = 0.0
+        for ids in parts:
+            loss = step_model(input_ids=ids, labels=ids).loss / len(parts)
+            loss.backward()
+            total += loss.item()
         clip(step_model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(total)
     return losses
 
 
@@ -133,22 +140,26 @@ def rank_main(args: argparse.Namespace) -> FoldError | None:
     quiet()
     rank = dist.get_rank()
     mesh = FoldedMesh.parse(args.mesh, device_type="cpu")
-    share = args.batch // mesh.size("dp")
     data = batches(args)
-    mine = data[:, mesh.coordinate(rank, "dp") * share :][:, :share]
+    shares = data.unflatten(1, (mesh.size("dp"), -1))
+    mine = shares[:, mesh.coordinate(rank, "dp")]
+    micro_batches = torch.cat(shares.chunk(args.micro_batches, 2), 1).unflatten(1, (args.micro_batches, -1)).flatten(2, 3)
     console = Console(quiet=rank != 0, highlight=False)
     try:
-        folded = compile_shown(console, mesh, {"input_ids": mine[0], "labels": mine[0]})
+        folded = compile_shown(console, mesh, {"input_ids": mine[0], "labels": mine[0]}, args)
     except FoldError as error:
         return error
     if rank == 0:
-        show(console, folded, Path(args.out))
-    alone = reference(console, data) if rank == 0 else []
+        show(console, folded, args)
+    alone = reference(console, micro_batches) if rank == 0 else []
     dist.barrier()
     start = time.perf_counter()
     with console.status("training") as status:
         together = train(
-            folded, mine, foldcc.clip_grad_norm_, lambda step: status.update(f"training, folded: step {step} of {len(data)}")
+            folded,
+            mine[:, None],
+            foldcc.clip_grad_norm_,
+            lambda step: status.update(f"training, folded: step {step} of {len(data)}"),
         )
     seconds = time.perf_counter() - start
     if rank == 0:
@@ -157,20 +168,30 @@ def rank_main(args: argparse.Namespace) -> FoldError | None:
     return None
 
 
-def compile_shown(console: Console, mesh: FoldedMesh, example: dict[str, torch.Tensor]) -> foldcc.FoldedModule:
+def compile_shown(
+    console: Console, mesh: FoldedMesh, example: dict[str, torch.Tensor], args: argparse.Namespace
+) -> foldcc.FoldedModule:
     """`parallelize`, with the stage that is at work on the screen."""
     start = time.perf_counter()
     with console.status("compiling") as status:
         folded = foldcc.parallelize(
-            model(), mesh, example_inputs=example, progress=lambda stage: status.update(f"compiling: {stage}")
+            model(),
+            mesh,
+            example_inputs=example,
+            micro_batches=args.micro_batches,
+            schedule=args.schedule,
+            progress=lambda stage: status.update(f"compiling: {stage}"),
         )
     console.print(f"Compiled in {time.perf_counter() - start:.1f} s, by every process.\n")
     return folded
 
 
-def show(console: Console, folded: foldcc.FoldedModule, folder: Path) -> None:
-    """Prints what was compiled, and writes each stage to a file of `folder`."""
-    for told in (folded.stages, folded.collectives(), folded.summary()):
+def show(console: Console, folded: foldcc.FoldedModule, args: argparse.Namespace) -> None:
+    """Prints what was compiled, and writes each stage to a file of a folder."""
+    folder = Path(args.out)
+    whole = folded.mesh.size("pp") * args.micro_batches == 1
+    needs = folded.summary() if whole else "All of this is of one micro-batch, on all pipeline stages."
+    for told in (folded.stages, folded.collectives(), needs):
         console.print(f"{told}\n", markup=False, soft_wrap=True)  # a table is left to the terminal to wrap
     folder.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(folded.stages):
@@ -179,7 +200,7 @@ def show(console: Console, folded: foldcc.FoldedModule, folder: Path) -> None:
 
 
 def reference(console: Console, data: torch.Tensor) -> list[float]:
-    """The losses of the same model on the same batches, in one process."""
+    """The losses of the same model on the same micro-batches, in one process."""
     with console.status("training") as status:
         return train(
             model(),
