@@ -140,12 +140,13 @@ class _AxisProblem:
 
     def _asked(self, node: fx.Node, options: list[Strategy]) -> list[Strategy]:
         """The strategies of the way to divide that the plan asks for, where there are several on this axis."""
-        asked, rule = self.plan.attention, node.meta["rule"]
+        asked = self.plan.attention
         ways = [d for d in captured_record(node.target).divisions if d.way and d.only == self.axis]
         there = [s for s in options if s.way == asked]
         if ways and not there:
             d = next(d for d in reversed(ways) if d.way == asked)
-            sizes = " ".join(f"{x}={rule.sizes[x]}" for x in d.letters)
+            factors = {x: node.meta["letters"].get(x, ()) for x in d.letters}
+            sizes = " ".join(f"{x}={'*'.join(str(self.strategist.sizes[f]) for f in factors[x])}" for x in d.letters)
             raise FoldError(
                 f"attention={asked!r} cannot be on {self.axis}={self.ranks}: "
                 f"{self.strategist.unfit(node, d) or f'{sizes} cannot be cut in {self.ranks} equal parts'}.",
