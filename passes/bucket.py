@@ -32,6 +32,7 @@ from foldcc.ir.plan import UnfitPlan
 from foldcc.ir.program import Program, unshards
 from foldcc.ir.rewrite import emit
 from foldcc.ir.walk import FORWARD
+from foldcc.layout import PARTIAL
 from foldcc.ops.groups import active
 
 aten = torch.ops.aten
@@ -75,7 +76,7 @@ class Bucket(Pass):
 
 
 def _alike(graph: fx.Graph, *, unshards: bool) -> list[list[fx.Node]]:
-    """The collectives that may be one, those of equal axes and types together.
+    """The collectives that may be one, those of equal axes and types together, and of terms of sums over the same axes.
 
     Reductions of whose results, or of casts of them, nothing is made but gradients of a known size. In blocks that unshard
     parameters gathers too, as many steps behind arguments, and reductions as many steps before gradients.
@@ -90,7 +91,9 @@ def _alike(graph: fx.Graph, *, unshards: bool) -> list[list[fx.Node]]:
         readers = {user for x in node.users for user in (x.users if x.target is aten._to_copy.default else [x])}
         apart = unshards or (not gather and readers == {graph.output_node()})
         if apart and isinstance(value.numel(), int):
-            key = (node.target, told(*node.args), value.dtype, value.device, (behind if gather else before)[node])
+            terms = frozenset(axis for axis, t in node.args[0].meta.get("types", {}).items() if t.letter == PARTIAL)
+            steps = (behind if gather else before)[node]
+            key = (node.target, told(*node.args), terms, value.dtype, value.device, steps)
             found.setdefault(key, []).append(node)
     return list(found.values())
 

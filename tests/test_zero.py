@@ -66,7 +66,8 @@ def compare(family: str, mesh: str, zero: int, **options: Any) -> foldcc.FoldedM
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh", "zero"), [("mixtral", MESHES[0], 3), ("deepseek_v3", MESHES[1], 2), ("llama", MESHES[2], 3)]
+    ("family", "mesh", "zero"),
+    [("mixtral", MESHES[0], 3), ("deepseek_v3", MESHES[1], 2), ("llama", MESHES[2], 3), ("qwen3", "dp=2,cp=2,tp=2", 1)],
 )
 def test_gradients_are_those_of_one_process(family: str, mesh: str, zero: int) -> None:
     compare(family, mesh, zero)

@@ -37,6 +37,16 @@ def test_alike_reductions_travel_together() -> None:
     )
 
 
+def test_what_is_a_term_of_another_sum_too_goes_alone() -> None:
+    unchanged(
+        """
+        %da = all_reduce(%x : f32[4, 8] P(dp,tp), dp, I)
+        %db = all_reduce(%y : f32[2] P(dp), dp, I)
+        return [%da, %db]
+        """
+    )
+
+
 def test_reductions_whose_results_are_cast_travel_together_too() -> None:
     assert_rewrites(
         Bucket(),
