@@ -127,6 +127,7 @@ def test_a_plan_says_the_way_and_makes_it_again() -> None:
             "gathered, ring",
         ),
         ("llama", "cp=2", "halo", "'halo' cannot be on cp=2: no window bounds how far queries see.", "gathered, ring, ulysses"),
+        ("llama", "cp=4,tp=2", "ulysses", "of which the axes before leave 1 to a rank, do not divide over tp=2.", "tp: 1"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(family: str, mesh: str, way: str, message: str, valid: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
@@ -245,16 +246,18 @@ class _AxisProblem:
         first, second = (node.meta["letters"][x] for x in ("kv_heads", "group"))
         if divided(options) or not self.takes.issuperset(first + second):
             return
-        shared, each = (int(np.prod([self.program.sizes[f] for f in x])) for x in (first, second))
+        shared, each = (prod(self.program.sizes[f] for f in x) for x in (first, second))
         heads = shared * each
         taken = self.strategist.taken
+        left = heads // prod(n for (x, _), n in taken.get(node, {}).items() if x in ("kv_heads", "group"))
+        others = f", of which the axes before leave {left} to a rank" if left < heads else ""
         possible = [
             d
             for d in divisors(heads)
             if d > 1 and divided(Strategist(self.axis, self.program.sizes, d, taken, self.takes).of(node))
         ]
         raise FoldError(
-            f"{heads} attention heads, {each} to each of {shared} key/value heads, do not divide over tp={self.ranks}.",
+            f"{heads} attention heads, {each} to each of {shared} key/value heads{others}, do not divide over tp={self.ranks}.",
             at=where(node),
             mesh=str(self.program.mesh),
             valid=f"tp: {listed([1, *possible])}",
