@@ -10,18 +10,15 @@ of, or is called under autocast, goes it; any other is rewritten where it stands
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldcc.capture import batch_norm, regions
-from foldcc.ir.rewrite import provenance
+from foldcc.ir.rewrite import inline, replace_node
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
@@ -106,41 +103,16 @@ def _write_anew(node: fx.Node) -> bool:
 
 def _expand(node: fx.Node) -> None:
     """Puts what an operator is made of, for operands such as it has, in its place."""
-    nodes = {id(x): n for n in node.all_input_nodes for x in [n.meta["val"]]}
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with torch.no_grad(), torch._C.DisableTorchFunction(), _Inserting(node, nodes):
-        result = node.target(*args, **kwargs)
-    if isinstance(result, Tensor):
-        node.replace_all_uses_with(nodes[id(result)])
-    else:
-        for item in list(node.users):
-            item.replace_all_uses_with(nodes[id(result[item.args[1]])])
-            node.graph.erase_node(item)
+    operands = node.all_input_nodes
+
+    def called(*values: Tensor) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(operands, values, strict=True)).__getitem__)
+        return node.target(*args, **kwargs)
+
+    made = inline(node, called, *operands)
+    if isinstance(made, fx.Node):
+        replace_node(node, made)
+        return
+    for item in list(node.users):
+        replace_node(item, made[item.args[1]])
     node.graph.erase_node(node)
-
-
-class _Inserting(TorchDispatchMode):
-    """Operators that run inside this context are inserted before a node.
-
-    Attributes:
-        nodes: by the identity of each fake tensor, the node whose value it is.
-    """
-
-    def __init__(self, before: fx.Node, nodes: dict[int, fx.Node]):
-        super().__init__()
-        self.before, self.nodes = before, nodes
-
-    def __torch_dispatch__(self, target: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        result = target(*args, **(kwargs or {}))
-        operands = pytree.tree_map_only(Tensor, lambda x: self.nodes[id(x)], (tuple(args), dict(kwargs or {})))
-        with self.before.graph.inserting_before(self.before):
-            node = self.before.graph.call_function(target, *operands)
-            self._is(node, result)
-            if isinstance(result, (tuple, list)):
-                for i, x in enumerate(result):
-                    self._is(self.before.graph.call_function(operator.getitem, (node, i)), x)
-        return result
-
-    def _is(self, node: fx.Node, value: Any) -> None:
-        node.meta = provenance(self.before) | {"val": value}
-        self.nodes[id(value)] = node

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source", "origin")
 
@@ -34,18 +35,45 @@ def emit(before: fx.Node, target: Any, *args: Any, about: fx.Node | None = None,
     return new
 
 
-def inline(before: fx.Node, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
-    """Inserts before a node, in its place of the model, the calls of which a function of tensors is made."""
+def inline(before: fx.Node, function: Callable[..., Any], *values: fx.Node) -> Any:
+    """Inserts before a node, in its place of the model, the calls of which a function of tensors is made.
+
+    Returns:
+        The nodes of what it returns, in the same structure.
+    """
     fakes = [x.meta["val"] for x in values]
-    with fakes[0].fake_mode, torch.no_grad(), torch._C.DisableTorchFunction():  # as it is written, whatever lifts the model
-        traced = make_fx(function)(*fakes)
-    copied = dict(zip(traced.graph.find_nodes(op="placeholder"), values, strict=True))
-    for node in (n for n in traced.graph.nodes if n.op == "call_function"):
-        with before.graph.inserting_before(before):
-            copied[node] = before.graph.node_copy(node, copied.__getitem__)
-        copied[node].meta = provenance(before) | {"val": node.meta["val"]}
-    (output,) = traced.graph.find_nodes(op="output")
-    return copied[output.args[0]]
+    inserting = _Inserting(before, dict(zip(map(id, fakes), values, strict=True)))
+    with fakes[0].fake_mode, torch.no_grad(), torch._C.DisableTorchFunction(), inserting:  # as it is written, whatever lifts it
+        result = function(*fakes)
+    return inserting.nodes_of(result)
+
+
+class _Inserting(TorchDispatchMode):
+    """Operators that run inside this context are inserted before a node.
+
+    Attributes:
+        nodes: by the identity of each fake tensor, the node whose value it is.
+    """
+
+    def __init__(self, before: fx.Node, nodes: dict[int, fx.Node]):
+        super().__init__()
+        self.before, self.nodes = before, nodes
+
+    def nodes_of(self, values: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda x: self.nodes[id(x)], values)
+
+    def __torch_dispatch__(self, target: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = target(*args, **(kwargs or {}))
+        with self.before.graph.inserting_before(self.before):
+            node = self.before.graph.call_function(target, *self.nodes_of((tuple(args), dict(kwargs or {}))))
+            self._is(node, result)
+            for i, x in enumerate(result if isinstance(result, (tuple, list)) else ()):
+                self._is(self.before.graph.call_function(operator.getitem, (node, i)), x)
+        return result
+
+    def _is(self, node: fx.Node, value: Any) -> None:
+        node.meta = provenance(self.before) | {"val": value}
+        self.nodes[id(value)] = node
 
 
 def replace_node(node: fx.Node, new: fx.Node) -> None:
