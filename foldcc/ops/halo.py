@@ -104,6 +104,7 @@ halo: Operator = operator(
     transpose=lambda grad, x, dim, axes, before: halo_sum(grad, dim, axes, before),
     simulate=lambda calls: _on_all(calls, _joined),
     sent=lambda x, y, ranks: y - x,
+    overlaps=True,
 )
 
 halo_sum: Operator = operator(

@@ -36,6 +36,7 @@ class Operator:
             rank sends`; None when nothing is sent.
         moves: each element of the result is one of a rank's first argument.
         again: a backward pass asks for the result once more, instead of keeping it.
+        overlaps: ranks have elements in common, so that the results are no parts of a dimension.
     """
 
     overload: Any
@@ -47,6 +48,7 @@ class Operator:
     sent: Callable[[Any, Any, int], Any] | None
     moves: bool
     again: bool = False
+    overlaps: bool = False
 
     @property
     def name(self) -> str:
@@ -81,6 +83,7 @@ def operator(
     sent: Callable[[Any, Any, int], Any] | None = None,
     moves: bool = False,
     again: bool = False,
+    overlaps: bool = False,
 ) -> Operator:
     """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors."""
     name = schema.split("(")[0]
@@ -115,6 +118,7 @@ def operator(
         sent=sent,
         moves=moves,
         again=again,
+        overlaps=overlaps,
     )
     _RECORDS[found.overload] = found
     return found

@@ -218,7 +218,7 @@ def _fits_ranks(node: fx.Node, known: Operator, dim: int, ranks: int) -> bool:
 
 
 def _after(known: Operator, after: str, dim: int, node: fx.Node, arguments: Mapping[str, Any]) -> Type:
-    if known.types.startswith("->") or known is ops.halo:  # made of nothing; or parts that overlap divide no dimension
+    if known.types.startswith("->") or known.overlaps:  # made of nothing; or parts that overlap divide no dimension
         return UNKNOWN
     if after != VARYING:
         return TERM if after == PARTIAL else SAME
