@@ -61,6 +61,7 @@ def parallelize(
     recompute: str | float | None = None,
     micro_batches: int = 1,
     schedule: str = "gpipe",
+    stages_per_rank: int = 1,
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -106,6 +107,8 @@ def parallelize(
         micro_batches: a call is cut into as many, along its samples, and its losses are means over them: see docs/pipelines.md.
         schedule: in which order pipeline stages work on micro-batches: "gpipe", all forward passes and then all backward
             passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well.
+        stages_per_rank: pipeline stages that each place of `pp` has, every pp-th: with more of them, ranks wait less for each
+            other, and send more.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -125,7 +128,7 @@ def parallelize(
         mesh = FoldedMesh.parse(mesh)
     if isinstance(mesh, DeviceMesh):
         mesh = _chosen_mesh(mesh, model, example_inputs, capture)
-    pipelining = Pipelining(mesh.size("pp"), micro_batches, schedule)
+    pipelining = Pipelining(mesh.size("pp"), micro_batches, schedule, stages_per_rank)
     _check_stages(mesh, example_inputs is not None or own_example_inputs(model) is not None)
     given = Plan.parse(plan) if isinstance(plan, str) else Plan() if plan is None else plan
     if not isinstance(given, Plan):

@@ -63,9 +63,9 @@ class StagePass(Pass):
             group.append(len(costs) - 1)
         if self.stages > len(costs):
             raise FoldError(
-                f"pp={self.stages} stages of {len(costs)} blocks: each stage has one block at least.",
+                f"{self.stages} pipeline stages of {len(costs)} blocks: each stage has one block at least.",
                 blocks=listed(c.target for c in calls),
-                valid=f"pp: 1 to {len(costs)}",
+                valid=f"pp * stages_per_rank: 1 to {len(costs)}",
             )
         ends = _ends(costs, self.stages)
         return [next(s for s, end in enumerate(ends) if i < end) for i in group]

@@ -56,6 +56,11 @@ def rows_of_routers(out: Any) -> tuple[Tensor, ...]:
 CASES = [
     ("llama", "pp=3,dp=2", 4, "1f1b", {"tie_word_embeddings": True}, {"zero": 1}),
     ("mixtral", "pp=2,dp=2|ep=2", 2, "gpipe", {}, {"zero": 3}),
+    ("llama", "pp=2,dp=2", 4, "1f1b", {"layers": 4, "tie_word_embeddings": True}, {"stages_per_rank": 2}),
+    pytest.param("mixtral", "pp=2,dp=2|ep=2", 4, "gpipe", {"layers": 4}, {"stages_per_rank": 2}, marks=pytest.mark.slow),
+    pytest.param(
+        "mixtral", "pp=2,tp=2|ep=2", 4, "1f1b", {"layers": 6}, {"stages_per_rank": 3, "zero": 3}, marks=pytest.mark.slow
+    ),
     pytest.param("llama", "dp=2", 2, "1f1b", {}, {"recompute": "blocks"}, marks=pytest.mark.slow),
     pytest.param("llama", "pp=2,cp=2", 4, "gpipe", {"layers": 3}, {"kernels": "triton"}, marks=pytest.mark.slow),
     pytest.param("mixtral", "pp=4,dp=2,tp=2|ep=4", 4, "1f1b", {"layers": 4}, {"zero": 3}, marks=pytest.mark.slow),
@@ -187,11 +192,11 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(schedule: str, zero: int, folder: str) -> dict[str, Any]:
+def train(schedule: str, zero: int, each: int, folder: str) -> dict[str, Any]:
     """Two steps on real stages, and a checkpoint after them."""
     mesh = foldcc.FoldedMesh.parse("pp=2,dp=2|ep=2", "cpu")
     batch = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(8, 8).items()}
-    plain = tiny("mixtral", tie_word_embeddings=True)
+    plain = tiny("mixtral", tie_word_embeddings=True, layers=2 * each)
     with in_float64():
         model = foldcc.parallelize(
             plain,
@@ -199,6 +204,7 @@ def train(schedule: str, zero: int, folder: str) -> dict[str, Any]:
             example_inputs=batch,
             micro_batches=2,
             schedule=schedule,
+            stages_per_rank=each,
             zero=zero,
             verify=False,
         )
@@ -224,14 +230,18 @@ def train(schedule: str, zero: int, folder: str) -> dict[str, Any]:
         checkpoint.load(state, checkpoint_id=folder)
         model.load_state_dict(state)
         assert all(torch.equal(whole(p), found["weights"][n]) for n, p in model.named_parameters())
-        model.load_state_dict(tiny("mixtral", tie_word_embeddings=True, seed=1).state_dict())
+        model.load_state_dict(tiny("mixtral", tie_word_embeddings=True, layers=2 * each, seed=1).state_dict())
         refusals(model)
     return found
 
 
-@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 1), pytest.param("gpipe", 3, marks=pytest.mark.slow)])
-def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stage_uses(schedule: str, zero: int) -> None:
-    plain, batch = tiny("mixtral", tie_word_embeddings=True), token_batch(8, 8)
+@pytest.mark.parametrize(
+    ("schedule", "zero", "each"), [("1f1b", 1, 2), *(pytest.param(s, 3, 1, marks=pytest.mark.slow) for s in ("gpipe", "1f1b"))]
+)
+def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stages_use(
+    schedule: str, zero: int, each: int
+) -> None:
+    plain, batch = tiny("mixtral", tie_word_embeddings=True, layers=2 * each), token_batch(8, 8)
     optimizer, losses, norms, gradients = torch.optim.AdamW(plain.parameters(), lr=1e-2), [], [], {}
     with in_float64():
         for _ in range(2):
@@ -243,7 +253,7 @@ def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stage_u
         with torch.no_grad():
             logits = plain(**batch).logits
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_distributed(train, 4, schedule, zero, folder, timeout=600)
+        ranks = run_distributed(train, 4, schedule, zero, each, folder, timeout=600)
         stored = {n: torch.empty_like(p) for n, p in plain.state_dict().items()}
         checkpoint.load(stored, checkpoint_id=folder, no_dist=True)
     for rank, found in enumerate(ranks):
@@ -337,10 +347,17 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
 @pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
-        (Masked(), {"mesh": "pp=9"}, r"(?s)pp=9 stages of 1 blocks.*pp: 1 to 1"),
+        (Masked(), {"mesh": "pp=9"}, r"(?s)9 pipeline stages of 1 blocks.*stages_per_rank: 1 to 1"),
         (Masked(), {"mesh": "pp=3", "schedule": "1f1b"}, "1f1b fills 3 stages with as many micro-batches, and there are 2"),
         (Masked(), {"count": 3}, r"4 samples of a rank do not divide over micro_batches=3 \(4 = 1 \* 3 \+ 1\)"),
         (Masked(), {"count": 0}, "micro_batches=0"),
+        (Masked(), {"stages_per_rank": 0}, "stages_per_rank=0 is no number of stages"),
+        (Masked(), {"stages_per_rank": 2}, "stages_per_rank=2 with pp=1: one rank has nobody to take turns with"),
+        (
+            Masked(),
+            {"mesh": "pp=2", "count": 3, "schedule": "1f1b", "stages_per_rank": 2},
+            r"(?s)3 micro-batches do not divide over pp=2 \(3 = 1 \* 2 \+ 1\).*multiples of 2",
+        ),
         (Masked(), {"schedule": "zb"}, "(?s)no schedule 'zb'.*gpipe, 1f1b"),
         (Masked(), {"schedule": "1f1b", "precision": foldcc.Precision(compute="float16")}, "too small in float16"),
         (Masked(), {"more": {"x": torch.ones(4, 8, requires_grad=True)}}, "Input .*x.* requires a gradient"),

@@ -21,6 +21,7 @@ from foldcc.runtime.schedule import (
     Action,
     Order,
     Pipelining,
+    bubble,
 )
 from foldcc.verification.schedule import prove_orders, prove_schedule
 
@@ -28,14 +29,33 @@ Orders = list[Order]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("stages", "count"), [(1, 1), (1, 4), (2, 2), (3, 8), (4, 4), (16, 64)])
-def test_every_schedule_holds_with_and_without_backward_passes(schedule: str, stages: int, count: int) -> None:
-    pipelining = Pipelining(stages, count, schedule)
+@pytest.mark.parametrize(
+    ("places", "count", "each"),
+    [(1, 1, 1), (1, 4, 1), (2, 2, 1), (3, 8, 1), (4, 4, 1), (16, 64, 1), (2, 2, 2), (4, 8, 3), (3, 12, 2), (16, 64, 4)],
+)
+def test_every_schedule_holds_and_waits_as_long_as_its_closed_form_says(
+    schedule: str, places: int, count: int, each: int
+) -> None:
+    """(p - 1) / (m v + p - 1), Narayanan et al., arXiv 2104.04473, sections 2.2.1 and 2.2.2, as a share of the whole step."""
+    pipelining = Pipelining(places, count, schedule, each)
     for backward in (True, False):
         told = prove_schedule(pipelining, backward=backward)
-        if backward:
-            held = [min(count, stages - s) if schedule == "1f1b" else count for s in range(stages)]
+        if backward and each == 1:
+            held = [min(count, places - s) if schedule == "1f1b" else count for s in range(places)]
             assert f"at most {', '.join(map(str, held))} at a time" in told
+        assert bubble(pipelining.orders(backward=backward)) == pytest.approx((places - 1) / (count * each + places - 1))
+
+
+def test_taking_turns_holds_no_more_than_the_stages_that_are_ahead() -> None:
+    """With gpipe a place holds all that it has; with 1f1b as many as fill its own stages and the way to the end and back."""
+    told = prove_schedule(Pipelining(4, 16, "1f1b", 2), backward=True)
+    assert "4 ranks with 2 stages each and 16 micro-batches, of which they hold at most 11, 9, 7, 5 at a time" in told
+    assert "at most 32, 32, 32, 32 at a time" in prove_schedule(Pipelining(4, 16, "gpipe", 2), backward=True)
+
+
+def test_micro_batches_that_places_do_not_divide_hold_with_gpipe() -> None:
+    for count in (1, 3, 5, 7):
+        prove_schedule(Pipelining(4, count, "gpipe", 3), backward=True)
 
 
 def dropped(order: Order) -> Iterator[tuple[str, Order]]:
@@ -74,38 +94,42 @@ def exchanged(order: Order) -> Iterator[tuple[str, Order]]:
             yield f"{order[a]} and {order[b]} exchanged", tuple(new)
 
 
+def elsewhere(order: Order) -> Iterator[tuple[str, Order]]:
+    """An action of another stage."""
+    for k, action in enumerate(order):
+        yield f"{action} of the next stage", (*order[:k], replace(action, stage=action.stage + 1), *order[k + 1 :])
+
+
 def mutants(orders: Orders) -> Iterator[tuple[str, Orders]]:
-    for stage, order in enumerate(orders):
-        for mistake in (dropped, twice, of_another, late, exchanged):
+    for place, order in enumerate(orders):
+        for mistake in (dropped, twice, of_another, elsewhere, late, exchanged):
             for what, new in mistake(order):
-                yield f"stage {stage}: {what}", [*orders[:stage], new, *orders[stage + 1 :]]
+                yield f"place {place}: {what}", [*orders[:place], new, *orders[place + 1 :]]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_mistake_in_a_schedule_is_found(schedule: str) -> None:
-    orders = Pipelining(3, 4, schedule).orders(backward=True)
-    planted = list(mutants(orders))
+@pytest.mark.parametrize(("schedule", "each"), [*((s, 1) for s in SCHEDULES), *((s, 2) for s in SCHEDULES)])
+def test_every_mistake_in_a_schedule_is_found(schedule: str, each: int) -> None:
+    pipelining = Pipelining(3, 6 if each > 1 else 4, schedule, each)
+    planted = list(mutants(pipelining.orders(backward=True)))
     assert len(planted) > 200
     for what, wrong in planted:
         with pytest.raises(FoldError):
-            prove_orders(wrong, 4, backward=True)
+            prove_orders(wrong, pipelining.micro_batches, stages=pipelining.stages, backward=True)
             pytest.fail(f"{what} is not found")
 
 
 def test_stages_that_wait_for_each_other_in_a_circle_are_found() -> None:
     """Every action is there, and in an order that its own stage could follow."""
     first, last = Pipelining(2, 2, "1f1b").orders(backward=True)
-    receive = Action(RECEIVE_GRADIENT, 0)
-    waits = (Action(FORWARD, 0), receive, Action(SEND, 0), *(a for a in first[2:] if a != receive))
-    with pytest.raises(
-        FoldError, match=r"(?s)wait for each other without end.*stage 0 +receive gradient 0.*stage 1 +receive 0"
-    ):
-        prove_orders([waits, last], 2, backward=True)
+    receive = Action(RECEIVE_GRADIENT, 0, 0)
+    waits = (Action(FORWARD, 0, 0), receive, Action(SEND, 0, 0), *(a for a in first[2:] if a != receive))
+    with pytest.raises(FoldError, match=r"(?s)wait for each other without end.*pp 0 +receive gradient 0.*pp 1 +receive 0"):
+        prove_orders([waits, last], 2, stages=2, backward=True)
 
 
 def test_a_send_waits_for_what_was_sent_before() -> None:
     """A stage that sends two before it receives anything, to one that sends two back in between."""
-    first = tuple(Action(k, i) for k, i in ((FORWARD, 0), (SEND, 0), (FORWARD, 1), (SEND, 1), (FORWARD, 2), (SEND, 2)))
-    last = (Action(RECEIVE, 0), Action(FORWARD, 0), Action(RECEIVE_GRADIENT, 0))
-    with pytest.raises(FoldError, match="(?s)wait for each other.*stage 0 +send 2"):
-        prove_orders([first, last, ()], 3, backward=True)
+    first = tuple(Action(k, i, 0) for k, i in ((FORWARD, 0), (SEND, 0), (FORWARD, 1), (SEND, 1), (FORWARD, 2), (SEND, 2)))
+    last = (Action(RECEIVE, 0, 1), Action(FORWARD, 0, 1), Action(RECEIVE_GRADIENT, 0, 1))
+    with pytest.raises(FoldError, match="(?s)wait for each other.*pp 0 +send 2"):
+        prove_orders([first, last, ()], 3, stages=3, backward=True)

@@ -33,12 +33,12 @@ def described(
     """
     parameters = dict(tree.named_parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters.values())
-    held: Counter[int] = Counter()  # by pipeline stage
+    held: Counter[int] = Counter()  # by place of pp
     for n, p in parameters.items():
         count = p.to_local().numel() if isinstance(p, DTensor) else p.numel()
         if n in layouts and not isinstance(p, DTensor):
             count = math.prod(int(size) for size in layouts[n].shape)
-        held.update(dict.fromkeys(stages.get(n, (0,)), count * p.element_size()))
+        held.update(dict.fromkeys({s % mesh.size("pp") for s in stages.get(n, (0,))}, count * p.element_size()))
     lines = [
         f"{name} on {mesh}",
         f"parameters {sum(p.numel() for p in parameters.values()):,} in {len(parameters)} tensors, {human(whole)}",

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.placement import whole_terms
-from foldcc.runtime.wires import is_counted_here, over_all_stages, whole_mesh
+from foldcc.runtime.wires import is_counted_here, over_all_places, whole_mesh
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def _local(grad: Tensor) -> tuple[Tensor, Any]:
 def _over_stages(norm: Tensor, mesh: FoldedMesh, norm_type: float) -> Tensor:
     """The norm of gradients that are on several pipeline stages."""
     if norm_type == float("inf"):
-        return over_all_stages(norm, mesh, largest=True)
-    return over_all_stages(norm**norm_type, mesh, largest=False) ** (1 / norm_type)
+        return over_all_places(norm, mesh, largest=True)
+    return over_all_places(norm**norm_type, mesh, largest=False) ** (1 / norm_type)
 
 
 def _over(norm: Tensor, divided: Any, norm_type: float) -> Tensor:

@@ -47,21 +47,21 @@ class Run:
         self._dtypes: dict[int, torch.dtype] = {}
 
     def through(self, orders: Sequence[Order]) -> Run:
-        """Does what the stages of this process have to do, each in its order."""
+        """Does what the stages of this process have to do."""
         run = self.executable
-        actions = in_step(orders) if run.virtual else ((stage, action) for stage in run.here for action in orders[stage])
-        for stage, action in actions:
-            self._do(stage, action)
+        actions = (a for _, a in in_step(orders)) if run.virtual else orders[run.place]
+        for action in actions:
+            self._do(action)
         self.wires.finish()
         return self
 
-    def _do(self, stage: int, action: Action) -> None:
-        kind, place = action.kind, (stage, action.micro_batch)
+    def _do(self, action: Action) -> None:
+        kind, stage, place = action.kind, action.stage, (action.stage, action.micro_batch)
         if kind in SENDS:
-            self.wires.send(stage, SENDS[kind], self._leaving.pop(place))
+            self.wires.send(action, self._leaving.pop(place))
         elif kind in RECEIVES:
             pieces = self.executable.ahead if kind == RECEIVE else self.executable.back
-            self._entering[place] = self.wires.receive(stage, RECEIVES[kind], pieces.stages[stage].received)
+            self._entering[place] = self.wires.receive(action, pieces.stages[stage].received)
         elif kind == FORWARD:
             self._forward(place)
         elif kind == BACKWARD:

@@ -28,7 +28,7 @@ from foldcc.runtime.micro_batches import Run
 from foldcc.runtime.placement import own_samples
 from foldcc.runtime.schedule import Order, Pipelining, is_late
 from foldcc.runtime.stages import Piece, Pieces, apart, cut, like
-from foldcc.runtime.wires import create_wires, from_stage, over_stages
+from foldcc.runtime.wires import create_wires, from_place, over_places
 from foldcc.tree import Elsewhere
 
 
@@ -77,8 +77,12 @@ class Pipelined(Executable):
         """The stages that this process runs."""
         if self.virtual:
             return range(self.pipelining.stages)
-        stage = self.whole.coordinate(self.whole.here, "pp")
-        return range(stage, stage + 1)
+        return range(self.place, self.pipelining.stages, self.pipelining.places)
+
+    @property
+    def place(self) -> int:
+        """Where this process is along pp."""
+        return self.whole.coordinate(self.whole.here, "pp")
 
     @cached_property
     def ahead(self) -> Pieces:
@@ -162,7 +166,9 @@ class Pipelined(Executable):
             else:
                 device = value.device if self.samples[i] is None else "meta"
                 whole = torch.empty(self._shape(i), dtype=value.dtype, device=device)
-            found.append(from_stage(whole, self.whole, maker) if self.samples[i] is None and not self.virtual else whole)
+            if self.samples[i] is None and not self.virtual:
+                whole = from_place(whole, self.whole, self.pipelining.place(maker))
+            found.append(whole)
         return found
 
     def tangents(self, gradients: Sequence[Tensor]) -> list[list[Any]]:
@@ -237,9 +243,9 @@ class Pipelined(Executable):
             total = several[0]
             for x in several[1:]:
                 total = self.each(torch.add, total, x)
-            stages = self.shared.get(slot.name, ())
-            if not self.virtual and len(stages) > 1:
-                total = over_stages(total, self.whole, stages)
+            places = self._places(self.shared.get(slot.name, ()))
+            if not self.virtual and len(places) > 1:
+                total = over_places(total, self.whole, places)
             what = f"The gradient of {slot.names[0]}"
             found += self.leave([total], [node.meta["layout"]], [what])
         return found
@@ -257,11 +263,15 @@ class Pipelined(Executable):
 
     def keep_own(self, tree: nn.Module, elsewhere: Elsewhere) -> None:
         """Leaves a tree the parameters that this rank's stage uses, and has process groups between the stages."""
-        stages, (here,) = self.program.plan.stages, self.here
-        create_wires(self.whole, [s for s in (*stages.values(), *self.shared.values()) if len(s) > 1])
+        places = {name: self._places(stages) for name, stages in self.program.plan.stages.items()}
+        create_wires(self.whole, [p for p in (*places.values(), *map(self._places, self.shared.values())) if len(p) > 1])
         held = [s.names for s in self.program.slots if s.kind == "parameter"]
-        elsewhere.leave(tree, {n for names in held if here not in stages.get(names[0], (here,)) for n in names})
-        elsewhere.counted |= {names[0] for names in held if here in stages.get(names[0], ())[1:]}
+        elsewhere.leave(tree, {n for names in held if self.place not in places.get(names[0], (self.place,)) for n in names})
+        elsewhere.counted |= {names[0] for names in held if self.place in places.get(names[0], ())[1:]}
+
+    def _places(self, stages: Sequence[int]) -> tuple[int, ...]:
+        """Where stages are."""
+        return tuple(sorted({self.pipelining.place(s) for s in stages}))
 
 
 class _Steps(torch.autograd.Function):

@@ -13,11 +13,13 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from foldcc.mesh import FoldedMesh
+from foldcc.runtime.schedule import RECEIVES, SENDS, Action, Channel, channel
 from foldcc.runtime.stages import like
 
-# By the world's process group and the mesh: a group over pp for each direction, so that what goes one way waits for nothing
-# that comes the other way. And by the stages that hold a parameter, a group over them.
+# By the world's process group and the mesh: a group over pp for each channel that a place sends on, so that what goes one way
+# waits for nothing that comes the other way. And by the places that hold a parameter, a group over them.
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+_EVERY = (1, False)  # a channel whose group, like that of each, is of all places
 _WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage
 _COUNTED_ELSEWHERE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that an earlier stage holds as well
 
@@ -26,29 +28,30 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
     """Creates the process groups between the stages of a mesh, in the same order on every rank.
 
     Args:
-        held: stages that hold the same parameter, for each one that several hold.
+        held: places of pp that hold the same parameter, for each one that several hold.
     """
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     _WHOLE[mesh.stage.attention] = _WHOLE[mesh.stage.moe] = mesh
     every = tuple(range(mesh.size("pp")))
-    for key, stages in [(step, every) for step in (1, -1)] + [(stages, stages) for stages in sorted(set(held))]:
+    wires = [((step, around), every) for step in (1, -1) for around in (False, True)]
+    for key, places in wires + [(places, places) for places in sorted(set(held))]:
         if (mesh, key) not in known:
             size = mesh.stage.world_size
-            groups = [[stage * size + r for stage in stages] for r in range(size)]
+            groups = [[place * size + r for place in places] for r in range(size)]
             known[mesh, key], _ = dist.new_subgroups_by_enumeration(groups)
 
 
-def from_stage(x: Tensor, mesh: FoldedMesh, stage: int) -> Tensor:
-    """A value of one stage on all of them."""
+def from_place(x: Tensor, mesh: FoldedMesh, place: int) -> Tensor:
+    """A value of one place of pp on all of them."""
     x = x.contiguous()
-    dist.broadcast(x, src=stage * mesh.stage.world_size + mesh.stage.here, group=_group(mesh, 1))
+    dist.broadcast(x, src=place * mesh.stage.world_size + mesh.stage.here, group=_group(mesh, _EVERY))
     return x
 
 
-def over_stages(x: Tensor, mesh: FoldedMesh, stages: tuple[int, ...]) -> Tensor:
-    """The sum of what these stages have, one of which is this process's."""
+def over_places(x: Tensor, mesh: FoldedMesh, places: tuple[int, ...]) -> Tensor:
+    """The sum of what these places of pp have, one of which is this process's."""
     x = x.contiguous()
-    dist.all_reduce(x, group=_group(mesh, stages))
+    dist.all_reduce(x, group=_group(mesh, places))
     return x
 
 
@@ -67,9 +70,9 @@ def whole_mesh(parameters: Iterable[Tensor]) -> FoldedMesh | None:
     return next((_WHOLE[m] for m in on if m is not None and m in _WHOLE), None)
 
 
-def over_all_stages(x: Tensor, mesh: FoldedMesh, *, largest: bool) -> Tensor:
-    """The sum, or the largest, of what every stage has."""
-    dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=_group(mesh, 1))
+def over_all_places(x: Tensor, mesh: FoldedMesh, *, largest: bool) -> Tensor:
+    """The sum, or the largest, of what every place of pp has."""
+    dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=_group(mesh, _EVERY))
     return x
 
 
@@ -82,23 +85,25 @@ class Wires:
 
     def __init__(self, mesh: FoldedMesh):
         self.mesh = mesh
-        self.under_way: dict[tuple[int, int], Any] = {}
+        self.under_way: dict[Channel, Any] = {}
 
-    def send(self, stage: int, step: int, values: Sequence[Any]) -> None:
-        """Sends to the stage `step` away, when it has received what was sent before."""
+    def send(self, action: Action, values: Sequence[Any]) -> None:
+        """Sends to a neighbour, when it has received what was sent before."""
+        wire = self._channel(action)
         if self.mesh.is_virtual:
-            self.under_way.setdefault((stage, step), deque()).append(values)
+            self.under_way.setdefault(wire, deque()).append(values)
             return
-        self._wait(stage, step)
-        peer, group = self._peer(stage + step), _group(self.mesh, step)
-        self.under_way[stage, step] = [(dist.isend(x, peer, group), x) for x in (v.contiguous() for v in values)]
+        self._wait(wire)
+        peer, group = self._peer(action.stage + SENDS[action.kind]), self._group(wire)
+        self.under_way[wire] = [(dist.isend(x, peer, group), x) for x in (v.contiguous() for v in values)]
 
-    def receive(self, stage: int, step: int, nodes: Sequence[fx.Node]) -> list[Any]:
-        """What comes from the stage `step` away: the values of these nodes."""
+    def receive(self, action: Action, nodes: Sequence[fx.Node]) -> list[Any]:
+        """What comes from a neighbour: the values of these nodes."""
+        wire = self._channel(action)
         if self.mesh.is_virtual:
-            found: list[Any] = self.under_way[stage + step, -step].popleft()
+            found: list[Any] = self.under_way[wire].popleft()
             return found
-        peer, group = self._peer(stage + step), _group(self.mesh, -step)
+        peer, group = self._peer(action.stage + RECEIVES[action.kind]), self._group(wire)
         buffers = [torch.empty_like(like(n), device=self.mesh.device_type) for n in nodes]
         for work in [dist.irecv(x, peer, group) for x in buffers]:
             assert work is not None
@@ -108,12 +113,20 @@ class Wires:
     def finish(self) -> None:
         """Waits until all that was sent has been received."""
         if not self.mesh.is_virtual:
-            for stage, step in list(self.under_way):
-                self._wait(stage, step)
+            for wire in list(self.under_way):
+                self._wait(wire)
 
-    def _wait(self, stage: int, step: int) -> None:
-        for work, _ in self.under_way.pop((stage, step), ()):
+    def _wait(self, wire: Channel) -> None:
+        for work, _ in self.under_way.pop(wire, ()):
             work.wait()
 
+    def _channel(self, action: Action) -> Channel:
+        return channel(action, self.mesh.size("pp"))
+
+    def _group(self, wire: Channel) -> Any:
+        place, step = wire
+        around = not 0 <= place + step < self.mesh.size("pp")
+        return _group(self.mesh, (step, around))
+
     def _peer(self, stage: int) -> int:
-        return stage * self.mesh.stage.world_size + self.mesh.stage.here
+        return stage % self.mesh.size("pp") * self.mesh.stage.world_size + self.mesh.stage.here

@@ -1,14 +1,15 @@
 """The proof of a schedule: arithmetic on lists of actions, whatever the stages compute.
 
-The order of each stage is held against what its actions read: what a stage works on has been received, and comes from the
-micro-batch that it is meant for; it is sent on before it is freed, and freed once, behind its last use; and stages do not wait
-for each other in a circle, though a send waits until what was sent before has been received. All ranks of a stage have one
-order, so that their collectives start alike; and what two stages send each other starts alike on both, for each direction has a
-channel of its own.
+The order of each place is held against what its actions read: what a stage works on has been received, and comes from the
+stage and the micro-batch that it is meant for; it is sent on before it is freed, and freed once, behind its last use; and
+places do not wait for each other in a circle, though a send waits until what was sent before has been received. All ranks of
+a place have one order, so that their collectives start alike; and what two places send each other starts alike on both, for
+each direction has a channel of its own.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from foldcc.errors import FoldError
@@ -18,58 +19,63 @@ from foldcc.runtime.schedule import (
     FREE,
     RECEIVE,
     RECEIVE_GRADIENT,
+    RECEIVES,
     SEND,
     SEND_GRADIENT,
+    SENDS,
+    Action,
+    Channel,
     Order,
     Pipelining,
+    channel,
     in_step,
 )
 
 
 def prove_schedule(pipelining: Pipelining, *, backward: bool) -> str:
     """`prove_orders` of those of a schedule."""
-    return prove_orders(pipelining.orders(backward=backward), pipelining.micro_batches, backward=backward)
+    orders = pipelining.orders(backward=backward)
+    return prove_orders(orders, pipelining.micro_batches, stages=pipelining.stages, backward=backward)
 
 
-def prove_orders(orders: Sequence[Order], micro_batches: int, *, backward: bool) -> str:
-    """What is proved of the orders of a pipeline's stages, in a sentence.
+def prove_orders(orders: Sequence[Order], micro_batches: int, *, stages: int, backward: bool) -> str:
+    """What is proved of the orders of a pipeline's places, in a sentence.
 
     Args:
+        stages: of the pipeline; each place has as many.
         backward: each micro-batch has a backward pass.
 
     Raises:
         FoldError: the first action that reads what is not there, or stages that wait for each other, or what is left undone.
     """
-    last = len(orders) - 1
-    under_way: dict[tuple[int, str], list[int]] = {}
-    done: dict[tuple[int, int], list[str]] = {}
+    under_way: dict[Channel, list[Action]] = defaultdict(list)
+    done: dict[tuple[int, int], list[str]] = defaultdict(list)
     held, most = [0] * len(orders), [0] * len(orders)
-    for stage, action in in_step(orders):
-        kind, i = action.kind, action.micro_batch
-        before = done.setdefault((stage, i), [])
-        missing = [x for x in _needs(kind, stage, last, backward=backward) if x not in before]
-        if missing or kind in before or FREE in before or not 0 <= i < micro_batches:
+    for place, action in in_step(orders):
+        kind, stage = action.kind, action.stage
+        before = done[stage, action.micro_batch]
+        missing = [x for x in _needs(kind, stage, stages - 1, backward=backward) if x not in before]
+        there = 0 <= action.micro_batch < micro_batches and 0 <= stage < stages and stage % len(orders) == place
+        if missing or kind in before or FREE in before or not there:
             why = f"without {missing[0]} before it" if missing else "a second time" if kind in before else "after it was freed"
-            why = why if 0 <= i < micro_batches else f"of {micro_batches} micro-batches"
-            raise FoldError(f"Stage {stage} of a schedule does {action} {why}.", order=" · ".join(map(str, orders[stage])))
-        if kind in (SEND, SEND_GRADIENT):
-            under_way.setdefault((stage, kind), []).append(i)
-        if kind in (RECEIVE, RECEIVE_GRADIENT):
-            sender = (stage - 1, SEND) if kind == RECEIVE else (stage + 1, SEND_GRADIENT)
-            sent = under_way[sender].pop(0)
-            if sent != i:
-                raise FoldError(f"Stage {stage} of a schedule does {action}, and what comes is of micro-batch {sent}.")
+            why = why if there else f"of {micro_batches} micro-batches and {stages} stages"
+            raise FoldError(f"Place {place} of pp does {action} {why}.", order=" · ".join(map(str, orders[place])))
+        if kind in SENDS:
+            under_way[channel(action, len(orders))].append(action)
+        if kind in RECEIVES:
+            sent = under_way[channel(action, len(orders))].pop(0)
+            if (sent.stage, sent.micro_batch) != (stage + RECEIVES[kind], action.micro_batch):
+                raise FoldError(f"Place {place} of pp does {action}, and what comes is of {sent}.")
         before.append(kind)
-        held[stage] += (kind == FORWARD) - (kind == FREE)
-        most[stage] = max(most[stage], held[stage])
-    for stage in range(len(orders)):
+        held[place] += (kind == FORWARD) - (kind == FREE)
+        most[place] = max(most[place], held[place])
+    for stage in range(stages):
         for i in range(micro_batches):
-            if FREE not in done.get((stage, i), ()):
+            if FREE not in done[stage, i]:
                 raise FoldError(f"Stage {stage} of a schedule does not finish micro-batch {i}.")
     told = ", ".join(map(str, most))
-    return (
-        f"the schedule of {len(orders)} stages and {micro_batches} micro-batches, of which they hold at most {told} at a time"
-    )
+    each = f"{len(orders)} ranks with {stages // len(orders)} stages each" if stages > len(orders) else f"{stages} stages"
+    return f"the schedule of {each} and {micro_batches} micro-batches, of which they hold at most {told} at a time"
 
 
 def _needs(kind: str, stage: int, last: int, *, backward: bool) -> list[str]:

@@ -88,5 +88,7 @@ def test_a_plan_says_it() -> None:
 
 
 def test_more_stages_than_blocks() -> None:
-    with pytest.raises(FoldError, match=r"(?s)pp=5 stages of 4 blocks.*block0, block0, block1, block0.*pp: 1 to 4"):
+    with pytest.raises(
+        FoldError, match=r"(?s)5 pipeline stages of 4 blocks.*block0, block0, block1, block0.*stages_per_rank: 1 to 4"
+    ):
         staged(5)
