@@ -96,15 +96,6 @@ class Compiler:
         ranks = self.mesh.size("dp") if self.mesh.is_virtual else 1
         return call.apart(self.pipelining.micro_batches, self.sample_dims(call), ranks)
 
-    def counted(self, stages: Stages) -> Stages:
-        """Stages of which something is counted: what a rank does and holds in a call."""
-        if self.pipelining is None:
-            return stages
-        raise FoldError(
-            "What a rank does and holds is not yet counted by pipeline stages and micro-batches.",
-            valid=f"the same model with pp=1 and micro_batches=1, on {self.mesh}, which is one stage",
-        )
-
     def executable(self, program: Program) -> Executable:
         if self.pipelining is None:
             return Executable(program)

@@ -18,7 +18,7 @@ from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError, NotFolded
 from foldcc.hooks import call_backward, call_forward, told, watched
-from foldcc.inspect.summary import summary
+from foldcc.inspect.summary import copies, summary
 from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program, told_outputs
 from foldcc.mesh import FoldedMesh
@@ -173,8 +173,8 @@ class FoldedModule(nn.Module):
                 if isinstance(made.executable, Pipelined) and not self.mesh.is_virtual:
                     made.executable.keep_own(self, self._elsewhere)
             self._programs.keep(made, replaced)
-        if not (found := summary(self.stages)).uncounted:
-            self._programs.announce_copies(found.copies)
+        if (found := copies(self.stages)) is not None:
+            self._programs.announce_copies(found)
         if fixed:
             self._structure = call.structure
 
@@ -300,18 +300,18 @@ class FoldedModule(nn.Module):
 
         The newest program is compiled under each, which takes a moment; none of them runs.
         """
-        from foldcc.inspect.memory import Policies, memory
+        from foldcc.inspect.pipeline import Policies, memory
 
-        stages, policies, found = self._compiler.counted(self.stages), ("none", "selective", "blocks"), {}
+        policies, found = ("none", "selective", "blocks"), {}
         with one_at_a_time():
             for zero in (0, 1, 3):
-                programs = self._compiler.under(stages, zero, policies)
+                programs = map(self._compiler.executable, self._compiler.under(self.stages, zero, policies))
                 found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})
         return Policies(found)
 
     def summary(self) -> Any:
         """FLOPs, parameters and bytes of a rank against those of the whole model."""
-        return summary(self._compiler.counted(self.stages))
+        return summary(self.stages, self._programs.newest.executable)
 
     # --- what the original has besides ---
 

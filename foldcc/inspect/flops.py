@@ -20,7 +20,7 @@ from foldcc import ops
 from foldcc.ir.node import argument, argument_or, name_of, operands
 from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes
-from foldcc.ir.walk import module_of, parts
+from foldcc.ir.walk import Mains, module_of, parts
 from foldcc.ops.captured import captured_record
 from foldcc.ops.experts import grouped_outer
 from foldcc.rules.kinds import CONVOLUTIONS
@@ -43,15 +43,16 @@ def global_flops(program: Program) -> Counter[str]:
     return found
 
 
-def local_flops(program: Program, *, again: bool = False) -> Counter[str]:
+def local_flops(program: Program, mains: Mains | None = None, *, again: bool = False) -> Counter[str]:
     """FLOPs of a training step on one rank, from a differentiated program, with balanced routing.
 
     Args:
+        mains: of its main graphs, pieces; unless said otherwise, all of them.
         again: those of what the backward pass computes again; they are not in the others.
     """
     found: Counter[str] = Counter()
     sizes: dict[str, Sizes] = {}
-    for part in parts(program):
+    for part in parts(program, mains):
         known = sizes.setdefault(part.block, Sizes(program.mesh))
         for node in part.graph.graph.nodes:
             known.learn(node)

@@ -107,13 +107,9 @@ class Policies(Mapping[tuple[int, str], Memory]):
 
 def memory(program: Program) -> Memory:
     """What a rank holds in a training step of a program that is lowered."""
-    walk, held = _Walk(program), defaultdict[str, float](float)
-    slots = []
-    for slot, node in zip(program.slots, program.placeholders, strict=True):
-        like, layout = node.meta["val"], node.meta["layout"]
-        there = _Storage(math.prod(int(n) for n in layout.shape) * like.element_size(), outside=True)
+    walk, held, slots = Walk(program), defaultdict[str, float](float), outside(program)
+    for slot, there in zip(program.slots, slots, strict=True):
         held[slot.kind] += there.bytes
-        slots.append(there)
     found: Any = walk.run(program.graph, slots, FORWARD)
     outputs, saved = found if program.backward is not None else (found, ())
     forward, at = walk.highest, walk.at
@@ -122,7 +118,7 @@ def memory(program: Program) -> Memory:
     gradients = backward = 0.0
     if program.backward is not None:
         walk.highest = 0.0
-        tangents = [_Storage(walk.size(n.meta["val"])) for n in program.objectives]
+        tangents = [Storage(walk.size(n.meta["val"])) for n in program.objectives]
         walk.take(tangents)
         left = walk.run(program.backward, [*saved, *tangents], "backward", used_up=True)
         backward = walk.highest
@@ -143,14 +139,23 @@ def memory(program: Program) -> Memory:
     )
 
 
-class _Storage:
+def outside(program: Program) -> list[Storage]:
+    """What is there before a step, by slot."""
+    found = []
+    for node in program.placeholders:
+        size = math.prod(int(n) for n in node.meta["layout"].shape)
+        found.append(Storage(size * node.meta["val"].element_size(), outside=True))
+    return found
+
+
+class Storage:
     """What values and their views share. What was there before the step is not counted."""
 
     def __init__(self, size: float, *, outside: bool = False):
         self.bytes, self.readers, self.outside = size, 0, outside
 
 
-class _Walk:
+class Walk:
     """Runs graphs on storages in place of tensors, and follows how much of them lives.
 
     Attributes:
@@ -210,8 +215,8 @@ class _Walk:
             payload = sum(sizes.elements(x) * x.element_size() for x in (node.args[0].meta["val"], value))
             self.communication = max(self.communication, payload)
         if isinstance(value, (tuple, list)):
-            return [_Storage(self.size(x, sizes)) for x in value]
-        return _Storage(self.size(value, sizes))
+            return [Storage(self.size(x, sizes)) for x in value]
+        return Storage(self.size(value, sizes))
 
     def size(self, value: Any, sizes: Sizes | None = None) -> float:
         """Bytes of a value; a size that is data has none."""
@@ -234,8 +239,8 @@ class _Walk:
         return sum(s.bytes for s in {*_leaves(value)} if not s.outside)
 
 
-def _leaves(value: Any) -> Iterable[_Storage]:
-    if isinstance(value, _Storage):
+def _leaves(value: Any) -> Iterable[Storage]:
+    if isinstance(value, Storage):
         yield value
     elif isinstance(value, (tuple, list)):
         for x in value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import fx
 from foldcc.ir.program import Program
 
 FORWARD, BACKWARD = "forward", "backward"
+
+
+Mains = Sequence[tuple[str, fx.GraphModule]]  # graphs that call blocks, by direction
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Part:
         return self.name.partition("_")[0]
 
 
-def parts(program: Program) -> Iterator[Part]:
+def parts(program: Program, mains: Mains | None = None) -> Iterator[Part]:
     """The blocks of the forward pass, then those of the backward pass, each in order of first use.
 
     A program that has not been outlined is one block, its main graph.
+
+    Args:
+        mains: graphs that call blocks, if not the main graphs of the program.
     """
-    for direction, main in zip((FORWARD, BACKWARD), program.mains, strict=False):
+    for direction, main in mains or zip((FORWARD, BACKWARD), program.mains, strict=False):
         calls = Counter(str(n.target) for n in main.graph.nodes if n.op == "call_module")
         for name, count in calls.items():
             yield Part(name, direction, count, getattr(main, name))

@@ -68,7 +68,7 @@ class Run:
             self._backward(place)
         else:
             assert kind == FREE
-            del self.saved[place]
+            self.saved.pop(place, None)  # a backward pass frees it piece by piece
 
     def _counts(self) -> list[Any]:
         """What micro-batches share: the mean of what each would have."""
@@ -93,7 +93,9 @@ class Run:
     def _backward(self, place: tuple[int, int]) -> None:
         stage, i = place
         piece, saves = self.executable.back.stages[stage], self.executable.saves
-        given = [self.saved[place][k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
+        saved = self.saved.pop(place)
+        given = [saved[k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
+        del saved
         made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
         sums, run = self._sums[stage], self.executable
         for k, x in zip(piece.results, made, strict=True):

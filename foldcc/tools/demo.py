@@ -189,9 +189,7 @@ def compile_shown(
 def show(console: Console, folded: foldcc.FoldedModule, args: argparse.Namespace) -> None:
     """Prints what was compiled, and writes each stage to a file of a folder."""
     folder = Path(args.out)
-    whole = folded.mesh.size("pp") * args.micro_batches == 1
-    needs = folded.summary() if whole else "All of this is of one micro-batch, on all pipeline stages."
-    for told in (folded.stages, folded.collectives(), needs):
+    for told in (folded.stages, folded.collectives(), folded.summary()):
         console.print(f"{told}\n", markup=False, soft_wrap=True)  # a table is left to the terminal to wrap
     folder.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(folded.stages):
