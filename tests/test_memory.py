@@ -61,6 +61,24 @@ def test_a_step_takes_what_is_said() -> None:
     run_distributed(measured, 2, "llama", "dp=2", [(0, "none"), (3, "blocks")])
 
 
+def measured_on_stages(family: str, mesh: str, cuts: list[dict[str, Any]]) -> None:
+    folded_mesh = foldcc.FoldedMesh.parse(mesh, device_type="cpu")
+    own = token_batch(8, 128, vocabulary=512)
+    for cut_ in cuts:
+        plain = tiny_model(family, **WIDE, num_hidden_layers=4)
+        model = foldcc.parallelize(plain, folded_mesh, example_inputs=own, verify=False, **cut_)
+        model(**own).loss.backward()
+        model.zero_grad()
+        found = min(allocated_in_a_step(model, own) for _ in range(3))
+        said = model.summary().pipeline.places[folded_mesh.coordinate(dist.get_rank(), "pp")].memory.step
+        assert 0.9 * said < found < 1.1 * said, (cut_, dist.get_rank(), found, said)
+
+
+def test_a_step_on_pipeline_stages_takes_what_is_said_of_each() -> None:
+    turns = {"micro_batches": 4, "schedule": "1f1b"}
+    run_distributed(measured_on_stages, 2, "llama", "pp=2", [{"micro_batches": 2}, turns, {**turns, "stages_per_rank": 2}])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "mesh"), [("llama", "dp=2,tp=2"), ("llama", "cp=2,tp=2"), ("mixtral", "dp=2,tp=2|ep=4")])
 def test_a_step_takes_what_is_said_under_each_policy(family: str, mesh: str) -> None:

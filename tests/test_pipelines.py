@@ -116,6 +116,28 @@ def test_the_program_and_the_schedule_are_proved() -> None:
     assert again.plan == model.plan and foldcc.verify(model, rounds=1, reduced=True).ok
 
 
+def test_summary_counts_places_and_micro_batches() -> None:
+    batch, cut = token_batch(8, 8), {"micro_batches": 4, "schedule": "1f1b", "verify": False}
+    folded = [
+        foldcc.parallelize(tiny("mixtral", layers=4).float(), mesh, example_inputs=batch, **options)
+        for mesh, options in (("dp=2|ep=2", {}), ("pp=2,dp=2|ep=2", cut), ("pp=2,dp=2|ep=2", {**cut, "stages_per_rank": 2}))
+    ]
+    whole, once, turns = (model.summary() for model in folded)
+    assert whole.pipeline is None and [p.stages for p in turns.pipeline.places] == [(0, 2), (1, 3)]
+    for found in (once, turns):
+        places = found.pipeline.places
+        assert sum(p.flops for p in places) == whole.flops_per_rank and max(p.flops for p in places) == found.flops_per_rank
+        assert sum(p.parameters for p in places) == whole.parameters_per_rank  # nothing is tied
+        assert found.flops_ratio == whole.flops_ratio and found.ranks == 4
+        for text in ("4 micro-batches, 1f1b", f"ranks wait {found.pipeline.waits:.1%}", "the rank that holds most"):
+            assert text in str(found)
+    assert (once.pipeline.waits, turns.pipeline.waits) == (pytest.approx(1 / 5), pytest.approx(1 / 9))
+    assert turns.memory.kept > once.memory.kept
+    plain = tiny("mixtral", layers=4).float()
+    zero3 = foldcc.parallelize(plain, "pp=2,dp=2|ep=2", example_inputs=batch, zero=3, **cut)
+    assert folded[1].memory()[3, "none"] == zero3.summary().memory
+
+
 def test_other_shapes_evaluation_and_accumulation() -> None:
     plain, batch, longer = tiny("llama"), token_batch(4, 8), token_batch(4, 12, seed=1)
     with in_float64():
@@ -383,9 +405,6 @@ def test_what_a_model_in_micro_batches_cannot_do_is_refused_when_it_is_asked() -
         model(**MASKED)[1].sum().backward()
     with pytest.raises(FoldError, match="Gradients of gradients"):
         torch.autograd.grad(model(**MASKED)[0], model.first.weight, create_graph=True)
-    for ask in (model.summary, model.memory):
-        with pytest.raises(FoldError, match="not yet counted by pipeline stages and micro-batches"):
-            ask()
     model.first.register_forward_hook(lambda *_: None)
     with pytest.raises(FoldError, match="Hooks see whole calls"):
         model(**MASKED)

@@ -137,7 +137,7 @@ def _memory(executable: Pipelined, place: int, stages: Sequence[int], parameters
             most = max(most, kept)
         elif action.kind == BACKWARD:
             kept -= of.kept
-            reach(BACKWARD, live + kept + sum(sums.values()) + of.backward, of.at[BACKWARD])
+            reach(BACKWARD, live - of.outputs + kept + sum(sums.values()) + of.backward, of.at[BACKWARD])
             sums[action.stage] = of.sums
     reach(FORWARD, 2 * live, "")  # the outputs of all micro-batches, put together
     for of in passes.values():
@@ -166,7 +166,7 @@ class _Passes:
 
     Attributes:
         forward, backward, reduce: the most that lives at once in each, with what it is given, but for the sums of gradients.
-        kept: what the forward pass leaves for the backward pass; outputs: and for the call.
+        outputs: what the forward pass leaves for the call; kept: and for the backward pass alone.
         sums: gradients as they add up over micro-batches.
     """
 
@@ -177,11 +177,10 @@ class _Passes:
         given = [*(slots[k] for k in ahead.given), *shared]
         made, self.forward = self._run(ahead, given, FORWARD)
         saved = {k - count: x for k, x in made.items() if k >= count}
-        self.kept = self.walk.bytes([*saved.values()])
-        self.outputs = self.walk.live - self.kept
+        self.outputs = self.walk.bytes([x for k, x in made.items() if k < count])
+        self.kept = self.walk.live - self.outputs
         self.backward = self.reduce = self.sums = 0.0
         if executable.trains:
-            self.walk.live = self.kept
             self._back(executable, stage, saved)
         self.communication = self.walk.communication
 

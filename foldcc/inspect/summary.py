@@ -134,7 +134,8 @@ def copies(stages: Stages) -> float | None:
     whole, mine, _ = _flops(stages)
     if _uncounted(stages["shard"].program):
         return None
-    return stages.lowered[-1].program.mesh.world_size * sum(mine.values()) / sum(whole.values()) if whole else 1.0
+    total = sum(whole.values())
+    return stages.lowered[-1].program.mesh.world_size * sum(mine.values()) / total if total else 1.0
 
 
 def _flops(stages: Stages) -> tuple[Counter[str], Counter[str], int]:

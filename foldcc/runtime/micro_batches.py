@@ -96,7 +96,8 @@ class Run:
         saved = self.saved.pop(place)
         given = [saved[k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
         del saved
-        made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
+        given += self._entering.pop(place, ())
+        made, self._leaving[place] = self.executable.piece(piece, given)
         sums, run = self._sums[stage], self.executable
         for k, x in zip(piece.results, made, strict=True):
             self._dtypes[k] = (x[0] if run.virtual else x).dtype

@@ -299,8 +299,8 @@ class _Steps(torch.autograd.Function):
         given = [g for g in gradients if g is not None]
         if not ctx.in_turns:
             executable, _ = ctx.programs(wanted)
-            (kept,) = saved(ctx)
-            run = Run(executable, (), executable.tangents(given), kept).through(executable.orders(late=True))
+            # Nothing else holds what is saved, so that it is freed as backward passes go.
+            run = Run(executable, (), executable.tangents(given), *saved(ctx)).through(executable.orders(late=True))
             return (None, None, None, *executable.gradients(run))
         if wanted != ctx.executable.program.wanted:
             raise FoldError(
