@@ -29,14 +29,15 @@ from foldcc.hooks import watched
 from foldcc.ir.plan import Plan, UnfitPlan
 from foldcc.ir.program import Program
 from foldcc.mesh import FoldedMesh
-from foldcc.passes import Pass, Stages, check_types, for_kernels, in_stages, recomputing, run_passes
+from foldcc.passes import Pass, Stages, check_types, for_kernels, in_micro_batches, in_stages, recomputing, run_passes
+from foldcc.passes.average import Untold
 from foldcc.programs import Kept
 from foldcc.runtime.agreement import choices_of_first
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.modes import Modes, compiling, traceable
 from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
-from foldcc.samples import refuse_attention_over_samples, refuse_numbers, refuse_sums_over_samples, sample_dims
+from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.taps import with_results
 from foldcc.verification.origin import Origin
 
@@ -112,13 +113,15 @@ class Compiler:
             return (), (f"{why}, so the program runs as ATen.",)
         return (Emit(edited=self.kernels if isinstance(self.kernels, ModuleType) else None),), ()
 
-    def compile(self, call: Call, tree: nn.Module, held: Plan, others: Iterable[Kept]) -> tuple[Kept, Kept | None]:
+    def compile(self, whole: Call, tree: nn.Module, held: Plan, others: Iterable[Kept]) -> tuple[Kept, Kept | None]:
         """A program for a call, and the one whose place it takes: it has inputs for the numbers in which they differ.
 
         Args:
+            whole: the call; the program is of one of its micro-batches.
             held: what is decided of parameters already.
             others: programs that are kept.
         """
+        call = self.micro_batches(whole)[0]
         divided = self.divided
         batch_dims = self.sample_dims(call)
         self._check_autocast(tree)
@@ -126,16 +129,12 @@ class Compiler:
         self.progress("capture")
         program, blind = self._captured(call, tree, batch_dims)
         numbers = {n: x for n, x in call.items() if n in blind}
-        if self.in_micro_batches:
-            refuse_numbers(call.leaves, call.names, numbers)
         program, free, other = self._over_numbers(call, tree, program, numbers, others)
         seconds = time.perf_counter() - start
+        stages = self._staged(whole, program, tree, held, seconds)
         with compiling():
-            stages = self._planned(program, tree, held, seconds)
             if divided and not self.batch_dims and (self.pipelining is not None or not self.mesh.is_virtual):
                 refuse_attention_over_samples(stages["annotate"].program)
-            if self.in_micro_batches:
-                refuse_sums_over_samples(stages["annotate"].program)
         key = call.key(tree, self.modes(tree), free)
         made = Kept(
             key,
@@ -149,7 +148,22 @@ class Compiler:
         )
         return made, other
 
-    def _planned(self, program: Program, tree: nn.Module, held: Plan, seconds: float) -> Stages:
+    def _staged(self, whole: Call, program: Program, tree: nn.Module, held: Plan, seconds: float) -> Stages:
+        """The stages of a captured program, which is of one micro-batch, if there are several."""
+        passes = self._passes(tree)
+        if self.pipelining is None or self.pipelining.micro_batches == 1:
+            with compiling():
+                return self._planned(program, passes, held, seconds)
+        count = self.pipelining.micro_batches
+        try:
+            with compiling():
+                return self._planned(program, in_micro_batches(passes, count), held, seconds)
+        except Untold:
+            beside, _ = self._captured(whole, tree, self.sample_dims(whole))
+            with compiling():
+                return self._planned(program, in_micro_batches(passes, count, beside), held, seconds)
+
+    def _planned(self, program: Program, passes: Sequence[Pass], held: Plan, seconds: float) -> Stages:
         """The stages of a captured program with the choices of the plan, and those that are made of parameters already.
 
         The plan says all of the first program. Of another one, for other inputs or modes, it may say what is not there.
@@ -157,7 +171,7 @@ class Compiler:
         self.plan.check_for(program.name, str(self.mesh))
         held = Plan().with_parameters(held, {s.names[0] for s in program.slots})
         plan = self.plan.with_names({name: s.names[0] for s in program.slots for name in s.names}).with_parameters(held)
-        run = partial(run_passes, passes=self._passes(tree), seconds=seconds, check=check_types, progress=self.progress)
+        run = partial(run_passes, passes=passes, seconds=seconds, check=check_types, progress=self.progress)
         try:
             stages = run(replace(program, plan=plan))
             plan.check_made(stages[-1].program.plan)

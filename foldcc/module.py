@@ -164,9 +164,7 @@ class FoldedModule(nn.Module):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with one_at_a_time():
-            made, replaced = self._compiler.compile(
-                self._compiler.micro_batches(call)[0], self, self._places.plan, self._programs.kept.values()
-            )
+            made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
             with compiling():
                 made = self._proved(self._compiler.chosen_alike(made))
                 self._places.take(self, made.executable.program)

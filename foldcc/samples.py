@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx import Node
 
 from foldcc.errors import FoldError, listed
-from foldcc.ir.node import argument, argument_or
+from foldcc.ir.node import argument
 from foldcc.ir.program import Program
 from foldcc.ops.captured import captured_record
 
@@ -53,67 +50,6 @@ def sample_dims(
                 valid=f"parallelize(..., batch_dims={{{name[2:-2]!r}: {list(x.shape).index(size)}}}), or None for no samples",
             )
     return {n: found[n] for n in tensors}
-
-
-def refuse_numbers(leaves: Sequence[Any], names: Sequence[str], numbers: Collection[str]) -> None:
-    """A number that is computed with, such as one of items, may be of the whole call or of each micro-batch.
-
-    Args:
-        numbers: the Python numbers among the inputs that the model only computes with.
-    """
-    for name, x in zip(names, leaves, strict=True):
-        if name in numbers or (isinstance(x, Tensor) and not x.dim()):
-            raise FoldError(
-                f"Whether the number {name} is that of a whole call or of each of its micro-batches is not known.",
-                valid="a call without it; micro_batches=1",
-            )
-
-
-def refuse_sums_over_samples(program: Program) -> None:
-    """A loss of micro-batches is their mean, so that one which is a sum over samples, and no mean, would be another one."""
-    samples = _samples(program)
-    calls = {item: call for call in program.calls for item in call.users}
-    for output in program.outputs:
-        left: list[tuple[Node, Node]] = [] if output.meta["val"].dim() else _inside(program, calls, output)
-        seen: set[tuple[Node, Node]] = set()
-        while left:
-            call, node = left.pop()
-            if (call, node) in seen or node.target in _MEANS or _is_mean(node):
-                continue
-            seen.add((call, node))
-            if node.op == "placeholder":
-                formals = list(program.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
-                left += _inside(program, calls, call.args[formals.index(node)])
-            elif not samples & _factors(node):
-                if any(samples & _factors(x) for x in node.all_input_nodes) and node.target is not operator.getitem:
-                    raise FoldError(
-                        "A loss is a sum over samples, and in micro-batches it would be the mean of their sums.",
-                        at=node.meta.get("source"),
-                        node=node.format_node(),
-                        valid="a loss that divides by how many there are; micro_batches=1",
-                    )
-                left += [(call, x) for x in node.all_input_nodes]
-
-
-_MEANS = {torch.ops.aten.div.Tensor, torch.ops.aten.mean.dim, torch.ops.aten.mean.default}
-
-
-def _is_mean(node: Node) -> bool:
-    """Whether an operator that reduces takes the mean, as PyTorch's losses do by default."""
-    return isinstance(node.target, torch._ops.OpOverload) and argument_or(node, "reduction") == 1
-
-
-def _inside(program: Program, calls: Mapping[Node, Node], value: Any) -> list[tuple[Node, Node]]:
-    """What leaves a block as this value of the main graph, with the call of the block."""
-    if value not in calls:
-        return []
-    call = calls[value]
-    left: Any = program.blocks[str(call.target)].graph.output_node().args[0]
-    return [(call, left[value.args[1]])]
-
-
-def _factors(node: Node) -> set[Any]:
-    return {f for dim in node.meta.get("dims", ()) for f in dim}
 
 
 def _samples(program: Program) -> set[Any]:

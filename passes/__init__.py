@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
+from foldcc.ir.program import Program
 from foldcc.passes.annotate import Annotate
+from foldcc.passes.average import Average
 from foldcc.passes.bucket import Bucket
 from foldcc.passes.differentiate import Differentiate
 from foldcc.passes.dispatch import Dispatch
@@ -64,4 +66,22 @@ def in_stages(pipeline: Sequence[Pass], stages: int) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-__all__ = ["for_kernels", "in_stages", "PIPELINE", "Pass", "Stage", "Stages", "check_types", "recomputing", "run_passes"]
+def in_micro_batches(pipeline: Sequence[Pass], micro_batches: int, whole: Program | None = None) -> tuple[Pass, ...]:
+    """The pipeline of a program of one micro-batch; `whole` is that of the call, captured, if it is known."""
+    at = next(i for i, p in enumerate(pipeline) if isinstance(p, Annotate)) + 1
+    average = Average(micro_batches=micro_batches, whole=whole, before=tuple(pipeline[:at]))
+    return (*pipeline[:at], average, *pipeline[at:])
+
+
+__all__ = [
+    "for_kernels",
+    "in_micro_batches",
+    "in_stages",
+    "PIPELINE",
+    "Pass",
+    "Stage",
+    "Stages",
+    "check_types",
+    "recomputing",
+    "run_passes",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -328,29 +329,20 @@ class Updating(Masked):
         return super().forward(x, mask)
 
 
-class Clamped(Masked):
-    def forward(self, x: Tensor, mask: Tensor) -> Any:
-        return (self.rows(x) * mask).sum() / mask.sum().clamp(min=1)
+class Of(Masked):
+    """Any loss of rows, their mask and a number."""
 
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.loss = loss
 
-class Summed(Masked):
-    def forward(self, x: Tensor, mask: Tensor) -> Any:
-        return (self.rows(x) * mask).sum() * 0.5
-
-
-class PerItem(Masked):
-    def forward(self, x: Tensor, mask: Tensor, items: Any) -> Any:
-        return (self.rows(x) * mask).sum() / items
+    def forward(self, x: Tensor, mask: Tensor, items: Any = 3) -> Any:
+        return self.loss(self.rows(x), mask, items)
 
 
 class Two(Masked):
     def forward(self, x: Tensor, mask: Tensor) -> Any:
         return super().forward(x, mask), self.rows(x)
-
-
-class Unsampled(Masked):
-    def forward(self, x: Tensor, mask: Tensor) -> Any:
-        return super().forward(x, mask), self.first(x).sum(0)
 
 
 class Rows(Masked):
@@ -384,11 +376,15 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
         (Masked(), {"schedule": "1f1b", "precision": foldcc.Precision(compute="float16")}, "too small in float16"),
         (Masked(), {"more": {"x": torch.ones(4, 8, requires_grad=True)}}, "Input .*x.* requires a gradient"),
         (Updating(), {}, "Buffer seen is updated in each forward pass"),
-        (Clamped(), {}, "computed with as a whole number"),
-        (Summed(), {}, "A loss is a sum over samples"),
-        (PerItem(), {"more": {"items": 3}}, "Whether the number .*items"),
-        (PerItem(), {"more": {"items": torch.tensor(3)}}, "Whether the number .*items"),
-        (Unsampled(), {}, "Output 1 has no dimension of samples and is no loss"),
+        (Of(lambda rows, mask, _: (rows * mask).max()), {}, "(?s)does not add up over micro-batches.*aten.max"),
+        (Of(lambda rows, mask, _: (rows * mask).sum().exp()), {}, "(?s)does not add up over micro-batches.*aten.exp"),
+        (Of(lambda rows, mask, _: rows.sum() + 1), {}, "(?s)does not add up over micro-batches.*aten.add"),
+        (Of(lambda rows, mask, _: rows.sum() / mask.float().mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
+        (
+            Of(lambda rows, mask, _: ((rows * mask).sum(), mask.sum())),
+            {},
+            "Output 1 .*whole numbers of micro-batches have no mean",
+        ),
         (Rows(), {"schedule": "1f1b"}, "goes back from output 0"),
     ],
 )
@@ -397,6 +393,54 @@ def test_what_micro_batches_cannot_do_is_refused_with_the_arithmetic(
 ) -> None:
     with pytest.raises(FoldError, match=sentence):
         fold(model, **options)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "a mean over what counts": lambda rows, mask, _: (rows * mask).sum() / mask.sum(),
+    "a count that is bounded": lambda rows, mask, _: (rows * mask).sum() / mask.sum().clamp(min=1),
+    "a function of a count": lambda rows, mask, _: (rows * mask).sum() * mask.sum().add(1).rsqrt(),
+    "a mean": lambda rows, mask, _: rows.mean() / 4,
+    "a sum": lambda rows, mask, _: (rows * mask).sum() * 0.5,
+    "a sum over a number that happens to be the count": lambda rows, mask, _: rows.sum() / 2,
+    "a sum over the size": lambda rows, mask, _: rows.sum() / rows.numel(),
+    "a sum over one of its sizes": lambda rows, mask, _: rows.sum() / rows.shape[0],
+    "a mean times the size": lambda rows, mask, _: rows.mean() * rows.shape[0],
+    "a sum over an input": lambda rows, mask, items: (rows * mask).sum() / items,
+    "a sum and a mean": lambda rows, mask, _: (rows * mask).sum() / mask.sum() - 0.1 * rows.mean(),
+    "a mean and a sum": lambda rows, mask, items: rows.mean() + (rows * mask).sum() / items,
+    "a sum of samples that is a vector": lambda rows, mask, _: (
+        rows.mean(),
+        (rows[:, None] * mask[:, None]).expand(-1, 3).sum(0),
+    ),
+    "what is returned twice": lambda rows, mask, _: (rows.mean() + rows.sum(), rows.mean()),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_in_micro_batches_is_that_of_the_call(loss: str) -> None:
+    """Of two samples or of one, on two ranks or on one; the loss and all gradients are those of the original, called once."""
+    plain = Of(LOSSES[loss]).double()
+    given = {"x": torch.randn(4, 8).double(), "mask": torch.tensor([1, 1, 0, 1])}
+    items = {"items": torch.tensor(7)} if "input" in loss else {}
+    for mesh, count in (("dp=1", 2), ("dp=1", 4), ("dp=2", 2)):
+        model = foldcc.parallelize(copy.deepcopy(plain), mesh, example_inputs={**given, **items}, micro_batches=count)
+        for again in (given, {name: x.flip(0) for name, x in given.items()}):
+            gradients = []
+            for m in (plain, model):
+                m.zero_grad()
+                out = m(**again, **items)
+                found = sum(x.sum() for x in out) if isinstance(out, tuple) else out
+                found.backward()
+                gradients.append((out, [p.grad for p in m.parameters()]))
+            torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_number_is_of_the_whole_call_and_is_compiled_over() -> None:
+    plain = Of(LOSSES["a sum over an input"])
+    model = fold(copy.deepcopy(plain), more={"items": 3})
+    for items in (3, 5, 7, 11):
+        torch.testing.assert_close(model(**MASKED, items=items), plain(**MASKED, items=items))
+    assert len(model.programs) == 1
 
 
 def test_what_a_model_in_micro_batches_cannot_do_is_refused_when_it_is_asked() -> None:

@@ -1,52 +1,68 @@
 """Counts: sums over all of an input, such as the number of valid labels, of which micro-batches share one.
 
-    loss = sum(losses) / sum(labels != -100)
+    loss = sum(losses) / max(sum(labels != -100), 1)
 
-The mean over micro-batches is the mean over all tokens if each divides by the mean of their counts instead of its own. So what
-is computed of inputs alone, up to such a sum, stands in front of the rest of a program, where a runner can do it for all
-micro-batches first; and a count of whole numbers is cast where it is used, for their mean is none.
+What each micro-batch adds to such a loss is its own sum, divided by the count of all of them. So a count that a loss is
+divided by, or multiplied with, and what leads to it, stands in front of the rest of a program, where a runner can do it for
+all micro-batches first; what is computed of counts alone, here the maximum, is computed of the shared one. Counts inside
+anything else, such as a router's loss, are each micro-batch's own, as in one process that accumulates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program
-from foldcc.ir.rewrite import emit, replace_node
-from foldcc.ir.walk import module_of
+from foldcc.rules.kinds import is_view
 
 aten = torch.ops.aten
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
+_SCALED = {aten.mul.Tensor, aten.div.Tensor}
+_LINEAR = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten._to_copy.default, aten.clone.default, *_SUMS, *_SCALED}
 
 
 def with_counts(program: Program) -> Program:
-    """Puts the counts of a captured program, and what leads to them, first, and marks them `count`.
-
-    Raises:
-        FoldError: a count is computed with as a whole number.
-    """
+    """Puts the counts that scale the losses of a captured program, and what leads to them, first, and marks them `count`."""
     graph = program.graph.graph
-    counts = [x for count in _counts(program) for x in _as_numbers(count)]
-    leading, left = set(counts), list(counts)
-    while left:
-        inputs = [x for x in left.pop().all_input_nodes if x.op == "call_function" and x not in leading]
-        leading.update(inputs)
-        left += inputs
-    new: dict[fx.Node, fx.Node] = {}
+    alone, counted, _ = _of_inputs(program)
+    shared: dict[fx.Node, fx.Node] = {}
     last = [*graph.find_nodes(op="placeholder")][-1]
-    for node in [n for n in graph.nodes if n in leading]:
-        with graph.inserting_after(last):  # a copy: the rest may read the same of its own micro-batch
-            last = new[node] = graph.node_copy(node, lambda n: new.get(n, n))
-        last.meta["count"] = True
-    for count in counts:
-        count.replace_all_uses_with(new[count])
-    for node in reversed([n for n in graph.nodes if n in leading]):
+    products = set(_scaled(program))
+    for node in [n for n in graph.nodes if n in products]:
+        for count in [x for x in node.all_input_nodes if x in counted]:
+            for x in _leading(count, alone, counted, shared):
+                of_samples = x in alone or x.target in _SUMS
+                with graph.inserting_after(last) if of_samples else graph.inserting_before(node):
+                    shared[x] = graph.node_copy(x, lambda n: shared.get(n, n))
+                if of_samples:  # a copy: the rest may read the same of its own micro-batch
+                    last = shared[x]
+                    last.meta["count"] = True
+            node.replace_input_with(count, shared[count])
+    for node in reversed(list(shared)):
         if not node.users:
             graph.erase_node(node)
     program.graph.recompile()
     return program
+
+
+def _scaled(program: Program) -> Iterator[fx.Node]:
+    """The products and quotients on the linear way to a loss of a captured program."""
+    _, counted, of_samples = _of_inputs(program)
+    left, seen = [n for n in program.outputs if n.meta["val"].is_floating_point()], set[fx.Node]()
+    while left:
+        node = left.pop()
+        if node in seen or not (node.target in _LINEAR or (node.op == "call_function" and is_view(node.target))):
+            continue
+        seen.add(node)
+        inputs = [n for n in node.all_input_nodes if n in of_samples and n not in counted]
+        if node.target not in _SCALED or len(inputs) == 1:
+            left += inputs
+            if node.target in _SCALED:
+                yield node
 
 
 def refuse_in_micro_batches(program: Program) -> None:
@@ -66,41 +82,42 @@ def refuse_in_micro_batches(program: Program) -> None:
             )
 
 
-def _counts(program: Program) -> list[fx.Node]:
-    """The sums over all elements of what is computed of samples alone, and of nothing that is trained, drawn or updated."""
-    updated, samples = set(program.updates.values()), set()
-    alone: dict[fx.Node, bool] = {}  # whether it is of samples, by a value that is computed of inputs and constants
+def _of_inputs(program: Program) -> tuple[dict[fx.Node, bool], set[fx.Node], set[fx.Node]]:
+    """What is computed of inputs alone, and of nothing that is trained, drawn or updated; and all that is computed of samples.
+
+    Returns:
+        Of inputs alone, what has not been added up, and whether it is of samples; sums over all elements of such, and what is
+        made of those; all that samples are read for.
+    """
+    updated, read = set(program.updates.values()), set[fx.Node]()
+    alone: dict[fx.Node, bool] = {}
+    counted: set[fx.Node] = set()
     for node in program.graph.graph.nodes:
+        inputs = node.all_input_nodes
+        if not read.isdisjoint(inputs):
+            read.add(node)
         if node.op == "placeholder":
             slot = program.slot(node.name)
+            read |= {node} if slot.kind == "input" and program.batch_dim(node) is not None else set()
             if slot.kind in ("input", "constant", "buffer") and not slot.grad and node.name not in updated:
                 alone[node] = slot.kind == "input" and program.batch_dim(node) is not None
-        elif node.op == "call_function" and all(x in alone for x in node.all_input_nodes):
-            alone[node] = any(alone[x] for x in node.all_input_nodes)
-            if alone[node] and node.target in _SUMS and node.meta["val"].dim() == 0:
-                samples.add(node)
-                alone.pop(node)  # what is computed of a count comes behind it
-    return [n for n in program.graph.graph.nodes if n in samples]
+        elif node.op == "call_function" and all(x in alone or x in counted for x in inputs):
+            of_samples = any(alone.get(x) for x in inputs)
+            if counted.isdisjoint(inputs):
+                alone[node] = of_samples
+                if of_samples and node.target in _SUMS and node.meta["val"].dim() == 0:
+                    counted.add(node)
+                    del alone[node]
+            elif not of_samples:
+                counted.add(node)
+    return alone, counted, read
 
 
-def _as_numbers(count: fx.Node) -> list[fx.Node]:
-    """A count as floating-point numbers, of which there is a mean: in each dtype in which it is used."""
-    if count.meta["val"].is_floating_point():
-        return [count]
-    found: dict[torch.dtype, fx.Node] = {}
-    for user in list(count.users):
-        value = user.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise FoldError(
-                "A count of samples is computed with as a whole number, and micro-batches share the mean of their counts.",
-                at=user.meta.get("source"),
-                module=module_of(user) or None,
-                valid="a count that divides; micro_batches=1 and pp=1",
-            )
-        if value.dtype not in found:
-            found[value.dtype] = emit(user, aten._to_copy.default, count, dtype=value.dtype)
-        if user.target is aten._to_copy.default:
-            replace_node(user, found[value.dtype])
-        else:
-            user.replace_input_with(count, found[value.dtype])
-    return list(found.values())
+def _leading(count: fx.Node, alone: dict[fx.Node, bool], counted: set[fx.Node], known: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """What a count is computed by, in order, but for what is known."""
+    found, left = {count}, [count]
+    while left:
+        inputs = [x for x in left.pop().all_input_nodes if x.op == "call_function" and x not in found]
+        found.update(inputs)
+        left += inputs
+    return [n for n in count.graph.nodes if n in found and n not in known]

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from foldcc.ir.node import argument_or, name_of
 from foldcc.rules.kinds import EMPTY, FILLS, SAME, named
-from foldcc.rules.notation import Derived, Pattern, Rule, Shape, build, names
+from foldcc.rules.notation import Derived, Notation, Pattern, Rule, Shape, build, names, notation
 
 
 def pointwise(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
@@ -51,7 +51,8 @@ def _arange(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
 
 
 # Of all others PyTorch says itself that they are pointwise.
-RULES: dict[str, Derived] = {
+RULES: dict[str, Notation | Derived] = {
+    "foldcc.share": notation("... -> ... ; linear 0"),
     **dict.fromkeys(SAME | named("_to_copy copy dropout pow bitwise_not neg mul div add sub where masked_fill"), pointwise),
     **dict.fromkeys(EMPTY | set(FILLS), _fill),
     **dict.fromkeys(named("zeros_like ones_like full_like empty_like"), pointwise),

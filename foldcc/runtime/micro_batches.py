@@ -71,12 +71,12 @@ class Run:
             self.saved.pop(place, None)  # a backward pass frees it piece by piece
 
     def _counts(self) -> list[Any]:
-        """What micro-batches share: the mean of what each would have."""
+        """What micro-batches share: the sum of what each has."""
         run, piece = self.executable, self.executable.ahead.counts
         if not any(run.ahead.stages[s].shared for s in run.here):
             return []
         each = [run.piece(piece, [values[k] for k in piece.given])[0] for values in self.values]
-        return [run.each(lambda *x: torch.stack(x).mean(0), *several) for several in zip(*each, strict=True)]
+        return [run.each(lambda *x: torch.stack(x).sum(0), *several) for several in zip(*each, strict=True)]
 
     def _forward(self, place: tuple[int, int]) -> None:
         stage, i = place

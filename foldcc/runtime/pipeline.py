@@ -1,7 +1,7 @@
 """A program in micro-batches on pipeline stages: on a virtual mesh all of them, on a real one this rank's.
 
 A call is cut into micro-batches along its samples. Each stage runs its piece of the main graphs (`runtime/stages.py`) for each
-of them, in the order of the schedule (`runtime/schedule.py`). A loss is the mean over micro-batches, which share the mean of
+of them, in the order of the schedule (`runtime/schedule.py`). What each adds to a loss is added up, and they share the sums of
 their counts; gradients add up over micro-batches and are then reduced once.
 
 With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With `1f1b` they take turns, so that the
@@ -22,6 +22,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Layout, Shard, Symbol
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.share import micro_batches
 from foldcc.runtime.accumulation import Phases
 from foldcc.runtime.executable import Executable, Others, refuse_second_order, save, saved
 from foldcc.runtime.micro_batches import Run
@@ -38,7 +39,7 @@ class Pipelined(Executable):
 
     Attributes:
         whole: the mesh with its pipeline stages.
-        samples: of each output, which dimension is samples; None for a loss.
+        samples: of each output, which dimension is samples; None for what all of them have together, such as a loss.
     """
 
     whole: FoldedMesh
@@ -188,10 +189,10 @@ class Pipelined(Executable):
         return self.enter([g.contiguous() for g in each], [layout] * count)
 
     def _together(self, i: int, parts: Sequence[Tensor]) -> Tensor:
-        """One output of all micro-batches: the mean of losses; samples as the call had them."""
+        """One output of all micro-batches: the sum of what each adds (`passes/average.py`); samples as the call had them."""
         dim = self.samples[i]
         if dim is None:
-            return torch.stack(list(parts)).mean(0)
+            return torch.stack(list(parts)).sum(0)
         ranks = self.program.mesh.size("dp") if self.virtual else 1
         return torch.stack([p.unflatten(dim, (ranks, -1)) for p in parts], dim + 1).flatten(dim, dim + 2)
 
@@ -221,7 +222,8 @@ class Pipelined(Executable):
 
     def piece(self, piece: Piece, values: list[Any]) -> tuple[list[Any], list[Any]]:
         """What a stage makes, and what it sends."""
-        result = self.run(piece.graph, values)
+        with micro_batches(self.pipelining.micro_batches):
+            result = self.run(piece.graph, values)
         if not self.virtual:
             return list(result[0]), list(result[1])
         made, sent = ([list(x) for x in zip(*(r[k] for r in result), strict=True)] for k in (0, 1))
@@ -318,10 +320,10 @@ def _computed(program: Program) -> list[fx.Node]:
 
 
 def _samples(program: Program, i: int, node: fx.Node) -> int | None:
-    """Which dimension of an output is samples; None for a loss, of which there is one for all of them.
+    """Which dimension of an output is samples; None for what all of them have together, such as a loss.
 
     Raises:
-        FoldError: it has neither.
+        FoldError: it is neither.
     """
     dims: Any = node.meta["layout"].dims
     value = node.meta["val"]
@@ -338,8 +340,10 @@ def _samples(program: Program, i: int, node: fx.Node) -> int | None:
             alike = [d for d, product in enumerate(dims) if (product[: len(start)] == start if start else not product)]
             if alike:
                 return dim if dim in alike else alike[0]
+    if value.is_floating_point():
+        return None
     raise FoldError(
-        f"{program.told_output(i)} has no dimension of samples and is no loss, so that there is one for each micro-batch.",
+        f"{program.told_output(i)} has no dimension of samples, and whole numbers of micro-batches have no mean.",
         shape=list(value.shape),
         valid="a model that does not return it; micro_batches=1 and pp=1",
     )
