@@ -104,7 +104,7 @@ def parallelize(
             made element by element, "blocks" for all but collectives and choices of experts, or the share of the bytes of
             activations that may be kept, such as 0.5. Unless said otherwise, it is "blocks" where the model's
             `gradient_checkpointing_enable()` was called, else what kernels compute as they read, else nothing.
-        micro_batches: a call is cut into as many, along its samples, and its losses are means over them: see docs/pipelines.md.
+        micro_batches: a call is cut into as many, along its samples, and its losses are those of all: see docs/pipelines.md.
         schedule: in which order pipeline stages work on micro-batches: "gpipe", all forward passes and then all backward
             passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well.
         stages_per_rank: pipeline stages that each place of `pp` has, every pp-th: with more of them, ranks wait less for each

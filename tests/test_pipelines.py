@@ -443,6 +443,23 @@ def test_a_number_is_of_the_whole_call_and_is_compiled_over() -> None:
     assert len(model.programs) == 1
 
 
+def test_a_number_of_items_beside_a_routers_loss_and_one_sample_a_micro_batch() -> None:
+    plain, batch = tiny("mixtral"), token_batch(2, 8)
+    batch["attention_mask"] = torch.ones(2, 8, dtype=torch.int64)
+    batch["attention_mask"][1, 5:] = 0
+    plain.config._experts_implementation = "eager"
+    with in_float64(), torch.no_grad():
+        given = {**batch, "num_items_in_batch": 31}
+        model = foldcc.parallelize(copy.deepcopy(plain), "pp=2", example_inputs=given, micro_batches=2)
+        for items in (31, 37, 41):
+            loss, router = model(**batch, num_items_in_batch=items)[:2]
+            whole = plain(**batch, num_items_in_batch=items)
+            routers = sum(plain(**{n: x[i : i + 1] for n, x in batch.items()}).aux_loss for i in range(2)) / 2
+            assert abs(router - routers) < 1e-12
+            assert abs(loss - whole.loss - plain.config.router_aux_loss_coef * (routers - whole.aux_loss)) < 1e-12
+    assert len(model.programs) == 1
+
+
 def test_what_a_model_in_micro_batches_cannot_do_is_refused_when_it_is_asked() -> None:
     model = fold(Two(), schedule="1f1b")
     with pytest.raises(FoldError, match="went back from output 0 inside the call"):

@@ -25,6 +25,7 @@ from foldcc.ir.program import Program, Slot
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.capacity import places
+from foldcc.ops.share import share
 from foldcc.ops.captured import _CAPTURED, Division, Site
 from foldcc.ops.experts import activation
 from foldcc.ops.groups import active
@@ -90,6 +91,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.attention", _attention
     yield "foldcc.experts", _experts
     yield "foldcc.places", _places_of_choices
+    yield "foldcc.share", lambda n: (share.overload, real(n(), n()))
     yield "foldcc.random_bits", lambda n: (ops.random_bits.overload, torch.tensor(7), [torch.arange(n()), torch.arange(n())])
     yield "aten.scaled_dot_product_attention", _masked_attention
     yield "aten.matmul", lambda n: (aten.matmul.default, real(n(), 1, n(), k := n()), real(n(), k, n()))
