@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import init_parameters, parallelize, set_capacity
+    from foldcc.api import init_parameters, load_pretrained, parallelize, set_capacity
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
@@ -36,6 +36,7 @@ __all__ = [
     "init_folded_mesh",
     "init_parameters",
     "load_kernels",
+    "load_pretrained",
     "parallelize",
     "register_experts",
     "set_capacity",
@@ -59,6 +60,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "init_folded_mesh": "foldcc.mesh",
     "init_parameters": "foldcc.api",
     "load_kernels": "foldcc.codegen",
+    "load_pretrained": "foldcc.api",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
     "set_capacity": "foldcc.api",

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import gcd
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from foldcc.capture.capacity import limit
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.transformers import initialiser
+from foldcc.checkpoints.loading import load
 from foldcc.errors import FoldError, divisors, listed
 from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
@@ -275,6 +277,35 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
 
 
+def load_pretrained(
+    model: FoldedModule, folder: str | os.PathLike[str], *, cast: bool = False, strict: bool = True
+) -> FoldedModule:
+    """Fills a folded model from safetensors, as `from_pretrained` fills a plain one; each rank reads the part that it holds.
+
+    Collective. The tensors are renamed and rearranged by the model's library, by the functions that `from_pretrained` uses, and
+    a plain module's are called as its own. A model on meta is allocated. Nothing is changed unless everything fits.
+
+    Args:
+        folder: holds model.safetensors, or several files and an index.
+        cast: also where numbers are rounded, such as float32 in a model of bfloat16. Other casts are made anyway.
+        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks.
+
+    Returns:
+        The model.
+
+    Raises:
+        FoldError: a file is missing or cut off, weights are quantised, or names, shapes or dtypes do not fit: which.
+    """
+    _check_folded(model, "load_pretrained")
+    load(model, Path(folder), cast=cast, strict=strict)
+    return model
+
+
+def _check_folded(model: nn.Module, what: str) -> None:
+    if not isinstance(model, FoldedModule):
+        raise FoldError(f"{what} takes a folded model, not {type(model).__name__}.", valid="what parallelize returns")
+
+
 def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
     """Gives the experts of a Transformers model a capacity, in place, before `parallelize`.
 
@@ -297,4 +328,4 @@ def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
 
 _OPTIONS = [p.name for p in inspect.signature(parallelize).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-__all__ = ["FoldedModule", "init_parameters", "parallelize", "set_capacity"]
+__all__ = ["FoldedModule", "init_parameters", "load_pretrained", "parallelize", "set_capacity"]

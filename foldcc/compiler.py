@@ -34,7 +34,7 @@ from foldcc.passes.average import Untold
 from foldcc.programs import Kept
 from foldcc.runtime.agreement import choices_of_first
 from foldcc.runtime.executable import Executable
-from foldcc.runtime.modes import Modes, compiling, traceable
+from foldcc.runtime.modes import Modes, compiling, one_at_a_time, traceable
 from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
 from foldcc.samples import refuse_attention_over_samples, sample_dims
@@ -238,6 +238,17 @@ class Compiler:
         if policy is not None:
             pipeline = recomputing(pipeline, policy)
         return (*pipeline, *self.own, *emission)
+
+    def memory(self, stages: Stages) -> Any:
+        """What a rank would hold of a program under each policy."""
+        from foldcc.inspect.pipeline import Policies, memory
+
+        policies, found = ("none", "selective", "blocks"), {}
+        with one_at_a_time():
+            for zero in (0, 1, 3):
+                programs = map(self.executable, self.under(stages, zero, policies))
+                found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})
+        return Policies(found)
 
     def _check_autocast(self, tree: nn.Module) -> None:
         there, device = self.there.type, self.device(tree)

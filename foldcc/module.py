@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from foldcc.call import Call
+from foldcc.checkpoints.files import number_of_bytes
+from foldcc.checkpoints.storing import store
 from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
-from foldcc.errors import FoldError, NotFolded
+from foldcc.errors import FoldError
 from foldcc.hooks import call_backward, call_forward, told, watched
 from foldcc.inspect.summary import copies, summary
 from foldcc.ir.plan import Plan
@@ -298,14 +301,7 @@ class FoldedModule(nn.Module):
 
         The newest program is compiled under each, which takes a moment; none of them runs.
         """
-        from foldcc.inspect.pipeline import Policies, memory
-
-        policies, found = ("none", "selective", "blocks"), {}
-        with one_at_a_time():
-            for zero in (0, 1, 3):
-                programs = map(self._compiler.executable, self._compiler.under(self.stages, zero, policies))
-                found.update({(zero, policy): memory(p) for policy, p in zip(policies, programs, strict=True)})
-        return Policies(found)
+        return self._compiler.memory(self.stages)
 
     def summary(self) -> Any:
         """FLOPs, parameters and bytes of a rank against those of the whole model."""
@@ -325,14 +321,18 @@ class FoldedModule(nn.Module):
         known = name in vars(self) or name.startswith("_") or hasattr(type(self), name)
         held = name in self._modules or name in self._parameters or name in self._buffers
         original = None if known or held else self._compiler.model
-        if original is not None and hasattr(original, name):
-            raise NotFolded(
-                f"{name} is an attribute of {type(original).__name__}, whose forward may read it; programs would not.",
-                valid="the change on the original model, before parallelize",
-            )
+        if original is not None:
+            Attributes.refuse(original, name)
         super().__setattr__(name, value)
 
-    # --- values that are given afterwards ---
+    # --- values that are given afterwards, or taken away ---
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Writes weights and configuration as the model's library does, for `from_pretrained` and `foldcc.load_pretrained`.
+
+        Collective. No rank holds more than one tensor whole, and what stood there stays until all is written.
+        """
+        store(self, Path(folder), most=number_of_bytes(max_shard_size))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
         for name in self._elsewhere.names:

@@ -215,6 +215,15 @@ class Attributes:
                     valid="the change on the original model, before parallelize",
                 )
 
+    @staticmethod
+    def refuse(model: nn.Module, name: str) -> None:
+        """Raises if the original model has an attribute that is to be set on the folded one."""
+        if hasattr(model, name):
+            raise NotFolded(
+                f"{name} is an attribute of {type(model).__name__}, whose forward may read it; programs would not.",
+                valid="the change on the original model, before parallelize",
+            )
+
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}

@@ -20,7 +20,7 @@ FLOORS = (
     ("ir",),
     ("rules", "runtime"),
     ("capture", "inspect", "samples", "codegen"),
-    ("call", "plan"),
+    ("call", "plan", "checkpoints"),
     ("types", "taps"),
     ("passes",),
     ("verification",),

@@ -237,7 +237,7 @@ def test_embeddings_of_a_library_s_model_are_the_folded_ones() -> None:
     assert folded.get_input_embeddings() is folded.model.embed_tokens is not model.model.embed_tokens
     assert folded.get_output_embeddings() is folded.lm_head and folded.base_model is folded.model
     assert folded.num_parameters() == model.num_parameters() and folded.config is model.config
-    for name in ("generate", "save_pretrained", "resize_token_embeddings", "gradient_checkpointing_enable"):
+    for name in ("generate", "push_to_hub", "resize_token_embeddings", "gradient_checkpointing_enable"):
         with pytest.raises(FoldError, match=f"{name} is a method of LlamaForCausalLM"):
             getattr(folded, name)
 

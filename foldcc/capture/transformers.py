@@ -139,9 +139,11 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_concatenated")]
 
 
-def _is_transformers(model: nn.Module) -> bool:
+def is_transformers(model: nn.Module, *, itself: bool = False) -> bool:
+    """Whether a model, or a module inside it, is the library's."""
     library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and any(isinstance(m, library.PreTrainedModel) for m in model.modules())
+    modules = [model] if itself else model.modules()
+    return library is not None and any(isinstance(m, library.PreTrainedModel) for m in modules)
 
 
 def _asks_for_attention(model: nn.Module) -> bool:
@@ -172,7 +174,7 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         FoldError: the model is asked for a key/value cache.
     """
-    if not _is_transformers(model):
+    if not is_transformers(model):
         yield
         return
     if given.get("use_cache"):
@@ -219,7 +221,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 def initialiser(model: nn.Module) -> Callable[[nn.Module], None] | None:
     """What a Transformers model initialises the parameters of one of its modules with; None for any other model."""
-    return getattr(model, "_init_weights", None) if _is_transformers(model) else None
+    return getattr(model, "_init_weights", None) if is_transformers(model) else None
 
 
 def checkpoints(model: nn.Module) -> bool:

@@ -148,6 +148,28 @@ def on_one_rank(mesh: FoldedMesh, work: Callable[[], T]) -> T:
     return made
 
 
+def together(mesh: FoldedMesh, work: Callable[[], T]) -> T:
+    """What this rank makes, if every rank succeeds. Collective over the world.
+
+    Raises:
+        FoldError: on the ranks that succeeded: which rank did not, and why. The others raise what they raised.
+    """
+    error: Exception | None = None
+    try:
+        made = work()
+    except Exception as raised:
+        error = raised  # the others would wait without end
+    if not mesh.is_virtual:
+        told: list[Any] = [None] * mesh.world_size
+        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        failed = {rank: said for rank, said in enumerate(told) if said is not None}
+        if error is None and failed:
+            raise FoldError(f"Rank {listed(failed)} of {mesh.world_size} failed.", error=failed[min(failed)])
+    if error is not None:
+        raise error
+    return made
+
+
 def _advice(what: str) -> str:
     if what.startswith("other samples"):
         return "the same samples on all ranks of one dp coordinate; data loaders shard by dp, not by rank"
