@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import init_parameters, load_pretrained, parallelize, set_capacity
+    from foldcc.api import init_parameters, load, load_pretrained, parallelize, save, set_capacity
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
@@ -35,10 +35,12 @@ __all__ = [
     "clip_grad_norm_",
     "init_folded_mesh",
     "init_parameters",
+    "load",
     "load_kernels",
     "load_pretrained",
     "parallelize",
     "register_experts",
+    "save",
     "set_capacity",
     "verify",
 ]
@@ -59,10 +61,12 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
     "init_parameters": "foldcc.api",
+    "load": "foldcc.api",
     "load_kernels": "foldcc.codegen",
     "load_pretrained": "foldcc.api",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
+    "save": "foldcc.api",
     "set_capacity": "foldcc.api",
     "verify": "foldcc.verification",
 }

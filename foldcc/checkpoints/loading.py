@@ -90,7 +90,7 @@ def _holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
 
 def _read(model: FoldedModule, wanted: Wanted) -> None:
     with torch.no_grad():
-        _set_unsaved(model)
+        set_unsaved(model)
         for names, pieces in wanted:
             mine = held(model, names)
             assert mine is not None
@@ -114,7 +114,7 @@ def _own_positions(model: FoldedModule, names: Iterable[str], x: Tensor) -> list
     return positions(at, layout, places.mesh, places.mesh.here)
 
 
-def _set_unsaved(model: FoldedModule) -> None:
+def set_unsaved(model: FoldedModule) -> None:
     """Buffers that no checkpoint holds, and that were on meta, as the model's library computes them."""
     original = model._compiler.model
     initialise, unset = initialiser(original), {name.rpartition(".")[0] for name in model._unset}

@@ -34,7 +34,7 @@ def store_boxes(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     Loading needs no counterpart: copying into a parameter brings the values to the layout that the parameter has.
     """
     for name, value in state.items():
-        state[name] = _boxed(value)
+        state[name] = boxed(value)
 
 
 def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -73,7 +73,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _store_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, "state": pytree.tree_map_only(Tensor, _boxed, state["state"])}
+    return {**state, "state": pytree.tree_map_only(Tensor, boxed, state["state"])}
 
 
 def _take_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -89,7 +89,8 @@ def _in_blocks(x: Any) -> bool:
     return isinstance(x, DTensor) and x.device_mesh in _meshes and any(isinstance(p, _StridedShard) for p in x.placements)
 
 
-def _boxed(x: Any) -> Any:
+def boxed(x: Any) -> Any:
+    """The same value, of which each rank has one box."""
     if not _in_blocks(x):
         return x
     return redistributed(x, [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in x.placements])
