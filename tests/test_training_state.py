@@ -217,7 +217,7 @@ def test_after_a_kill_at_any_moment_the_last_complete_checkpoint_is_loaded(kills
     for _ in range(kills):
         killed(tmp_path, step + 1, model, draw.random() / 10)
         found = foldcc.load(tmp_path, model)["step"]
-        assert found > step and all(bool((p == found).all()) for p in model.parameters())
+        assert found >= step and all(bool((p == found).all()) for p in model.parameters())
         step = found
     foldcc.save(tmp_path, model, step=step + 1)
     assert not list(tmp_path.glob("*.incomplete"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,7 +65,17 @@ def create_groups(mesh: FoldedMesh, all_axes: list[str]) -> None:
     for axes in sorted(set(all_axes)):
         if (mesh, axes) not in known:
             groups = [[first + r for r in group] for first in firsts for group in mesh.groups(tuple(axes.split(",")))]
-            known[mesh, axes], _ = dist.new_subgroups_by_enumeration(groups)
+            known[mesh, axes], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
+
+
+def patience(mesh: FoldedMesh) -> timedelta:
+    """How long ranks wait for others: as long as in the group of the world, which the user has made."""
+    import torch
+    import torch.distributed as dist
+
+    world: Any = dist.group.WORLD
+    found: timedelta = world._get_backend(torch.device(mesh.device_type)).options._timeout
+    return found
 
 
 def process_group(axes: str) -> Any:

@@ -7,6 +7,7 @@ otherwise, or that cannot call at all, is an error on all ranks instead of a wro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from foldcc.errors import FoldError, listed
 from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
+from foldcc.runtime.lost import Place, meeting
 
 _RAISED = -1
 T = TypeVar("T")
@@ -33,7 +35,9 @@ def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = Non
         FoldError: on the ranks without an error of their own: which ranks raised and what, or which ranks call otherwise.
             Counts that are constants of a program, such as those of a mean, are wrong where shapes differ.
     """
-    if _alike(mesh, _RAISED if error is not None else _short(call)) and error is None:
+    with _exchange(mesh, "the exchange that begins a call"):
+        alike = _alike(mesh, _RAISED if error is not None else _short(call))
+    if alike and error is None:
         return
     told: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(told, (call, None if error is None else f"{type(error).__name__}: {error}"))
@@ -61,8 +65,9 @@ def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:
     Raises:
         FoldError: on all ranks: which ranks go back from other outputs.
     """
-    if _alike(mesh, _short(outputs)):
-        return
+    with _exchange(mesh, "the exchange that begins a backward pass"):
+        if _alike(mesh, _short(outputs)):
+            return
     told: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(told, outputs)
     rank = next(r for r, said in enumerate(told) if said != told[0])
@@ -80,6 +85,10 @@ def choices_of_first(mesh: FoldedMesh, plan: str) -> str | None:
     told = [plan]
     dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def _exchange(mesh: FoldedMesh, what: str) -> AbstractContextManager[None]:
+    return meeting(lambda error: Place(what, None, tuple(range(mesh.world_size))))
 
 
 def _short(text: str) -> int:

@@ -17,6 +17,7 @@ from foldcc.ir.walk import follow
 from foldcc.layout import Layout
 from foldcc.ops.groups import active
 from foldcc.runtime.accumulation import Accumulation, Phases
+from foldcc.runtime.lost import collective_at, meeting
 from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.runtime.simulate import simulate
 
@@ -105,8 +106,12 @@ class Executable:
 
         The list of values is emptied, and each is freed behind the last block that reads it.
         """
-        with active(self.program.mesh), torch._C._DisableAutocast():  # what it casts is in the graph
-            return simulate(self.program.mesh, graph, values) if self.virtual else follow(graph, values, partial(_call, graph))
+        mesh = self.program.mesh
+        with active(mesh), torch._C._DisableAutocast():  # what it casts is in the graph
+            if self.virtual:
+                return simulate(mesh, graph, values)
+            with meeting(partial(collective_at, mesh)):
+                return follow(graph, values, partial(_call, graph))
 
 
 def _call(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

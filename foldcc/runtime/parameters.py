@@ -17,6 +17,7 @@ from foldcc.layout import Layout
 from foldcc.mesh import FoldedMesh
 from foldcc.ops import record
 from foldcc.ops.groups import create_groups
+from foldcc.runtime.lost import tell_what_is_raised
 from foldcc.runtime.placement import filled, own_part, placements
 from foldcc.tree import unsaved_buffers
 
@@ -54,6 +55,7 @@ class Places:
         self.plan = self.plan.with_parameters(program.plan)
         if not self.mesh.is_virtual:
             create_groups(self.mesh, _axes_used(program))
+            tell_what_is_raised()
 
     def _distribute(self, parameter: nn.Parameter, layout: Layout, there: tuple[Placement, ...]) -> None:
         """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from foldcc.ir.walk import module_of
 from foldcc.mesh import FoldedMesh
+from foldcc.ops.groups import patience
+from foldcc.runtime.lost import Place, meeting
 from foldcc.runtime.schedule import RECEIVES, SENDS, Action, Channel, channel
 from foldcc.runtime.stages import like
 
@@ -38,7 +42,7 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
         if (mesh, key) not in known:
             size = mesh.stage.world_size
             groups = [[place * size + r for place in places] for r in range(size)]
-            known[mesh, key], _ = dist.new_subgroups_by_enumeration(groups)
+            known[mesh, key], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
 
 
 def from_place(x: Tensor, mesh: FoldedMesh, place: int) -> Tensor:
@@ -103,11 +107,13 @@ class Wires:
         if self.mesh.is_virtual:
             found: list[Any] = self.under_way[wire].popleft()
             return found
-        peer, group = self._peer(action.stage + RECEIVES[action.kind]), self._group(wire)
+        sender = action.stage + RECEIVES[action.kind]
+        peer, group = self._peer(sender), self._group(wire)
         buffers = [torch.empty_like(like(n), device=self.mesh.device_type) for n in nodes]
-        for work in [dist.irecv(x, peer, group) for x in buffers]:
-            assert work is not None
-            work.wait()
+        with self._meeting(f"what stage {action.stage} receives from stage {sender} over pp", peer, nodes):
+            for work in [dist.irecv(x, peer, group) for x in buffers]:
+                assert work is not None
+                work.wait()
         return buffers
 
     def finish(self) -> None:
@@ -117,8 +123,15 @@ class Wires:
                 self._wait(wire)
 
     def _wait(self, wire: Channel) -> None:
-        for work, _ in self.under_way.pop(wire, ()):
-            work.wait()
+        place, step = wire
+        to = (place + step) % self.mesh.size("pp")
+        with self._meeting(f"what stage {place} sends to stage {to} over pp", self._peer(to)):
+            for work, _ in self.under_way.pop(wire, ()):
+                work.wait()
+
+    def _meeting(self, what: str, peer: int, nodes: Sequence[fx.Node] = ()) -> AbstractContextManager[None]:
+        module = next(filter(None, map(module_of, nodes)), None)
+        return meeting(lambda error: Place(what, module, tuple(sorted((peer, dist.get_rank())))))
 
     def _channel(self, action: Action) -> Channel:
         return channel(action, self.mesh.size("pp"))
