@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import tiny_model, token_batch
 from torch import Tensor, nn
 
 import foldcc
@@ -21,18 +22,7 @@ class Layer(nn.Module):
         self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(torch.relu(self.first(x)))
-
-
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
+        return self.second(torch.relu(self.first(x))).square().mean()
 
 
 def impatient() -> set[timedelta]:
@@ -47,9 +37,16 @@ def impatient() -> set[timedelta]:
 def said(text: str, case: str, options: dict[str, Any]) -> str:
     """What a rank that waits in vain for the last one says."""
     mesh, store = foldcc.FoldedMesh.parse(text, "cpu"), dist.distributed_c10d._get_default_store()
-    model = foldcc.parallelize(Layers(), mesh, example_inputs=(torch.ones(4, 8),), **options)
-    model(torch.ones(4, 8)).backward()
-    loss = model(torch.ones(4, 8)) if case == "backward" else None
+    stages = mesh.size("pp") > 1
+    plain, inputs = (tiny_model("llama"), token_batch(2)) if stages else (Layer(), {"x": torch.ones(4, 8)})
+    model = foldcc.parallelize(plain, mesh, example_inputs=inputs, **options)
+
+    def loss() -> Tensor:
+        found: Tensor = model(**inputs).loss if stages else model(**inputs)
+        return found
+
+    loss().backward()
+    backward = loss().backward if case == "backward" else None
     assert timedelta(seconds=100) in impatient()
     if dist.get_rank() == dist.get_world_size() - 1:
         if case == "raises":
@@ -60,7 +57,7 @@ def said(text: str, case: str, options: dict[str, Any]) -> str:
         store.wait(["all is said"])
         return ""
     try:
-        model(torch.ones(4, 8)) if loss is None else loss.backward()
+        backward() if backward is not None else loss()
     except foldcc.FoldError as error:
         return str(error)
     finally:
@@ -71,7 +68,7 @@ def said(text: str, case: str, options: dict[str, Any]) -> str:
 UNCHECKED = {"check_ranks": False}
 CASES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "exchange": ("tp=2", "hangs", {}, ("Rank 1 did not arrive at the exchange that begins a call.", "Timed out")),
-    "collective": ("tp=2", "hangs", UNCHECKED, ("Rank 1 did not arrive at ", " over tp.", "at      layers.0", "ranks   0, 1")),
+    "collective": ("tp=2", "hangs", UNCHECKED, ("Rank 1 did not arrive at ", " over tp.", "at      second", "ranks   0, 1")),
     "stages": ("pp=2", "backward", UNCHECKED, ("Rank 1 did not arrive at what stage 0 receives from stage 1 over pp.",)),
     "raises": ("tp=2", "raises", {}, ("Rank 1 raised, and the exchange that begins a call", "KeyError: 'no such sample'")),
 }

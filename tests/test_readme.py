@@ -18,7 +18,7 @@ RUN = [
     README,
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("memory", "operators", "passes", "pipelines", "plans", "sequences", "verification")
+        for name in ("checkpoints", "memory", "operators", "passes", "pipelines", "plans", "sequences", "verification")
     ),
 ]
 

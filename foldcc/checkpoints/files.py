@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,13 +35,17 @@ def opened(folder: Path) -> Iterator[dict[str, Piece]]:
         found: dict[str, Piece] = {}
         for path in _paths(folder):
             try:
-                file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                with safe_open(path, framework="pt"):  # which looks at every entry, and at the length
+                    pass
+                file = stack.enter_context(path.open("rb", buffering=0))
             except (SafetensorError, OSError) as error:
                 raise FoldError(
                     f"{path.name} is missing, cut off or no file of safetensors.", folder=folder, error=error
                 ) from error
-            for name in file.keys():
-                found[name] = _unread(file.get_slice(name), name)
+            length = int.from_bytes(file.read(8), "little")
+            for name, entry in json.loads(file.read(length)).items():
+                if name != "__metadata__":
+                    found[name] = _unread(file.fileno(), name, entry, 8 + length)
         yield found
 
 
@@ -64,10 +72,43 @@ def _paths(folder: Path) -> list[Path]:
     return [folder / SINGLE]
 
 
-def _unread(stored: Any, name: str) -> Piece:
-    shape = stored.get_shape()
-    dtype = (stored[0:0] if shape else stored[...]).dtype
-    return leaf(shape, dtype, (name, dtype), lambda at: stored[at if shape else ...])
+def _unread(file: int, name: str, entry: dict[str, Any], begin: int) -> Piece:
+    """A tensor of a file. Of a slice, what lies together is read at once, and nothing between."""
+    shape, dtype = entry["shape"], _dtype(entry["dtype"])
+    begin += entry["data_offsets"][0]
+
+    def fetch(at: tuple[slice, ...]) -> Tensor:
+        out = torch.empty([s.stop - s.start for s in at], dtype=dtype)
+        cuts = [d for d, s in enumerate(at) if s.stop - s.start < shape[d]]
+        outer = cuts[-1] if cuts else 0  # the dimensions before it are walked
+        step = prod(shape[outer:])
+        first = at[outer].start * prod(shape[outer + 1 :]) if cuts else 0
+        rows = out.view(prod(out.shape[:outer]), -1).view(torch.uint8) if out.numel() else out.view(0, 0)
+        for row, place in zip(rows, product(*(range(s.start, s.stop) for s in at[:outer])), strict=True):
+            number = 0
+            for d, i in enumerate(place):
+                number = number * shape[d] + i
+            _get(file, begin + (number * step + first) * dtype.itemsize, row.numpy().data)
+        return out
+
+    return leaf(shape, dtype, (name, dtype), fetch)
+
+
+def _get(file: int, at: int, into: memoryview) -> None:
+    while into:
+        count = os.preadv(file, [into], at)
+        if not count:
+            raise FoldError(f"A file ends at byte {at}, and was longer when it was opened.")
+        at, into = at + count, into[count:]
+
+
+@cache
+def _dtype(name: str) -> torch.dtype:
+    """The dtype that a file calls by a name, as the library says."""
+    from safetensors.torch import load
+
+    text = json.dumps({"x": {"dtype": name, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    return load(len(text).to_bytes(8, "little") + text)["x"].dtype
 
 
 def header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
@@ -84,6 +125,7 @@ def header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     return begin, {name: len(begin) + start for name, start in starts.items()}
 
 
+@cache
 def _dtype_name(dtype: torch.dtype) -> str:
     from safetensors.torch import save
 

@@ -112,8 +112,7 @@ class Wires:
         buffers = [torch.empty_like(like(n), device=self.mesh.device_type) for n in nodes]
         with self._meeting(f"what stage {action.stage} receives from stage {sender} over pp", peer, nodes):
             for work in [dist.irecv(x, peer, group) for x in buffers]:
-                assert work is not None
-                work.wait()
+                self._wait_for(work)
         return buffers
 
     def finish(self) -> None:
@@ -127,7 +126,11 @@ class Wires:
         to = (place + step) % self.mesh.size("pp")
         with self._meeting(f"what stage {place} sends to stage {to} over pp", self._peer(to)):
             for work, _ in self.under_way.pop(wire, ()):
-                work.wait()
+                self._wait_for(work)
+
+    def _wait_for(self, work: Any) -> None:
+        """Gloo takes the timeout of a group for what is sent to one rank only when it is told; NCCL would block this thread."""
+        work.wait(patience(self.mesh)) if self.mesh.device_type == "cpu" else work.wait()
 
     def _meeting(self, what: str, peer: int, nodes: Sequence[fx.Node] = ()) -> AbstractContextManager[None]:
         module = next(filter(None, map(module_of, nodes)), None)
