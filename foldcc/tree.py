@@ -292,5 +292,5 @@ def of_the_original(model: nn.Module, folded: nn.Module, name: str) -> Any:
         f"{name} is a method of {type(model).__name__}, and would run or change the original model instead of the folded one.",
         valid="before parallelize, on the original model, for what changes it;\n"
         "after original.load_state_dict(get_model_state_dict(folded, options=StateDictOptions(full_state_dict=True))),\n"
-        "of torch.distributed.checkpoint.state_dict, for what runs or stores it",
+        "of torch.distributed.checkpoint.state_dict, for what runs it; save_pretrained of the folded model stores it",
     )
