@@ -64,7 +64,12 @@ def store(model: FoldedModule, folder: Path, *, most: int) -> None:
             raise failed
         _synced([beside / title for title, (writer, _) in plan.items() if writer == here])
 
-    together(mesh, lambda: _writable(folder, complete))
+    try:
+        together(mesh, lambda: _writable(folder, complete))
+    except FoldError:
+        if here == 0:
+            shutil.rmtree(beside, ignore_errors=True)  # what is half written would only fill the disk
+        raise
     dtype = next((x.dtype for x in unread.values() if x.dtype.is_floating_point), torch.get_default_dtype())
 
     def moved() -> None:

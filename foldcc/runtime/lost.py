@@ -125,7 +125,7 @@ def _read(store: Any, kind: str) -> dict[int, str]:
 
 def tell_what_is_raised() -> None:
     """From now on, an exception that ends this process is told to ranks that wait for it."""
-    if sys.excepthook is not _told:
+    if not _before:  # once: torch.distributed wraps what it finds each time that it is initialised
         _before.append(sys.excepthook)
         sys.excepthook = _told
 
@@ -140,4 +140,4 @@ def _told(kind: type[BaseException], error: BaseException, trace: TracebackType 
             store.set(f"{_RAISED}{dist.get_rank()}", "".join(traceback.format_exception(kind, error, trace)))
         except dist.DistError:
             pass  # who keeps it has ended before, and nobody can be told
-    _before[-1](kind, error, trace)
+    _before[0](kind, error, trace)

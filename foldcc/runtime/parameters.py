@@ -70,7 +70,7 @@ class Places:
         if held.is_meta:
             raise FoldError(
                 f"{name} is on meta and has no values.",
-                valid='foldcc.load_pretrained; or folded.to_empty(device="cpu"), then load_state_dict or foldcc.init_parameters',
+                valid='foldcc.load_pretrained; folded.to_empty(device="cpu"), then load_state_dict or foldcc.init_parameters',
             )
         laid_out = name in self.layouts
         if laid_out and self.mesh.is_virtual == isinstance(held, DTensor):
