@@ -35,6 +35,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "chunks": lambda a, b: torch.cat([a, b], -1).chunk(4, 1),
     "uneven": lambda a, b: a.split([1, 5]),
     "transposed": lambda a, b: torch.transpose(torch.stack([a, b], 1), 0, 2).contiguous(),
+    "cycled": lambda a, b: torch.stack([a, b]).permute(1, 2, 0),
     "rope": lambda a, b: a.view(3, 2, 8).transpose(0, 1).reshape(6, 8),
     "joined": lambda a, b: a.T.reshape(4, 12),
     "flat": lambda a, b: b.permute(1, 0).reshape(-1),
