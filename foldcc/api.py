@@ -219,7 +219,7 @@ def _dummy(model: nn.Module, mesh: FoldedMesh, micro_batches: int = 1) -> dict[s
     found = own_example_inputs(model)
     if found is None:
         return None
-    batch = 2 * micro_batches * (mesh.size("dp") if mesh.is_virtual else 1)
+    batch = 2 * micro_batches * mesh.passed
     length = 8 * mesh.size("tp") * mesh.size("cp")
     return {
         name: torch.zeros((batch, length)[: x.dim()] + tuple(x.shape[2:]), dtype=x.dtype) if isinstance(x, Tensor) else x

@@ -128,17 +128,14 @@ class Call:
         arguments: dict[str, Any] = pytree.tree_unflatten(left, self.spec)
         return arguments
 
-    def apart(self, count: int, batch_dims: Mapping[str, int | None], ranks: int) -> list[Call]:
-        """The call in micro-batches: of each, the samples that stand at the same place among those of a data-parallel rank.
-
-        Args:
-            ranks: whose samples the tensors hold, one after the other.
-        """
+    def apart(self, count: int, batch_dims: Mapping[str, int | None], mesh: FoldedMesh) -> list[Call]:
+        """The call in micro-batches: of each, the samples that stand at the same place among those of a data-parallel rank."""
         if count == 1:
             return [self]
+        ranks, axes = mesh.passed, "*".join(mesh.samples)
         for name, x in self.tensors().items():
             if (dim := batch_dims[name]) is not None:
-                each = divides("samples", x.shape[dim], "dp", ranks, input=name, valid=f"multiples of {ranks * count}")
+                each = divides("samples", x.shape[dim], axes, ranks, input=name, valid=f"multiples of {ranks * count}")
                 divides("samples of a rank", each, "micro_batches", count, input=name)
 
         def part(x: Any, dim: int | None, i: int) -> Any:
@@ -154,13 +151,14 @@ class Call:
 
 
 def _whole(name: str, x: Tensor, mesh: FoldedMesh, samples: int | None, device: torch.device) -> Tensor:
-    dp, shape = mesh.size("dp"), list(x.shape)
+    ranks, shape = mesh.data_parallel, list(x.shape)
     if 0 in shape:
         raise FoldError(f"Input {name} is empty: its shape is {shape}.")
     if samples is not None and mesh.is_virtual:
-        divides("samples", shape[samples], "dp", dp, input=name, mesh=str(mesh), valid=f"multiples of {dp}")
+        axes = "*".join(mesh.samples)
+        divides("samples", shape[samples], axes, ranks, input=name, mesh=str(mesh), valid=f"multiples of {ranks}")
     elif samples is not None:
-        shape[samples] *= dp
+        shape[samples] *= ranks
     return torch.zeros(shape, dtype=x.dtype, device=device)
 
 

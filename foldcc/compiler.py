@@ -80,7 +80,7 @@ class Compiler:
     @property
     def divided(self) -> bool:
         """Whether samples of a call are divided, over ranks or micro-batches."""
-        return self.mesh.size("dp") > 1 or self.in_micro_batches
+        return self.mesh.data_parallel > 1 or self.in_micro_batches
 
     @property
     def in_micro_batches(self) -> bool:
@@ -94,8 +94,7 @@ class Compiler:
         """What the programs of a call are called with."""
         if self.pipelining is None:
             return [call]
-        ranks = self.mesh.size("dp") if self.mesh.is_virtual else 1
-        return call.apart(self.pipelining.micro_batches, self.sample_dims(call), ranks)
+        return call.apart(self.pipelining.micro_batches, self.sample_dims(call), self.mesh)
 
     def executable(self, program: Program) -> Executable:
         if self.pipelining is None:

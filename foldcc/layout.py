@@ -21,7 +21,7 @@ from math import prod
 import sympy
 from sympy import Symbol as Symbol
 
-from foldcc.mesh import View
+from foldcc.mesh import MOE, View
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Layout:
             states |= dict.fromkeys(axes.split(","), letter_)
         if unknown := set(states) - set(ranks):
             raise ValueError(f"{text!r} is divided over {', '.join(sorted(unknown))}, and the mesh has no such axis.")
-        view: View = "moe" if {"edp", "ep", "etp"} & set(states) else "attention"
+        view: View = "moe" if set(MOE[1:]) & set(states) else "attention"
         in_order = {a: states[a] for a in ranks if a in states}
         return cls(tuple(dims), sizes, in_order, {a: ranks[a] for a in in_order}, view)
 

@@ -23,14 +23,16 @@ from foldcc.errors import FoldError, divisors, listed
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-ATTENTION = ("pp", "dp", "cp", "tp")
-MOE = ("pp", "edp", "ep", "etp")
-VIRTUAL = "virtual"
-DEVICE_TYPES = (VIRTUAL, "cpu", "cuda")
-
 View = Literal["attention", "moe"]
 Axes = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
+
+ATTENTION = ("pp", "dp", "cp", "tp")
+MOE = ("pp", "edp", "ep", "etp")
+SAMPLES = ("dp",)  # the axes that take samples
+STORE: dict[View, tuple[str, ...]] = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that ZeRO divides parameters over
+VIRTUAL = "virtual"
+DEVICE_TYPES = (VIRTUAL, "cpu", "cuda")
 
 _VIEWS: dict[View, tuple[str, ...]] = {"attention": ATTENTION, "moe": MOE}
 _ALL = ATTENTION + MOE[1:]
@@ -89,6 +91,21 @@ class FoldedMesh:
     @cached_property
     def world_size(self) -> int:
         return self.size("pp") * self._stage("attention")
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """The axes over which samples are divided; the last of those that could be, where none is."""
+        return tuple(axis for axis in SAMPLES if self.size(axis) > 1) or SAMPLES[-1:]
+
+    @property
+    def data_parallel(self) -> int:
+        """Into how many parts samples are divided. The part of a rank is `index(rank, mesh.samples)`."""
+        return prod(map(self.size, SAMPLES))
+
+    @property
+    def passed(self) -> int:
+        """How many of these parts a call is given: all of them on a virtual mesh, else this rank's own."""
+        return self.data_parallel if self.is_virtual else 1
 
     @cached_property
     def stage(self) -> FoldedMesh:

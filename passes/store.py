@@ -32,13 +32,12 @@ from foldcc.ir.plan import UnfitPlan
 from foldcc.ir.program import UNSHARD, Program, staged
 from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, Layout, Shard, Symbol
+from foldcc.mesh import STORE
 from foldcc.ops.layout import reshard
 from foldcc.plan.strategies import runs
 from foldcc.runtime.placement import BLOCKS_ARE_JOINED
 
 aten = torch.ops.aten
-DATA = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that replicate parameters, by view
-
 
 Made = tuple[fx.Node, Layout, int | None]  # a parameter, as it is used, on a pipeline stage
 
@@ -121,7 +120,7 @@ def _terms(program: Program, parameter: fx.Node) -> set[str]:
 def _divided(used: Layout, whole: Collection[str]) -> Layout:
     """The layout in which each data axis but those in `whole` leaves a rank as little of a parameter as it can."""
     stored = used
-    for axis in DATA[used.view]:
+    for axis in STORE[used.view]:
         there = [] if axis in whole else _possible(stored, axis, used)
         stored = min(there, key=_elements, default=stored)
     return stored

@@ -19,6 +19,7 @@ from foldcc.ir.node import name_of, operands
 from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import REPLICATED, Shard, State
+from foldcc.mesh import SAMPLES
 from foldcc.ops.captured import captured_record
 from foldcc.plan import costs, roles
 from foldcc.plan.choice import Choice, laid_out, op_layouts, plain, take
@@ -81,7 +82,7 @@ class _AxisProblem:
 
     def _node(self, block: str, node: fx.Node, times: int) -> None:
         options = self.strategist.of(node)
-        if self.axis == "dp":
+        if self.axis in SAMPLES:
             # Only an operator that cannot run on a part of the samples is given them whole.
             options = [s for s in options if self._keeps_samples(node, s)] or options
         if not any(x is not None and x.meta["grad"] for x in (node, *operands(node))):
@@ -174,7 +175,7 @@ class _AxisProblem:
             if state not in states:
                 self._unfit(name, *(laid_out(self.program, slot, {self.axis: s}) for s in (state, *states)))
             states = [state]
-        held = [node for node in self.program.placeholders if self.slot_of.get(node) is slot and self.axis != "dp"]
+        held = [node for node in self.program.placeholders if self.slot_of.get(node) is slot and self.axis not in SAMPLES]
         holding = sum(map(self.work.holding, held))
         found = {}
         for state in states:

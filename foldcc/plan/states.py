@@ -9,15 +9,16 @@ from torch import fx
 from foldcc.errors import FoldError, divides
 from foldcc.ir.program import Program
 from foldcc.layout import INVARIANT, Shard, State, Symbol
+from foldcc.mesh import SAMPLES
 from foldcc.plan import roles
 from foldcc.plan.choice import Choice
 from foldcc.plan.strategies import runs
 
 
 def takes(program: Program, axis: str) -> set[Symbol | None]:
-    """The factors that an axis may divide: samples are dp's, sequences cp's, and what tp takes is a question of cost."""
+    """The factors that an axis may divide: samples, or sequences for cp, and what tp takes is a question of cost."""
     batch, ranks = roles.batch(program), program.mesh.size(axis)
-    if axis == "dp":
+    if axis in SAMPLES:
         return {batch}
     if axis != "cp":
         return roles.factors(program) - {batch}
@@ -47,9 +48,9 @@ def between_blocks(
     if slot.op == "placeholder" and slot.graph is program.graph.graph:
         kind = program.slot(slot.name).kind
         kind = None if kind == "tap" else kind  # laid out as what it is added to
-    if axis == "dp":
+    if axis in SAMPLES:
         samples = kind == "input" or (kind is None and any(batch in dim for dim in slot.meta["dims"]))
-        return [_by_samples(program, slot, batch, ranks)] if samples else [INVARIANT]
+        return [_by_samples(program, slot, batch)] if samples else [INVARIANT]
     if kind not in (None, "parameter"):
         return [INVARIANT]
     found: list[State] = [INVARIANT]
@@ -66,10 +67,10 @@ def between_blocks(
     return found
 
 
-def _by_samples(program: Program, node: fx.Node, batch: Symbol | None, ranks: int) -> State:
+def _by_samples(program: Program, node: fx.Node, batch: Symbol | None) -> State:
     for d, dim in enumerate(node.meta["dims"]):
         if batch in dim:
-            at = dim.index(batch)
-            divides("samples", program.sizes[batch], "dp", ranks, mesh=str(program.mesh))
+            at, mesh = dim.index(batch), program.mesh
+            divides("samples", program.sizes[batch], "*".join(mesh.samples), mesh.data_parallel, mesh=str(mesh))
             return Shard(d, at, at + 1)
     return INVARIANT

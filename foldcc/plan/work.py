@@ -35,7 +35,7 @@ class Work:
         for node in self.program.placeholders:
             if self.program.slot(node.name).kind == "input":
                 tokens = max(tokens, int(np.prod([int(n) for n in node.meta["val"].shape[:2]])))
-        return costs.TOKENS * self.hidden * self.program.mesh.size("dp") / tokens
+        return costs.TOKENS * self.hidden * self.program.mesh.data_parallel / tokens
 
     def elements(self, node: fx.Node) -> float:
         """Elements of a value that a rank holds if no further axis divides it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foldcc.errors import FoldError, listed
 from foldcc.layout import Layout, Shard
-from foldcc.mesh import FoldedMesh
+from foldcc.mesh import SAMPLES, FoldedMesh
 from foldcc.runtime.lost import Place, meeting
 
 _RAISED = -1
@@ -111,10 +111,10 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping
         FoldError: on all ranks: which rank was given other samples, or holds another weight.
     """
     rank, device = dist.get_rank(), mesh.device_type
-    shared = [axis for axis in mesh.axes("attention") if axis != "dp"]
+    shared = tuple(axis for axis in mesh.axes("attention") if axis not in SAMPLES)
     compared: list[tuple[str, int, int]] = []  # what, its checksum, the rank to compare with
     for name, x in inputs.items():
-        compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, tuple(shared))[0]))
+        compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, shared)[0]))
     for name, (x, layout) in held.items():
         alike = tuple(a for a in mesh.axes(layout.view) if a != "pp" and not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))

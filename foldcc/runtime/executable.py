@@ -48,7 +48,7 @@ class Executable:
     def __call__(self, values: Sequence[Tensor], others: Others, after: After | None = None) -> list[Tensor]:
         """The outputs for the values of all slots, differentiable with respect to what gets a gradient among them.
 
-        On a real mesh, they are this rank's samples: DTensors where axes other than dp divide them.
+        On a real mesh, they are this rank's samples: DTensors where they are divided otherwise too.
 
         Args:
             others: gives the program whose backward pass is for the gradients of these outputs, and whose forward pass is the

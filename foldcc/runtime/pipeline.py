@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from foldcc.errors import FoldError
 from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Layout, Shard, Symbol
-from foldcc.mesh import FoldedMesh
+from foldcc.mesh import SAMPLES, FoldedMesh
 from foldcc.ops.share import micro_batches
 from foldcc.runtime.accumulation import Phases
 from foldcc.runtime.executable import Executable, Others, refuse_second_order, save, saved
@@ -193,8 +193,7 @@ class Pipelined(Executable):
         dim = self.samples[i]
         if dim is None:
             return torch.stack(list(parts)).sum(0)
-        ranks = self.program.mesh.size("dp") if self.virtual else 1
-        return torch.stack([p.unflatten(dim, (ranks, -1)) for p in parts], dim + 1).flatten(dim, dim + 2)
+        return torch.stack([p.unflatten(dim, (self.program.mesh.passed, -1)) for p in parts], dim + 1).flatten(dim, dim + 2)
 
     def _whole(self, i: int) -> Layout:
         """The layout of an output of the call: its samples are those of each micro-batch after the other."""
@@ -213,7 +212,7 @@ class Pipelined(Executable):
     def _shape(self, i: int) -> list[Any]:
         """The shape of an output of the call with this rank's samples."""
         layout = self._whole(i)
-        return list(replace(layout, states={a: s for a, s in layout.states.items() if a == "dp"}).shape)
+        return list(replace(layout, states={a: s for a, s in layout.states.items() if a in SAMPLES}).shape)
 
     def _own(self, x: Tensor, i: int) -> Tensor:
         return own_samples(x, self._whole(i), self.program.mesh)

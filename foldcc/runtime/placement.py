@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 
 from foldcc.errors import FoldError
 from foldcc.layout import PARTIAL, VARYING, Layout, Shard
-from foldcc.mesh import FoldedMesh
+from foldcc.mesh import SAMPLES, FoldedMesh
 from foldcc.ops import collectives
 
 BLOCKS_ARE_JOINED = TorchVersion(torch.__version__) >= "2.12"
@@ -158,11 +158,11 @@ def whole_terms(x: DTensor) -> DTensor:
 
 
 def own_samples(x: Tensor, layout: Layout, mesh: FoldedMesh) -> Tensor:
-    """What a rank holds of an output, as its own samples: a DTensor over the axes other than dp that divide it.
+    """What a rank holds of an output, as its own samples: a DTensor over the axes that divide it otherwise.
 
-    Nothing is sent; `full_tensor()` brings the parts together. What dp alone divides, or nothing, is an ordinary tensor.
+    Nothing is sent; `full_tensor()` brings the parts together. What only samples divide, or nothing, is an ordinary tensor.
     """
-    over = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout) if axis != "dp"}
+    over = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout) if axis not in SAMPLES}
     if not over:
         return x
     side = mesh.attention if layout.view == "attention" else mesh.moe

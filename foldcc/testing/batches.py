@@ -33,7 +33,7 @@ def uneven_batch(
     Raises:
         FoldError: a number of valid tokens is out of range, or there is none at all, of which no mean can be taken.
     """
-    dp, room = mesh.size("dp"), samples * (length - 1)
+    dp, room = mesh.data_parallel, samples * (length - 1)
     if len(valid) != dp or not all(0 <= count <= room for count in valid) or not any(valid):
         raise FoldError(f"{list(valid)} valid tokens on dp={dp}.", valid=f"{dp} numbers of 0 to {room}, not all of them 0")
     random = torch.Generator().manual_seed(seed)

@@ -83,7 +83,7 @@ def inputs(
     room = samples * (length - 1)
     # As many numbers on every mesh of a world, so that what fails can shrink to another mesh.
     counts = st.lists(st.integers(0, room), min_size=mesh.world_size, max_size=mesh.world_size)
-    valid = draw(counts)[: mesh.size("dp")]
+    valid = draw(counts)[: mesh.data_parallel]
     valid[0] = valid[0] if any(valid) else 1
     given: dict[str, Any] = {"valid": st.just(valid), "samples": st.just(samples), "length": st.just(length), "seed": _SEEDS}
     if not isinstance(model, Decoder):

@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
         FoldError: the mesh, the batch and the model do not fit together.
     """
     mesh = FoldedMesh.parse(args.mesh)
-    parts = mesh.size("dp") * args.micro_batches
-    divides("samples of a batch", args.batch, "dp * micro_batches", parts, mesh=mesh, valid=f"--batch: multiples of {parts}")
+    parts = mesh.data_parallel * args.micro_batches
+    over = " * ".join((*mesh.samples, "micro_batches"))
+    divides("samples of a batch", args.batch, over, parts, mesh=mesh, valid=f"--batch: multiples of {parts}")
     quiet()
     count = sum(p.numel() for p in model().parameters())
     console = Console()
@@ -141,8 +142,8 @@ def rank_main(args: argparse.Namespace) -> FoldError | None:
     rank = dist.get_rank()
     mesh = FoldedMesh.parse(args.mesh, device_type="cpu")
     data = batches(args)
-    shares = data.unflatten(1, (mesh.size("dp"), -1))
-    mine = shares[:, mesh.coordinate(rank, "dp")]
+    shares = data.unflatten(1, (mesh.data_parallel, -1))
+    mine = shares[:, mesh.index(rank, mesh.samples)]
     micro_batches = torch.cat(shares.chunk(args.micro_batches, 2), 1).unflatten(1, (args.micro_batches, -1)).flatten(2, 3)
     console = Console(quiet=rank != 0, highlight=False)
     try:
