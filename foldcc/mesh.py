@@ -11,7 +11,7 @@ This is arithmetic on rank numbers; process groups appear only in `FoldedMesh.at
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -297,8 +297,8 @@ def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Map
     edp = _derive_edp(dense, ep, etp)
     if moe.get("edp", edp) != edp:
         raise FoldError(
-            f"edp={moe['edp']} was given, but attention {_product(dense)} ranks / (ep({ep})*etp({etp})) = {edp}; "
-            "edp is derived and may be left out."
+            f"edp={moe['edp']} was given, but attention {_product(dense)} ranks over moe {_product({'ep': ep, 'etp': etp})} "
+            f"leave {edp}; edp is derived and may be left out."
         )
     mesh = FoldedMesh(device_type, (pp, *dense.values(), edp, ep, etp))
     if not mesh.is_virtual:
@@ -307,22 +307,23 @@ def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Map
 
 
 def rank_table(mesh: FoldedMesh) -> str:
-    """The coordinates of every rank in both views, side by side."""
+    """The coordinates of every rank in both views, side by side, on the axes of several ranks."""
+    views = {view: [axis for axis in axes if mesh.size(axis) > 1] for view, axes in _VIEWS.items()}
 
-    def row(rank: object, cells: Mapping[View, tuple[object, ...]]) -> str:
+    def row(rank: object, cells: Mapping[View, Sequence[object]]) -> str:
         left, right = (
             " ".join(f"{cell:>{width(axis)}}" for axis, cell in zip(axes, cells[view], strict=True))
-            for view, axes in _VIEWS.items()
+            for view, axes in views.items()
         )
         return f"{rank:>4}   {left} | {right}"
 
     def width(axis: str) -> int:
         return max(len(axis), len(str(mesh.size(axis) - 1)))
 
-    def coordinates(rank: int) -> dict[View, tuple[object, ...]]:
-        return {view: tuple(mesh.coordinate(rank, axis) for axis in axes) for view, axes in _VIEWS.items()}
+    def coordinates(rank: int) -> dict[View, list[object]]:
+        return {view: [mesh.coordinate(rank, axis) for axis in axes] for view, axes in views.items()}
 
-    return "\n".join([row("rank", _VIEWS), *(row(rank, coordinates(rank)) for rank in range(mesh.world_size))])
+    return "\n".join([row("rank", views), *(row(rank, coordinates(rank)) for rank in range(mesh.world_size))])
 
 
 _EXAMPLE = "axis=size,axis=size|axis=size, as in dp=2,cp=2,tp=2|ep=8"
@@ -348,8 +349,9 @@ def _derive_edp(dense: Mapping[str, int], ep: int, etp: int) -> int:
 
 
 def _product(sizes: Mapping[str, int]) -> str:
-    """`dp(2)*cp(2)*tp(2)=8`"""
-    return "*".join(f"{axis}({size})" for axis, size in sizes.items()) + f"={prod(sizes.values())}"
+    """`dp(2)*cp(2)*tp(2)=8`, of the axes of several ranks."""
+    told = "*".join(f"{axis}({size})" for axis, size in sizes.items() if size > 1)
+    return f"{told}={prod(sizes.values())}" if told else "1"
 
 
 def _check_axis(axis: str, valid: tuple[str, ...]) -> None:

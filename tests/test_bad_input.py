@@ -132,7 +132,7 @@ def world_of_eight() -> Iterator[None]:
 
 
 def test_ranks_that_do_not_divide() -> None:
-    with pytest.raises(FoldError, match=r"dp\(2\)\*cp\(1\)\*tp\(2\)=4 ranks, but moe ep\(3\)\*etp\(1\)=3 does not divide 4"):
+    with pytest.raises(FoldError, match=r"dp\(2\)\*tp\(2\)=4 ranks, but moe ep\(3\)=3 does not divide 4"):
         FoldedMesh.parse("dp=2,tp=2|ep=3")
 
 

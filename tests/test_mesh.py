@@ -121,11 +121,11 @@ def test_pp_belongs_to_both_views():
 
 def test_the_rank_table_shows_both_views():
     assert rank_table(FoldedMesh.parse("dp=2,tp=2|ep=2")).splitlines() == [
-        "rank   pp dp cp tp | pp edp ep etp",
-        "   0    0  0  0  0 |  0   0  0   0",
-        "   1    0  0  0  1 |  0   0  1   0",
-        "   2    0  1  0  0 |  0   1  0   0",
-        "   3    0  1  0  1 |  0   1  1   0",
+        "rank   dp tp | edp ep",
+        "   0    0  0 |   0  0",
+        "   1    0  1 |   0  1",
+        "   2    1  0 |   1  0",
+        "   3    1  1 |   1  1",
     ]
 
 
@@ -209,15 +209,15 @@ def parse(text):
     [
         (
             virtual({"dp": 2, "cp": 2, "tp": 2}, {"ep": 6}),
-            "attention dp(2)*cp(2)*tp(2)=8 ranks, but moe ep(6)*etp(1)=6 does not divide 8; valid ep: 1, 2, 4, 8",
+            "attention dp(2)*cp(2)*tp(2)=8 ranks, but moe ep(6)=6 does not divide 8; valid ep: 1, 2, 4, 8",
         ),
         (
             virtual({"pp": 2, "dp": 3, "tp": 2}, {"ep": 4, "etp": 2}),
-            "attention dp(3)*cp(1)*tp(2)=6 ranks, but moe ep(4)*etp(2)=8 does not divide 6; valid ep: 1, 3",
+            "attention dp(3)*tp(2)=6 ranks, but moe ep(4)*etp(2)=8 does not divide 6; valid ep: 1, 3",
         ),
         (
             virtual({"tp": 4}, {"etp": 3}),
-            "attention dp(1)*cp(1)*tp(4)=4 ranks, but moe ep(1)*etp(3)=3 does not divide 4; valid etp: 1, 2, 4",
+            "attention tp(4)=4 ranks, but moe etp(3)=3 does not divide 4; valid etp: 1, 2, 4",
         ),
         (
             virtual({"pp": 2, "tp": 4}, {"pp": 4}),
@@ -225,7 +225,7 @@ def parse(text):
         ),
         (
             virtual({"dp": 4, "tp": 2}, {"edp": 3, "ep": 2}),
-            "edp=3 was given, but attention dp(4)*cp(1)*tp(2)=8 ranks / (ep(2)*etp(1)) = 4; edp is derived",
+            "edp=3 was given, but attention dp(4)*tp(2)=8 ranks over moe ep(2)=2 leave 4; edp is derived",
         ),
         (virtual({"ep": 2}), "unknown axis 'ep'.\n  valid   pp, dp, cp, tp"),
         (virtual({"tp": 2}, {"tp": 2}), "unknown axis 'tp'.\n  valid   pp, edp, ep, etp"),
@@ -239,7 +239,7 @@ def parse(text):
         (lambda: FoldedMesh("virtual", (1, 2)), "a folded mesh has 7 sizes, not 2."),
         (
             lambda: FoldedMesh("virtual", (1, 2, 1, 1, 1, 1, 1)),
-            "attention dp(2)*cp(1)*tp(1)=2 ranks, but moe edp(1)*ep(1)*etp(1)=1; both cover",
+            "attention dp(2)=2 ranks, but moe 1; both cover",
         ),
         (parse("dp=2|ep=2|tp=2"), "'dp=2|ep=2|tp=2' has 2 '|', and a folded mesh has two sides."),
         (parse("dp=2,xp=2"), "unknown axis 'xp'."),
