@@ -168,6 +168,18 @@ class FoldedMesh:
         """The MoE view as a `DeviceMesh` with dims `pp edp ep etp`. The first access is collective."""
         return self._device_mesh("moe")
 
+    def dividing(self, view: View) -> tuple[str, ...]:
+        """The axes of a view that have several ranks; the innermost, where none has."""
+        return tuple(axis for axis in self.axes(view) if self.size(axis) > 1) or self.axes(view)[-1:]
+
+    @cached_property
+    def of_tensors(self) -> dict[View, DeviceMesh]:
+        """The part of each view's `DeviceMesh` that DTensors are on: its dims of several ranks.
+
+        How many ways to run an operator DTensor weighs is exponential in the dims of its mesh.
+        """
+        return {"attention": self.attention[self.dividing("attention")], "moe": self.moe[self.dividing("moe")]}
+
     @classmethod
     def from_device_mesh(cls, device_mesh: DeviceMesh, *, ep: int = 1, etp: int = 1) -> FoldedMesh:
         """Fold the experts over a plain `DeviceMesh`, whose named dims are among `pp dp cp tp`, in that order."""

@@ -106,7 +106,7 @@ class FoldedModule(nn.Module):
         self.register_state_dict_post_hook(store_boxes)
         notice_optimizers(model, self)
         if not mesh.is_virtual:
-            watch_optimizers(mesh.stage.attention, mesh.stage.moe)
+            watch_optimizers(*mesh.stage.of_tensors.values())
 
     @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -390,7 +390,7 @@ class FoldedModule(nn.Module):
         super().__setstate__(state)
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
-            watch_optimizers(self.mesh.stage.attention, self.mesh.stage.moe)
+            watch_optimizers(*self.mesh.stage.of_tensors.values())
         self._attributes, self._inherited = Attributes(self), []
 
 

@@ -100,7 +100,8 @@ def copy_tree(model: nn.Module, root: nn.Module, mesh: FoldedMesh) -> None:
     def parameter(p: nn.Parameter) -> nn.Parameter:
         x = copied(p)
         if not mesh.is_virtual:
-            x = DTensor.from_local(x, mesh.attention, [Replicate()] * mesh.attention.ndim, run_check=False)
+            side = mesh.of_tensors["attention"]
+            x = DTensor.from_local(x, side, [Replicate()] * side.ndim, run_check=False)
         return nn.Parameter(x, requires_grad=p.requires_grad)
 
     def once(x: Any) -> Any:

@@ -173,6 +173,14 @@ def test_views_are_device_meshes_of_all_four_axes(world):
         for axis in axes:
             assert tuple(dist.get_process_group_ranks(view.get_group(axis))) == mesh.group_of(0, axis)
     assert mesh.attention is mesh.attention and copy.deepcopy(mesh).moe is mesh.moe
+    assert mesh.of_tensors["attention"].mesh_dim_names == ("pp", "dp", "tp")
+    assert mesh.of_tensors["moe"].mesh_dim_names == ("pp", "ep", "etp")
+
+
+def test_tensors_of_one_rank_are_on_a_mesh_too(world):
+    world(1)
+    mesh = FoldedMesh.parse("dp=1", device_type="cpu")
+    assert [mesh.of_tensors[view].mesh_dim_names for view in ("attention", "moe")] == [("tp",), ("etp",)]
 
 
 def test_a_device_mesh_is_folded(world):

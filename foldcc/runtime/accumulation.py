@@ -138,7 +138,7 @@ class Accumulation:
 
     def _placements(self, layout: Layout) -> list[Placement]:
         """Those of a layout, terms of a sum where it says so."""
-        axes = zip(self.mesh.axes(layout.view), placements(layout, self.mesh), strict=True)
+        axes = zip(self.mesh.dividing(layout.view), placements(layout, self.mesh), strict=True)
         return [Partial() if layout.states.get(axis) == PARTIAL else placement for axis, placement in axes]
 
     def _add(self, name: str, terms: Tensor, layout: Layout) -> None:

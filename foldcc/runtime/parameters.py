@@ -61,7 +61,7 @@ class Places:
         """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""
         assert isinstance(parameter, DTensor)
         local = own_part(parameter.to_local().detach(), layout, self.mesh, self.mesh.here).clone()
-        side = self.mesh.attention if layout.view == "attention" else self.mesh.moe
+        side = self.mesh.of_tensors[layout.view]
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 

@@ -125,9 +125,9 @@ def join(parts: list[Tensor], layout: Layout, mesh: FoldedMesh, what: str) -> Te
 
 
 def placements(layout: Layout, mesh: FoldedMesh) -> list[Any]:
-    """The DTensor placements of a layout on its side of the mesh."""
+    """The DTensor placements of a layout on `mesh.of_tensors`."""
     outer = {axis: (dim, blocks) for axis, dim, blocks in _steps(layout)}
-    return [_placement(*outer[axis]) if axis in outer else Replicate() for axis in mesh.axes(layout.view)]
+    return [_placement(*outer[axis]) if axis in outer else Replicate() for axis in mesh.dividing(layout.view)]
 
 
 def _placement(dim: int, blocks: int) -> Any:

@@ -35,7 +35,7 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
         held: places of pp that hold the same parameter, for each one that several hold.
     """
     known = _GROUPS.setdefault(dist.group.WORLD, {})
-    _WHOLE[mesh.stage.attention] = _WHOLE[mesh.stage.moe] = mesh
+    _WHOLE.update(dict.fromkeys(mesh.stage.of_tensors.values(), mesh))
     every = tuple(range(mesh.size("pp")))
     wires = [((step, around), every) for step in (1, -1) for around in (False, True)]
     for key, places in wires + [(places, places) for places in sorted(set(held))]:
