@@ -77,7 +77,7 @@ def parallelize(
         model: any nn.Module, on `meta` or with weights; it is left as it is, and the parameters are copies. Its weights are
             freed when nothing else refers to it.
         mesh: from `init_folded_mesh`; or the text of a virtual one, such as `"dp=2,tp=2|ep=4"`; or a DeviceMesh with
-            axes among pp, dp, cp, tp, for which the MoE side is chosen.
+            axes among pp, dp_replicate, dp, cp, tp, for which the MoE side is chosen.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; tensors give only their shape, dtype
             and device. On a virtual mesh they hold the global batch, else this rank's samples. With them the model is
             compiled now and takes no other structure of inputs. Without them the model's `dummy_inputs` serve, and any

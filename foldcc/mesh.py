@@ -1,7 +1,7 @@
 """The folded mesh: the same ranks, arranged once for attention and once for the experts.
 
-    attention   pp  dp  cp  tp
-    moe         pp  edp ep  etp       outermost first; dp * cp * tp = edp * ep * etp = the ranks of one pipeline stage
+    attention   pp  dp_replicate  dp  cp  tp
+    moe         pp  edp           ep  etp       outermost first; each but pp multiply to the ranks of one pipeline stage
 
 Rank numbers are row-major in both views. Because `pp` is outermost in both, its groups agree by construction
 (MoE Parallel Folding, arXiv 2504.14960, puts `dp` outermost, where they agree only if cp * tp = ep * etp).
@@ -27,9 +27,9 @@ View = Literal["attention", "moe"]
 Axes = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
-ATTENTION = ("pp", "dp", "cp", "tp")
+ATTENTION = ("pp", "dp_replicate", "dp", "cp", "tp")
 MOE = ("pp", "edp", "ep", "etp")
-SAMPLES = ("dp",)  # the axes that take samples
+SAMPLES = ("dp_replicate", "dp")  # the axes that take samples
 STORE: dict[View, tuple[str, ...]] = {"attention": ("dp", "cp"), "moe": ("edp",)}  # the axes that ZeRO divides parameters over
 VIRTUAL = "virtual"
 DEVICE_TYPES = (VIRTUAL, "cpu", "cuda")
@@ -40,8 +40,7 @@ _ALL = ATTENTION + MOE[1:]
 _ELSEWHERE = {
     "fsdp": "dp, and parallelize(zero=3), which stores weights divided over it",
     "efsdp": "edp, which is derived, and parallelize(zero=3), which stores expert weights divided over it",
-    "dp_replicate": "dp",
-    "dp_shard": "dp, and parallelize(zero=3), which stores weights divided over it",
+    "dp_shard": "dp, and parallelize(zero=3), which stores weights divided over it and not over dp_replicate",
     "sp": "tp, which divides the sequence between its products",
 }
 
@@ -50,7 +49,7 @@ _ELSEWHERE = {
 class FoldedMesh:
     """Ranks with two sets of axes, one for attention and one for the experts. Make one with `init_folded_mesh`.
 
-    `sizes` holds the size of every axis, in the order `pp dp cp tp edp ep etp`. Meshes are values: equal if their
+    `sizes` holds the size of every axis, in the order `pp dp_replicate dp cp tp edp ep etp`. Meshes are values: equal if their
     sizes and device types are equal, and usable as keys.
     """
 
@@ -160,7 +159,7 @@ class FoldedMesh:
 
     @cached_property
     def attention(self) -> DeviceMesh:
-        """The attention view as a `DeviceMesh` with dims `pp dp cp tp`. The first access is collective."""
+        """The attention view as a `DeviceMesh` with dims `pp dp_replicate dp cp tp`. The first access is collective."""
         return self._device_mesh("attention")
 
     @cached_property
@@ -182,7 +181,7 @@ class FoldedMesh:
 
     @classmethod
     def from_device_mesh(cls, device_mesh: DeviceMesh, *, ep: int = 1, etp: int = 1) -> FoldedMesh:
-        """Fold the experts over a plain `DeviceMesh`, whose named dims are among `pp dp cp tp`, in that order."""
+        """Fold the experts over a plain `DeviceMesh`, whose named dims are among `pp dp_replicate dp cp tp`, in that order."""
         names = device_mesh.mesh_dim_names
         if not names:
             raise FoldError("the DeviceMesh has no mesh_dim_names.", valid=listed(ATTENTION))
@@ -282,7 +281,7 @@ def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Map
 
     Args:
         device_type: `"virtual"` (all ranks in this process), `"cpu"` or `"cuda"`.
-        attention: sizes of `pp`, `dp`, `cp`, `tp`. An axis left out has size 1.
+        attention: sizes of `pp`, `dp_replicate`, `dp`, `cp`, `tp`. An axis left out has size 1.
         moe: sizes of `pp`, `ep`, `etp`. `pp` is equal on both sides and may be given on either; `edp` is derived.
 
     On a real device, the world has as many ranks as the mesh. Under torchrun, torch.distributed is initialised if it

@@ -143,7 +143,7 @@ def test_a_mesh_larger_than_the_world() -> None:
 
 
 def test_an_unknown_axis() -> None:
-    with pytest.raises(FoldError, match=r"unknown axis 'sp'[^$]*pp, dp, cp, tp"):
+    with pytest.raises(FoldError, match=r"unknown axis 'sp'[^$]*pp, dp_replicate, dp, cp, tp"):
         foldcc.init_folded_mesh("virtual", attention={"sp": 2})
 
 

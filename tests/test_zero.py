@@ -25,6 +25,7 @@ from tests.models import FAMILIES, FusedAttention, tiny_model, token_batch
 from tests.versions import joins_blocks
 
 MESHES = ["dp=2,tp=2|ep=4", "dp=4|ep=2", "dp=3,tp=2|ep=2"]
+HSDP = "dp_replicate=2,dp=2,tp=2|ep=4"
 
 
 class Mlp(nn.Module):
@@ -67,7 +68,13 @@ def compare(family: str, mesh: str, zero: int, **options: Any) -> foldcc.FoldedM
 
 @pytest.mark.parametrize(
     ("family", "mesh", "zero"),
-    [("mixtral", MESHES[0], 3), ("deepseek_v3", MESHES[1], 2), ("llama", MESHES[2], 3), ("qwen3", "dp=2,cp=2,tp=2", 1)],
+    [
+        ("mixtral", MESHES[0], 3),
+        ("deepseek_v3", MESHES[1], 2),
+        ("llama", MESHES[2], 3),
+        ("qwen3", "dp=2,cp=2,tp=2", 1),
+        ("llama", HSDP, 3),
+    ],
 )
 def test_gradients_are_those_of_one_process(family: str, mesh: str, zero: int) -> None:
     compare(family, mesh, zero)
@@ -75,7 +82,7 @@ def test_gradients_are_those_of_one_process(family: str, mesh: str, zero: int) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, HSDP])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family_are_those_of_one_process(family: str, mesh: str, zero: int) -> None:
     compare(family, mesh, zero)
@@ -181,6 +188,20 @@ def test_a_plan_stores_over_one_axis_and_adds_what_a_rank_has_of_gradients_over_
     }
 
 
+def test_dp_stores_and_dp_replicate_adds() -> None:
+    folded = foldcc.parallelize(Mlp(8), "dp_replicate=2,dp=2", example_inputs=(X,), zero=3)
+    assert {axes for layout in folded.plan.stored.values() for axes in layout.axes("V")} == {"dp"}
+    sent = {(c.operator, c.axes, c.direction): c.bytes for c in folded.collectives()}
+    half = 4 * (8 * 32 + 32 + 32 * 8 + 8) / 2
+    assert sent.pop(("all_reduce", ("dp_replicate", "dp"), "forward"))  # the loss
+    assert sent == {
+        ("all_gather", ("dp",), "forward"): half,
+        ("all_gather", ("dp",), "backward"): half,
+        ("reduce_scatter", ("dp",), "backward"): half,
+        ("all_reduce", ("dp_replicate",), "backward"): half,
+    }
+
+
 def test_a_plan_keeps_some_experts_whole_beside_others_that_are_divided() -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     plan = f"plan dp=4|ep=2 · zero=3\nstored\n  {name} [experts@ep, hidden, width] I(edp)"
@@ -231,9 +252,9 @@ def stepped(model: nn.Module, x: Tensor, optimizer: Any) -> list[float]:
 
 def uneven_on_processes(text: str, out: int, parts: list[int], folder: str) -> None:
     mesh = foldcc.FoldedMesh.parse(text, device_type="cpu")
-    dp = mesh.size("dp")
+    dp = mesh.data_parallel
     x, plain = X[: 2 * dp].double(), Mlp(out).double()
-    own = x.chunk(dp)[mesh.coordinate(dist.get_rank(), "dp")]
+    own = x.chunk(dp)[mesh.index(dist.get_rank(), mesh.samples)]
     model = foldcc.parallelize(Mlp(out).double(), mesh, example_inputs=(own,), zero=3)
     optimizer, usual = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, plain))
     assert stepped(model, own, optimizer) == pytest.approx(stepped(plain, x, usual), rel=1e-9)
@@ -266,6 +287,7 @@ def whole(x: Tensor) -> Tensor:
     ("text", "out", "parts"),
     [
         ("dp=3", 4, [2, 2, 0]),
+        ("dp_replicate=2,dp=2", 7, [4, 3, 4, 3]),
         pytest.param("dp=4", 5, [2, 2, 1, 0], marks=pytest.mark.slow),
         pytest.param("dp=2,tp=2", 7, [4, 4, 3, 3], marks=[joins_blocks, pytest.mark.slow]),
     ],
@@ -292,7 +314,8 @@ def trained(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, optimize
 
 def on_processes(text: str, folder: str, wanted: list[float]) -> None:
     mesh = foldcc.FoldedMesh.parse(text, device_type="cpu")
-    own = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(4).items()}
+    place = mesh.index(dist.get_rank(), mesh.samples)
+    own = {name: x.chunk(mesh.data_parallel)[place] for name, x in token_batch(4).items()}
     with in_float64():
         model = foldcc.parallelize(
             tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double(), mesh, example_inputs=own, zero=3
@@ -303,7 +326,8 @@ def on_processes(text: str, folder: str, wanted: list[float]) -> None:
         held = sum(p.to_local().numel() for p in model.parameters())
         moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
         whole = sum(p.numel() for p in model.parameters())
-        assert held == moments == model.summary().parameters_per_rank < 1.2 / mesh.world_size * whole
+        replicas = mesh.size("dp_replicate")
+        assert held == moments == model.summary().parameters_per_rank < 1.2 * replicas / mesh.world_size * whole
         state, moments = get_state_dict(model, optimizer)
         checkpoint.save({"model": state, "optimizer": moments}, checkpoint_id=folder)
         other = foldcc.parallelize(
@@ -319,7 +343,7 @@ def on_processes(text: str, folder: str, wanted: list[float]) -> None:
         assert trained(other, own, 1, second) == pytest.approx(wanted[6:], rel=1e-9)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", pytest.param(MESHES[0], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["dp=2", *(pytest.param(x, marks=pytest.mark.slow) for x in (MESHES[0], HSDP))])
 def test_training_on_processes_and_a_checkpoint_that_another_storage_resumes(mesh: str) -> None:
     with in_float64():
         plain = tiny_model("mixtral", num_hidden_layers=1, aux_loss=True).double()
