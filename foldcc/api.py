@@ -62,6 +62,7 @@ def parallelize(
     check_ranks: bool = True,
     plan: Plan | str | None = None,
     zero: int | None = None,
+    ahead: int | None = None,
     attention: str | None = None,
     precision: Precision | None = None,
     recompute: str | float | None = None,
@@ -102,6 +103,8 @@ def parallelize(
             gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
             not kept for the backward pass, but gathered again. Where ranks do not divide a size, the last of them hold less.
             A plan says of single parameters over which axes they are divided.
+        ahead: how many blocks before the one that uses them parameters are gathered, 1 unless the plan says otherwise; its
+            gradients are reduced while the next one computes. With 0 nothing is under way while a block computes.
         attention: how `cp` divides attention: "gathered" keys and values, "ulysses" heads instead of the sequence, "ring" and
             "halo"; see docs/sequences.md. Unless said otherwise, what costs least for each layer.
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
@@ -141,6 +144,8 @@ def parallelize(
         raise FoldError(f"plan is a foldcc.Plan or its text, not {type(given).__name__}.")
     if zero is not None and (type(zero) is not int or zero not in (0, 1, 2, 3)):
         raise FoldError(f"zero={zero!r} is no stage of ZeRO.", valid="0, 1, 2, 3")
+    if ahead is not None and (type(ahead) is not int or ahead < 0):
+        raise FoldError(f"ahead={ahead!r} is no number of blocks.", valid="0 or more")
     if zero not in (None, given.zero) and (given.stored or given.kept):
         raise FoldError(
             f"The plan's choices are those for zero={given.zero}, and zero={zero} is asked for.",
@@ -168,6 +173,7 @@ def parallelize(
         plan=replace(
             given,
             zero=given.zero if zero is None else zero,
+            ahead=given.ahead if ahead is None else ahead,
             attention=attention or given.attention,
             precision=precision or given.precision,
         ),

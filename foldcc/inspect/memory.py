@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from foldcc.ir.program import Program
+from foldcc import ops
+from foldcc.ir.program import Program, unshards
 from foldcc.ir.sizes import Sizes, communicates, human
 from foldcc.ir.walk import FORWARD, module_of
 from foldcc.rules.kinds import is_view
@@ -161,13 +162,15 @@ class Walk:
     Attributes:
         live, highest: bytes now, and at most since it was set to zero; at: the module and the pass of that.
         communication: the largest payload of a collective so far.
+        under_way: what the last reductions of gradients are given, which they may read until the next ones start.
     """
 
     def __init__(self, program: Program):
-        self.mesh = program.mesh
+        self.mesh, self.ahead = program.mesh, program.plan.ahead > 0
         self.sizes: dict[str, Sizes] = {}
         self.live = self.highest = self.communication = 0.0
         self.at = ("", FORWARD)
+        self.under_way: list[Any] = []
 
     def run(self, graph: fx.GraphModule, given: Sequence[Any], direction: str, name: str = "", used_up: bool = False) -> Any:
         """What a graph returns, which lives on; what it is given does too, unless it is used up."""
@@ -191,11 +194,19 @@ class Walk:
                 return result
             if node.op == "call_module":
                 of: Any = getattr(graph, str(node.target))
+                before, self.under_way = self.under_way, []
                 values[node] = self.run(of, [values[a] for a in node.args], direction, str(node.target))
+                if self.under_way:
+                    self.drop(before)
+                else:
+                    self.under_way = before
             else:
                 sizes.learn(node)
                 values[node] = self._made(node, values, sizes)
                 self.take(values[node])
+                if self.ahead and unshards(name) and node.target is ops.reduce_scatter.overload:
+                    self.under_way.append(values[node.all_input_nodes[0]])
+                    self.take(self.under_way[-1])
             if self.live > self.highest:
                 self.highest, self.at = self.live, (module_of(node), direction)
             for x in dict.fromkeys([*node.all_input_nodes, node]):

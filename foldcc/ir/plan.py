@@ -38,8 +38,8 @@ from foldcc.precision import Precision
 
 Names = tuple[str, ...]
 _HEAD = re.compile(
-    r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · attention=(?P<attention>\S+))?"
-    r"(?: · (?P<precision>compute=.+))?"
+    r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · ahead=(?P<ahead>\d+))?"
+    r"(?: · attention=(?P<attention>\S+))?(?: · (?P<precision>compute=.+))?"
 )
 _SECTIONS = re.compile(r"parameters|stored|values|kept|together|stages|(block|unshard)\d+")
 _ABSENT = "-"
@@ -80,6 +80,8 @@ class Plan:
         model: the name of its class; empty for a plan of any.
         zero: how far parameters that data parallelism replicates are divided instead: 0 not at all, 1 and 2 where they are
             stored, so that their gradients and the optimizer's state are divided too, 3 also between forward and backward.
+        ahead: how many blocks before the one that uses them parameters are gathered; with 0 nothing is under way while a block
+            computes.
         attention: the way in which `cp` divides attention, where `blocks` does not say it; empty for the cheapest of each.
         precision: the dtypes in which it is computed and gradients are added; None for those that the model has.
         parameters: the layout in which each parameter is used, by its first name.
@@ -94,6 +96,7 @@ class Plan:
     mesh: str = ""
     model: str = ""
     zero: int = 0
+    ahead: int = 1
     attention: str = ""
     precision: Precision | None = None
     parameters: Mapping[str, Layout] = field(default_factory=dict)
@@ -108,6 +111,7 @@ class Plan:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
         lines = [" · ".join([f"plan {self.model}", self.mesh] if self.model else [f"plan {self.mesh}"])]
         lines[0] += f" · zero={self.zero}" if self.zero else ""
+        lines[0] += f" · ahead={self.ahead}" if self.ahead != 1 else ""
         lines[0] += f" · attention={self.attention}" if self.attention else ""
         lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
@@ -156,6 +160,7 @@ class Plan:
             mesh=str(mesh),
             model=head["model"] or "",
             zero=int(head["zero"] or 0),
+            ahead=int(head["ahead"] or 1),
             attention=head["attention"] or "",
             precision=precision,
             **reader.found,

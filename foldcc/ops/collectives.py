@@ -11,6 +11,7 @@ it is read as `(outer, ranks, inner)`, so that a minor factor of a product can b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,9 +104,14 @@ axis_index: Operator = operator(
 # --- reductions ------------------------------------------------------------------------------------
 
 
-def _all_reduce(x: Tensor, axes: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(x: Tensor, axes: str, op: Any = dist.ReduceOp.SUM) -> Callable[[], Tensor]:
     result = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, op, group=process_group(axes))
+    work = dist.all_reduce(result, op, group=process_group(axes), async_op=True)
+    return lambda: _there(work, result)
+
+
+def _there(work: Any, result: Tensor) -> Tensor:
+    work.wait()
     return result
 
 
@@ -120,7 +126,7 @@ all_reduce: Operator = operator(
     "all_reduce(Tensor x, str axes, str dst) -> Tensor",
     meaning="the sum of every rank's term",
     types="P -> dst",
-    eager=lambda x, axes, dst: _all_reduce(x, axes),
+    issue=lambda x, axes, dst: _all_reduce(x, axes),
     shape=lambda x, axes, dst: torch.empty_like(x),
     transpose=lambda grad, x, axes, dst: all_reduce(grad, axes, "R") if dst == "R" else retype(grad, axes, "I", "R"),
     simulate=lambda calls: [_sum(calls)] * len(calls),
@@ -131,7 +137,7 @@ all_reduce_max: Operator = operator(
     "all_reduce_max(Tensor x, str axes) -> Tensor",
     meaning="the largest of every rank's values; it has no gradient",
     types="V -> I",
-    eager=lambda x, axes: _all_reduce(x, axes, dist.ReduceOp.MAX),
+    issue=lambda x, axes: _all_reduce(x, axes, dist.ReduceOp.MAX),
     shape=lambda x, axes: torch.empty_like(x),
     simulate=lambda calls: [torch.stack([c[0] for c in calls]).amax(0)] * len(calls),
     sent=lambda x, y, ranks: 2 * x * (ranks - 1) / ranks,
@@ -140,27 +146,27 @@ all_reduce_max: Operator = operator(
 # --- gathers and scatters --------------------------------------------------------------------------
 
 
-def _all_gather(x: Tensor, dim: int, outer: int, axes: str, dst: str) -> Tensor:
+def _all_gather(x: Tensor, dim: int, outer: int, axes: str, dst: str) -> Callable[[], Tensor]:
     ranks = size(axes)
     parts = x.new_empty((ranks, *x.shape))
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=process_group(axes))
+    work = dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=process_group(axes), async_op=True)
     # Copies nothing when the parts already stand in order: dim 0, and no blocks before it.
-    return parts.unflatten(dim + 1, (outer, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
+    return lambda: _there(work, parts).unflatten(dim + 1, (outer, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
-def _reduce_scatter(x: Tensor, dim: int, outer: int, axes: str) -> Tensor:
+def _reduce_scatter(x: Tensor, dim: int, outer: int, axes: str) -> Callable[[], Tensor]:
     ranks = size(axes)
     parts = x.unflatten(dim, (outer, ranks, -1)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
     result = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(result, parts.flatten(0, 1), group=process_group(axes))
-    return result
+    work = dist.reduce_scatter_tensor(result, parts.flatten(0, 1), group=process_group(axes), async_op=True)
+    return lambda: _there(work, result)
 
 
 all_gather: Operator = operator(
     "all_gather(Tensor x, int dim, int outer, str axes, str dst) -> Tensor",
     meaning="the shards of every rank, joined along dim",
     types="V -> dst",
-    eager=_all_gather,
+    issue=_all_gather,
     shape=lambda x, dim, outer, axes, dst: _resized(x, dim, x.shape[dim] * size(axes)),
     transpose=lambda grad, x, dim, outer, axes, dst: (
         reduce_scatter(grad, dim, outer, axes) if dst == "R" else shard(grad, dim, outer, axes, "I")
@@ -174,7 +180,7 @@ reduce_scatter: Operator = operator(
     "reduce_scatter(Tensor x, int dim, int outer, str axes) -> Tensor",
     meaning="this rank's part of the sum of every rank's term",
     types="P -> V",
-    eager=_reduce_scatter,
+    issue=_reduce_scatter,
     shape=lambda x, dim, outer, axes: _resized(x, dim, x.shape[dim] // size(axes)),
     transpose=lambda grad, x, dim, outer, axes: all_gather(grad, dim, outer, axes, "R"),
     simulate=lambda calls: [cut(_sum(calls), c[1], c[2], len(calls), i) for i, c in enumerate(calls)],

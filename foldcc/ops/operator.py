@@ -28,6 +28,7 @@ class Operator:
         overload: the registered operator, `torch.ops.foldcc.<name>.default`.
         meaning: one sentence.
         eager: what it does on one rank, in plain PyTorch.
+        issue: starts that, and gives what waits for it and leaves the result; None when there is nothing to wait for.
         types: the change of type on the axes named by the argument `axes`, for example `"V -> R"`, or `""` when the
             operator acts on each rank alone.
         transpose: `(grad, *arguments) -> gradient of each tensor argument`; None for a function without a gradient.
@@ -42,6 +43,7 @@ class Operator:
     overload: Any
     meaning: str
     eager: Callable[..., Any]
+    issue: Callable[..., Callable[[], Any]] | None
     types: str
     transpose: Callable[..., Any] | None
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None
@@ -76,7 +78,8 @@ def operator(
     *,
     meaning: str,
     types: str = "",
-    eager: Callable[..., Any],
+    eager: Callable[..., Any] | None = None,
+    issue: Callable[..., Callable[[], Any]] | None = None,
     shape: Callable[..., Any],
     transpose: Callable[..., Any] | None = None,
     simulate: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
@@ -85,8 +88,18 @@ def operator(
     again: bool = False,
     overlaps: bool = False,
 ) -> Operator:
-    """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors."""
+    """Registers `foldcc::<schema>` and returns its record. `eager` runs on one rank, `shape` on fake tensors.
+
+    What is issued is waited for at once, where `eager` does not say something else.
+    """
     name = schema.split("(")[0]
+    if eager is None:
+        assert issue is not None
+        start = issue
+
+        def eager(*args: Any) -> Any:
+            return start(*args)()
+
     LIBRARY.define(schema)
     LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"foldcc::{name}", shape, lib=LIBRARY)
@@ -112,6 +125,7 @@ def operator(
         overload=getattr(torch.ops.foldcc, name).default,
         meaning=meaning,
         eager=eager,
+        issue=issue,
         types=types,
         transpose=transpose,
         simulate=simulate,

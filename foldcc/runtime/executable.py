@@ -20,6 +20,7 @@ from foldcc.runtime.accumulation import Accumulation, Phases
 from foldcc.runtime.lost import collective_at, meeting
 from foldcc.runtime.placement import cut, join, own_samples
 from foldcc.runtime.simulate import simulate
+from foldcc.runtime.under_way import Runner
 
 After = Callable[[Mapping[str, Tensor | None]], None]
 Others = Callable[[tuple[bool, ...]], tuple["Executable", Accumulation]]
@@ -111,15 +112,7 @@ class Executable:
             if self.virtual:
                 return simulate(mesh, graph, values)
             with meeting(partial(collective_at, mesh)):
-                return follow(graph, values, partial(_call, graph))
-
-
-def _call(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-    if node.op == "output":
-        return args[0]
-    of: Any = getattr(graph, str(node.target)) if node.op == "call_module" else node.target
-    return of(*args, **kwargs)
+                return follow(graph, values, Runner(graph, ahead=self.program.plan.ahead > 0))
 
 
 class _Step(torch.autograd.Function):

@@ -137,11 +137,12 @@ def _unsharded(value: fx.Node) -> fx.Node:
 
 def _matched(calls: Sequence[fx.Node], forward: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """Each call of the backward pass with the call of the forward pass that it belongs to."""
-    found, left = [], iter(forward)
+    found, left = [], list(forward)  # parameters are unsharded ahead of the blocks that they are for
     for call in calls:
         for ahead in left:
             if str(call.target) == str(ahead.target) or str(call.target).startswith(f"{ahead.target}_"):
                 found.append((call, ahead))
+                left.remove(ahead)
                 break
     return found
 
