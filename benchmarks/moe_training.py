@@ -1,0 +1,119 @@
+"""A Mixture-of-Experts trains on four processes as it does in one: the loss of every step, on several folds, with zero=3.
+
+    python benchmarks/moe_training.py [--size 50m] [--steps 200] [--json benchmarks/results/moe_training.json]
+
+Each fold trains the same Mixtral (the same random weights) on the same text with AdamW, beside the unmodified model in one
+process. With bf16 parameters are float32, and products run in bfloat16: `Precision()` here, `torch.autocast` there. What is
+told is the largest relative difference of the two losses over all steps; 1 % for bf16 and 1e-4 for fp32 are what is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+RANKS = 4
+FOLDS = ("dp=4|ep=4", "dp=2,tp=2|ep=2,etp=2", "dp_replicate=2,dp=2|ep=2")
+ASKED = {"bf16": 1e-2, "fp32": 1e-4}
+# hidden width, width of an expert, layers
+SIZES = {"50m": (384, 832, 6), "12m": (256, 448, 4), "3m": (128, 256, 4)}
+
+
+def main() -> None:
+    from foldcc.testing import run_distributed
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="50m", help="parameters, about")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step, of all ranks")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sample")
+    parser.add_argument("--dtypes", nargs="+", choices=ASKED, default=list(ASKED))
+    parser.add_argument("--folds", nargs="+", default=list(FOLDS), help=f"meshes of {RANKS} ranks")
+    parser.add_argument("--json", help="where to write the result")
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in _model(options.size).parameters()),
+        "options": vars(options),
+        "runs": [],
+    }
+    print(f"{found['parameters'] / 1e6:.1f} M parameters, {options.steps} steps of {options.batch} x {options.length} tokens")
+    for dtype in options.dtypes:
+        start = time.perf_counter()
+        alone = _alone(vars(options), dtype)
+        print(f"{dtype}, in one process: {alone[0]:.4f} to {alone[-1]:.4f} in {time.perf_counter() - start:.0f} s", flush=True)
+        for fold in options.folds:
+            start = time.perf_counter()
+            losses = run_distributed(_folded, RANKS, vars(options), dtype, fold, timeout=3600)[0]
+            apart = [abs(a - b) / b for a, b in zip(losses, alone, strict=True)]
+            told = f"{max(apart):.1e} apart at most, at step {apart.index(max(apart))}; {ASKED[dtype]:g} is asked for"
+            print(f"  {fold:<28} {losses[-1]:.4f}, {told}; {time.perf_counter() - start:.0f} s", flush=True)
+            found["runs"].append({"dtype": dtype, "fold": fold, "apart": max(apart), "losses": losses, "alone": alone})
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+def _model(size: str) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    hidden, width, layers = SIZES[size]
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
+    config = {"vocab_size": 256, "max_position_embeddings": 512, "output_router_logits": True, **heads}
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, **config))
+
+
+def _batches(options: dict[str, Any]) -> Tensor:
+    """[steps, samples, length]: bytes of the standard library's sources."""
+    from foldcc.tools.demo import text
+
+    return text(options["steps"] * options["batch"], options["length"]).unflatten(0, (options["steps"], -1))
+
+
+def _train(model: nn.Module, batches: Tensor, *, autocast: bool) -> list[float]:
+    from foldcc import clip_grad_norm_
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for ids in batches:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _alone(options: dict[str, Any], dtype: str) -> list[float]:
+    return _train(_model(options["size"]), _batches(options), autocast=dtype == "bf16")
+
+
+def _folded(options: dict[str, Any], dtype: str, fold: str) -> list[float]:
+    import foldcc
+
+    warnings.filterwarnings("ignore")
+    mesh = foldcc.FoldedMesh.parse(fold, device_type="cpu")
+    own = _batches(options).chunk(mesh.data_parallel, 1)[mesh.index(dist.get_rank(), mesh.samples)]
+    precision = foldcc.Precision() if dtype == "bf16" else None
+    example = {"input_ids": own[0], "labels": own[0]}
+    folded = foldcc.parallelize(_model(options["size"]), mesh, example_inputs=example, zero=3, precision=precision)
+    return _train(folded, own, autocast=False)
+
+
+if __name__ == "__main__":
+    main()
