@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from foldcc.ir.pipeline import Pass, Stage, Stages, run_passes
 from foldcc.ir.program import Program
+from foldcc.passes.ahead import Ahead
 from foldcc.passes.annotate import Annotate
 from foldcc.passes.average import Average
 from foldcc.passes.bucket import Bucket
@@ -38,6 +39,7 @@ PIPELINE: tuple[Pass, ...] = (
     Lower(),
     Simplify(),
     Bucket(),
+    Ahead(),
 )
 
 

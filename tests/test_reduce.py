@@ -134,9 +134,9 @@ def _swap_layers(main: fx.GraphModule) -> None:
 
 @pytest.mark.parametrize("change", [_count_twice, _swap_layers])
 def test_main_graphs_that_are_wired_otherwise_are_no_proof(mixtral: FoldedModule, change: Callable[..., None]) -> None:
-    assert wired_alike(mixtral.stages, "bucket")
+    assert wired_alike(mixtral.stages, "ahead")
     wrong = edited(mixtral, change, "backward")
-    assert not wired_alike(wrong.stages, "bucket")
+    assert not wired_alike(wrong.stages, "ahead")
     assert "main backward" in str(foldcc.verify(wrong, reduced=True, rounds=1))
 
 
@@ -146,8 +146,8 @@ def test_a_gradient_that_is_added_once_too_few_is_no_proof() -> None:
         FoldedMesh.parse("dp=2,tp=2|ep=4"),
         example_inputs=token_batch(4),
     )
-    assert wired_alike(tied.stages, "bucket")
-    assert not wired_alike(edited(tied, _drop_add, "backward").stages, "bucket")
+    assert wired_alike(tied.stages, "ahead")
+    assert not wired_alike(edited(tied, _drop_add, "backward").stages, "ahead")
 
 
 def test_a_layer_that_is_left_out_is_no_proof(mixtral: FoldedModule) -> None:
@@ -159,11 +159,11 @@ def test_a_layer_that_is_left_out_is_no_proof(mixtral: FoldedModule) -> None:
             if result.args[1] == 0:
                 result.replace_all_uses_with(next(u for u in before.users if u.args[1] == 0))
 
-    assert not wired_alike(edited(mixtral, skip).stages, "bucket")
+    assert not wired_alike(edited(mixtral, skip).stages, "ahead")
 
 
 def test_the_same_blocks_are_alike(mixtral: FoldedModule) -> None:
-    assert first_unlike(mixtral.stages, reduced(mixtral.stages), "bucket") is None
+    assert first_unlike(mixtral.stages, reduced(mixtral.stages), "ahead") is None
 
 
 def test_sizes_that_cannot_be_reduced_are_an_error() -> None:
