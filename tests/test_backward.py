@@ -195,6 +195,15 @@ def test_checkpointed_modules_have_the_gradients_of_the_modules(reentrant: bool)
     same_gradients(model, plain)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_call_that_compiles_sees_what_the_call_saves_alone(reentrant: bool) -> None:
+    plain, x = Stack().double(), stack_input().requires_grad_()
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2,tp=2")
+    for m in (plain, model):
+        checkpoint(m, x, use_reentrant=reentrant).square().sum().backward()
+    same_gradients(model, plain)
+
+
 class Refined(Stack):
     """The same layers several times, first without gradients."""
 

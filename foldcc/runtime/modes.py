@@ -58,10 +58,11 @@ def compiling() -> Iterator[None]:
 def one_at_a_time() -> Iterator[None]:
     """One thread compiles at a time: capture, tracing and proofs change what PyTorch's functions are.
 
+    Hooks on tensors that are saved, such as those of a checkpoint around the call, see nothing of it.
     Garbage is collected afterwards: what is compiled refers to itself all over, so that looking for garbage finds little, and
     looks at all of it each time.
     """
-    with _COMPILES:
+    with _COMPILES, torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -69,3 +70,7 @@ def one_at_a_time() -> Iterator[None]:
         finally:
             if collects:
                 gc.enable()
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
