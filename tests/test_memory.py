@@ -100,6 +100,15 @@ def test_policies_are_what_their_programs_say() -> None:
     assert dict(folded(plan=str(model.plan)).memory()) == dict(found)  # whatever a plan says of storage
 
 
+def test_each_block_ahead_is_one_more_whose_parameters_are_whole() -> None:
+    model, batch = tiny_model("llama", **WIDE, num_hidden_layers=4), token_batch(4, 32, vocabulary=512)
+    layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    options = {"example_inputs": batch, "verify": False, "zero": 3}
+    behind, ahead, further = (foldcc.parallelize(model, "dp=2", ahead=n, **options).summary().memory for n in range(3))
+    assert further.backward - ahead.backward == layer  # what reductions read is under way in both
+    assert ahead.backward - behind.backward > layer and further.forward > ahead.forward > behind.forward
+
+
 def test_states_by_closed_form() -> None:
     model = foldcc.parallelize(tiny_model("mixtral"), "dp=2,tp=2|ep=4", example_inputs=BATCH, verify=False, zero=1)
     layouts = model.program.layouts()
