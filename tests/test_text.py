@@ -177,11 +177,13 @@ def test_a_program_that_stores_parameters_divided_goes_on_from_its_text() -> Non
         "dp=2,tp=2",
         example_inputs=token_batch(4),
         zero=3,
+        ahead=2,
         precision=foldcc.Precision(),
     ).stages
     for stage in ("capture", "dispatch", "differentiate", "bucket"):
         again = parse_stage(str(stages[stage]))
-        assert again.program.plan.zero == 3 and again.program.plan.precision == foldcc.Precision()
+        assert (again.program.plan.zero, again.program.plan.ahead) == (3, 2)
+        assert again.program.plan.precision == foldcc.Precision()
         last = run_passes(derived(again.program), stages.passes(after=stage), check=check_types)[-1]
         texts = [[line for line in str(s).splitlines()[1:] if "#" not in line] for s in (last, stages[-1])]
         assert texts[0] == texts[1], stage
@@ -198,6 +200,7 @@ BODY = "main\n  %x : f32[4x8] = input x\n"
         ("", "Line 1 of the program is not the first line"),
         ("program toy · stage x", "Line 1 .* names no mesh.\n.*\n  valid   program name"),
         ("program toy · dp=2\nfactors batch=many", "Line 2 .* has no size for the factor batch"),
+        ("program toy · dp=2\nahead far", "Line 2 .* is no number of blocks"),
         ("program toy · dp=2\nwanted all", "Line 2 .* does not say which outputs are given gradients"),
         (f"{S}captured", "no main graph"),
         (f"{S}captured\n{BODY}  and then?", "Line 6 .* says nothing of a program.\n  line    and then"),

@@ -72,7 +72,8 @@ def program_of(text: Text) -> Program:
             program = replace(program, backward=backward)
             _settle(program, backward, main)
             together |= {name: graph.together for name, graph in main.blocks.items() if graph.together}
-    plan = Plan(mesh=str(text.mesh), model=text.name, zero=text.zero, precision=text.precision, kept=kept, together=together)
+    said = {"zero": text.zero, "ahead": text.ahead, "precision": text.precision}
+    plan = Plan(mesh=str(text.mesh), model=text.name, kept=kept, together=together, **said)
     program = replace(program, plan=plan)
     outputs = program.outputs
     if missing := [name for i, name in text.updates.items() if i >= len(outputs) or name not in slots.nodes]:

@@ -114,6 +114,7 @@ class Text:
     factors: dict[sympy.Symbol, int] = field(default_factory=dict)
     holds: frozenset[str] | None = None
     zero: int = 0
+    ahead: int = 1
     updates: dict[int, str] = field(default_factory=dict)
     precision: Precision | None = None
     wanted: tuple[str, str] | None = None
@@ -175,7 +176,7 @@ def extend(found: Text, lines: Iterable[tuple[int, str]], block: str = "main") -
                 section.leaving[word] = (number, rest)
             else:
                 section.lines.append(line_of(found, section, number, line, "" if where == found.name else where, source))
-        elif word in ("program", "factors", "holds", "zero", "precision", "updates", "wanted") and not found.sections:
+        elif word in ("program", "factors", "holds", "zero", "ahead", "precision", "updates", "wanted") and not found.sections:
             _head(found, number, line, word, rest)
         elif heading := _HEADING.fullmatch(line):
             section, where, source = Section(heading["name"], heading["direction"] or "", number), "", ""
@@ -226,6 +227,10 @@ def _head(found: Text, number: int, line: str, word: str, rest: str) -> None:
         if rest not in ("1", "2", "3"):
             raise bad(number, line, "is no stage of ZeRO", "zero 3")
         found.zero = int(rest)
+    elif word == "ahead":
+        if not rest.isdigit():
+            raise bad(number, line, "is no number of blocks", "ahead 0")
+        found.ahead = int(rest)
     elif word == "precision":
         found.precision = Precision.parse(rest)
     elif word == "updates":
