@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
 
 import foldcc
 from foldcc import FoldError
-from foldcc.testing import run_distributed
+from foldcc.ir.walk import follow
+from foldcc.runtime.under_way import Runner
+from foldcc.testing import program, run_distributed
 from tests.models import tiny_model, token_batch
 
 LAYERS = 2
@@ -74,6 +79,41 @@ def on_processes() -> None:
 
 def test_one_block_is_gathered_and_one_is_reduced_while_another_computes() -> None:
     run_distributed(on_processes, 2)
+
+
+def test_what_a_block_is_given_is_freed_behind_it() -> None:
+    given = program(
+        """
+        unshard0 forward
+          %w : f32[4] = argument
+          %v : f32[4] = aten.neg(%w)
+          return [[%v], [%w]]
+        block0 forward
+          %v : f32[4] = argument
+          %y : f32[4] = aten.exp(%v)
+          return [%y]
+        main forward
+          %w : f32[4] = parameter w
+          %u = unshard0(%w)
+          %some = getitem(%u, 0)
+          %saved = getitem(%u, 1)
+          %v : f32[4] = getitem(%some, 0)
+          %c = block0(%v)
+          %y : f32[4] = getitem(%c, 0)
+          return [[%y], [%saved]]
+        """,
+        stage="bucket",
+    )
+    run, held = Runner(given.graph, ahead=True), []
+
+    def watched(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.target == "block0":
+            held.append(weakref.ref(values[node.all_input_nodes[0]].now()))
+        assert node.op != "output" or held[0]() is None
+        return run(node, values)
+
+    (y,), ((w,),) = follow(given.graph, [torch.ones(4)], watched)
+    assert y.equal(torch.full((4,), -1.0).exp()) and w.equal(torch.ones(4))
 
 
 @pytest.mark.parametrize("ahead", [-1, 1.0, True])

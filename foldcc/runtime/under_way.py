@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
+from weakref import WeakSet
 
 from torch import fx
 
@@ -26,6 +27,7 @@ class UnderWay:
 
     Attributes:
         adds: some of them are sums.
+        readers: who has results of it, each of which is kept for its readers alone.
     """
 
     def __init__(self, block: fx.GraphModule, args: Sequence[Any]):
@@ -33,6 +35,7 @@ class UnderWay:
         self.left: list[fx.Node] = []
         self.started: dict[fx.Node, Any] = {}
         self.adds = False
+        self.readers: WeakSet[Later] = WeakSet()
         given = iter(args)
         for node in block.graph.nodes:
             known = record(node.target)
@@ -56,32 +59,33 @@ class UnderWay:
         target: Any = node.target
         return target(*self._on(node.args), **self._on(node.kwargs))
 
-    def end(self) -> Any:
-        """What the block returns."""
+    def end(self) -> None:
+        """Gives readers what the block returns."""
         for node in self.left:
             if node.op == "output":
-                self.known = {node: self._on(node.args[0])}
+                for reader in self.readers:
+                    reader.value = reduce(operator.getitem, reader.path, self._on(node.args[0]))
             elif node in self.started:
                 self.known[node] = self.started.pop(node)()
             else:
                 self.known[node] = self._run(node)
-        self.left = []
-        (found,) = self.known.values()
-        return found
+        self.left, self.known = [], {}
 
 
-@dataclass(frozen=True)
 class Later:
-    """A result, or one of the results in it, of a call that is under way."""
+    """What a call that is under way returns, or a part of that."""
 
-    call: UnderWay
-    path: tuple[Any, ...] = ()
+    def __init__(self, call: UnderWay, path: tuple[Any, ...] = ()):
+        self.call, self.path = call, path
+        self.value: Any = None
+        call.readers.add(self)
+
+    def part(self, i: Any) -> Any:
+        return Later(self.call, (*self.path, i)) if self.call.left else self.value[i]
 
     def now(self) -> Any:
-        found = self.call.end()
-        for i in self.path:
-            found = found[i]
-        return found
+        self.call.end()
+        return self.value
 
 
 class Runner:
@@ -97,7 +101,7 @@ class Runner:
 
     def __call__(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.target is operator.getitem and isinstance(some := values[node.all_input_nodes[0]], Later):
-            return Later(some.call, (*some.path, node.args[1]))
+            return some.part(node.args[1])
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _now(values[n]))
         if node.op == "output":
             return args[0]
