@@ -103,8 +103,8 @@ def parallelize(
             gathered for the forward pass; its gradient leaves the backward pass of its block by a reduce-scatter. With 3 it is
             not kept for the backward pass, but gathered again. Where ranks do not divide a size, the last of them hold less.
             A plan says of single parameters over which axes they are divided.
-        ahead: how many blocks before the one that uses them parameters are gathered, 1 unless the plan says otherwise; its
-            gradients are reduced while the next one computes. With 0 nothing is under way while a block computes.
+        ahead: how many blocks before the one that uses them parameters are gathered, 0 unless the plan says otherwise. With
+            1 a block's are gathered while the one before it computes, and its gradients are reduced while the next one does.
         attention: how `cp` divides attention: "gathered" keys and values, "ulysses" heads instead of the sequence, "ring" and
             "halo"; see docs/sequences.md. Unless said otherwise, what costs least for each layer.
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;

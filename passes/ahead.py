@@ -7,7 +7,7 @@
 
 Only the main graphs change, forward and backward: the order in which they call blocks. A call of one that unshards parameters
 starts where it stands and ends where its results are read (`foldcc/runtime/under_way.py`). So the parameters of one more block
-are whole at a time; of how many the plan says, and `ahead=0` of none.
+are whole at a time; of how many the plan says, which is none unless it is asked for.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Plan:
     mesh: str = ""
     model: str = ""
     zero: int = 0
-    ahead: int = 1
+    ahead: int = 0
     attention: str = ""
     precision: Precision | None = None
     parameters: Mapping[str, Layout] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Plan:
         sizes = {f: n for layout in self._layouts() for f, n in layout.sizes.items()}
         lines = [" · ".join([f"plan {self.model}", self.mesh] if self.model else [f"plan {self.mesh}"])]
         lines[0] += f" · zero={self.zero}" if self.zero else ""
-        lines[0] += f" · ahead={self.ahead}" if self.ahead != 1 else ""
+        lines[0] += f" · ahead={self.ahead}" if self.ahead else ""
         lines[0] += f" · attention={self.attention}" if self.attention else ""
         lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
@@ -160,7 +160,7 @@ class Plan:
             mesh=str(mesh),
             model=head["model"] or "",
             zero=int(head["zero"] or 0),
-            ahead=int(head["ahead"] or 1),
+            ahead=int(head["ahead"] or 0),
             attention=head["attention"] or "",
             precision=precision,
             **reader.found,

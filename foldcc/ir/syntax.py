@@ -114,7 +114,7 @@ class Text:
     factors: dict[sympy.Symbol, int] = field(default_factory=dict)
     holds: frozenset[str] | None = None
     zero: int = 0
-    ahead: int = 1
+    ahead: int = 0
     updates: dict[int, str] = field(default_factory=dict)
     precision: Precision | None = None
     wanted: tuple[str, str] | None = None
@@ -229,7 +229,7 @@ def _head(found: Text, number: int, line: str, word: str, rest: str) -> None:
         found.zero = int(rest)
     elif word == "ahead":
         if not rest.isdigit():
-            raise bad(number, line, "is no number of blocks", "ahead 0")
+            raise bad(number, line, "is no number of blocks", "ahead 1")
         found.ahead = int(rest)
     elif word == "precision":
         found.precision = Precision.parse(rest)

@@ -58,7 +58,7 @@ def stage_text(stage: Stage) -> str:
     ]
     if program.plan.zero:
         lines.append(f"zero {program.plan.zero}")
-    if program.plan.ahead != 1:
+    if program.plan.ahead:
         lines.append(f"ahead {program.plan.ahead}")
     if program.plan.precision is not None:
         lines.append(f"precision {program.plan.precision}")

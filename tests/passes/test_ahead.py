@@ -40,7 +40,7 @@ IN_TURNS = ("u0", "c0", "u1", "c1", "u2", "c2")
 
 
 def test_parameters_are_gathered_before_the_block_before() -> None:
-    assert_rewrites(Ahead(), text(*IN_TURNS), text("u0", "u1", "c0", "u2", "c1", "c2"))
+    assert_rewrites(Ahead(), f"ahead 1\n{text(*IN_TURNS)}", f"ahead 1\n{text('u0', 'u1', 'c0', 'u2', 'c1', 'c2')}")
 
 
 @pytest.mark.parametrize(("ahead", "order"), [(0, IN_TURNS), (2, ("u0", "u1", "u2", "c0", "c1", "c2"))])
@@ -49,9 +49,10 @@ def test_the_plan_says_how_far_ahead(ahead: int, order: tuple[str, ...]) -> None
 
 
 def test_what_is_gathered_already_stays_where_it_is() -> None:
-    assert_rewrites(Ahead(), text("u0", "u1", "u2", "c0", "c1", "c2"), text("u0", "u1", "u2", "c0", "c1", "c2"))
+    there = f"ahead 1\n{text('u0', 'u1', 'u2', 'c0', 'c1', 'c2')}"
+    assert_rewrites(Ahead(), there, there)
 
 
 def test_a_gather_of_what_is_no_parameter_stays_where_it_is() -> None:
-    other = text(*IN_TURNS).replace("unshard0", "block1")
+    other = f"ahead 1\n{text(*IN_TURNS)}".replace("unshard0", "block1")
     assert_rewrites(Ahead(), other, other)
