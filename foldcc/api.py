@@ -64,6 +64,7 @@ def parallelize(
     zero: int | None = None,
     ahead: int | None = None,
     attention: str | None = None,
+    order: str | None = None,
     precision: Precision | None = None,
     recompute: str | float | None = None,
     micro_batches: int = 1,
@@ -107,6 +108,8 @@ def parallelize(
             1 a block's are gathered while the one before it computes, and its gradients are reduced while the next one does.
         attention: how `cp` divides attention: "gathered" keys and values, "ulysses" heads instead of the sequence, "ring" and
             "halo"; see docs/sequences.md. Unless said otherwise, what costs least for each layer.
+        order: which positions a rank of `cp` has: "natural", one stretch, or "zigzag", a block from each end, so that causal
+            attention is as much work for each of them. Unless said otherwise, what costs less.
         precision: the dtypes of products, of routers and of the sums of gradients, where they are others than the model's own;
             parameters, gradients and what an optimizer holds keep theirs. With it, calls are not made under autocast.
         recompute: what is computed again in the backward pass instead of being kept for it: "none", "selective" for what is
@@ -152,6 +155,7 @@ def parallelize(
             valid="one of both; or the plan without its parts stored and kept",
         )
     _check_attention(attention, given, mesh)
+    _check_order(order, attention or given.attention, given, mesh)
     if precision is not None and not isinstance(precision, Precision):
         raise FoldError(f"precision is a foldcc.Precision, not {precision!r}.", valid="Precision(compute='bfloat16')")
     if None not in (precision, given.precision) and precision != given.precision:
@@ -175,6 +179,7 @@ def parallelize(
             zero=given.zero if zero is None else zero,
             ahead=given.ahead if ahead is None else ahead,
             attention=attention or given.attention,
+            order=order or given.order,
             precision=precision or given.precision,
         ),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
@@ -201,6 +206,22 @@ def _check_attention(asked: str | None, given: Plan, mesh: FoldedMesh) -> None:
         raise FoldError(
             f"The plan says how attention runs, and attention={asked!r} is asked for.",
             valid="one of both; or the plan without attention= and without its blocks",
+        )
+
+
+def _check_order(asked: str | None, attention: str, given: Plan, mesh: FoldedMesh) -> None:
+    if asked not in (None, "zigzag", "natural"):
+        raise FoldError(f"order={asked!r} is no order of a sequence.", valid="zigzag, natural")
+    order = asked or given.order
+    if order and mesh.size("cp") == 1:
+        raise FoldError(f"order={order!r} says which positions a rank of cp has, and cp=1.", mesh=str(mesh), valid="a mesh with cp")
+    ways = dict.fromkeys(d.way for record in captured_records() for d in record.divisions if d.zigzag)
+    if order == "zigzag" and attention and attention not in ways:
+        raise FoldError(f"attention={attention!r} is not for order='zigzag'.", valid=f"{listed(ways)}; or order='natural'")
+    if asked not in (None, given.order) and (given.order or given.blocks):
+        raise FoldError(
+            f"The plan says which positions ranks have, and order={asked!r} is asked for.",
+            valid="one of both; or the plan without order= and without its blocks",
         )
 
 

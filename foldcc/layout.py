@@ -5,6 +5,7 @@
     [(g h)@tp, d]            the product of two factors is sharded over tp
     [s@(cp,tp), h]           one factor is sharded over two axes, the first one slowest
     [b@dp+, h]               divided over dp, which need not divide its size: what is shorter on some ranks is filled up
+    [b, s@cp~, h]            zig-zag: of 2 n blocks of the sequence, rank i of the n of cp has blocks i and 2 n - 1 - i
     [b@dp, s, h] P(tp)       each rank of tp holds a term of the sum
 
 Axes are listed in the order of the mesh, slowest first; what prints parses.
@@ -31,12 +32,14 @@ class Shard:
     Attributes:
         filled: the run ends its dimension, and ranks have the parts that `torch.chunk` makes of it. The last of them may be
             shorter, or have nothing, and are filled up.
+        zigzag: of twice as many blocks as ranks, a rank has one from each end.
     """
 
     dim: int
     start: int
     stop: int
     filled: bool = False
+    zigzag: bool = False
 
 
 State = Shard | str  # a shard, or "R" replicated, "I" invariant, "P" partial, "V" varying by data
@@ -120,12 +123,12 @@ class Layout:
         return tuple(_times([self.sizes.get(f, f) for f in dim]) for dim in self.dims)
 
     def outer(self, axis: str) -> int:
-        """How many local blocks stand before the sharded factors in their dimension."""
+        """How many local blocks stand before the sharded factors in their dimension; negative if ranks have these zig-zag."""
         state = self.states[axis]
         assert isinstance(state, Shard)
         found = _times(self._local(state.dim)[: state.start])
         assert isinstance(found, int)
-        return found
+        return -found if state.zigzag else found
 
     def used_up(self, state: State) -> bool:
         """Whether what a rank has left of the factors that a state divides may have size 1."""
@@ -157,7 +160,7 @@ class Layout:
     def _dividing(self, dim: int, position: int) -> tuple[str, ...]:
         """The axes over which a factor of a dimension is divided."""
         shards = [(a, s) for a, s in self.states.items() if isinstance(s, Shard) and s.dim == dim]
-        return tuple(a + "+" * s.filled for a, s in shards if s.start <= position < s.stop)
+        return tuple(a + "+" * s.filled + "~" * s.zigzag for a, s in shards if s.start <= position < s.stop)
 
     @property
     def _types(self) -> set[str]:
@@ -183,7 +186,7 @@ class Layout:
         for d, dim in enumerate(split_outside(match["dims"])):
             factors, spans = _dimension(dim)
             dims.append(tuple(known.get(f) or Symbol(f, integer=True, nonnegative=True) for f in factors))
-            states |= {a.rstrip("+"): Shard(d, start, stop, a.endswith("+")) for a, (start, stop) in spans.items()}
+            states |= {a.rstrip("+~"): Shard(d, *span, a.endswith("+"), a.endswith("~")) for a, span in spans.items()}
         for letter_, axes in re.findall(r"([RPIV])\(([^)]*)\)", match["types"]):
             states |= dict.fromkeys(axes.split(","), letter_)
         if unknown := set(states) - set(ranks):
@@ -194,7 +197,7 @@ class Layout:
 
 
 _LAYOUT = re.compile(r"\[(?P<dims>.*)\](?P<types>( [RPIV]\([^)]*\))*)")
-_AXES = r"(?:@\((?P<{0}several>[^)]*)\)|@(?P<{0}one>\w+\+?))?"
+_AXES = r"(?:@\((?P<{0}several>[^)]*)\)|@(?P<{0}one>\w+[+~]?))?"
 _TOKEN = re.compile(r"\(|\)" + _AXES.format("run_") + r"|(?P<factor>\w+)" + _AXES.format(""))
 
 

@@ -27,6 +27,7 @@ from torch import fx
 
 from foldcc import ops
 from foldcc.errors import FoldError
+from foldcc.ir.node import argument_or
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import UnfitPlan
 from foldcc.ir.program import Program, unshards
@@ -90,7 +91,8 @@ def _alike(graph: fx.Graph, *, unshards: bool) -> list[list[fx.Node]]:
         gather, value = node.target is ops.all_gather.overload, node.args[0].meta["val"]
         readers = {user for x in node.users for user in (x.users if x.target is aten._to_copy.default else [x])}
         apart = unshards or (not gather and readers == {graph.output_node()})
-        if apart and isinstance(value.numel(), int):
+        in_order = (argument_or(node, "outer") or 1) > 0
+        if apart and in_order and isinstance(value.numel(), int):
             terms = frozenset(axis for axis, t in node.args[0].meta.get("types", {}).items() if t.letter == PARTIAL)
             steps = (behind if gather else before)[node]
             key = (node.target, told(*node.args), terms, value.dtype, value.device, steps)

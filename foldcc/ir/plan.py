@@ -39,7 +39,7 @@ from foldcc.precision import Precision
 Names = tuple[str, ...]
 _HEAD = re.compile(
     r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · ahead=(?P<ahead>\d+))?"
-    r"(?: · attention=(?P<attention>\S+))?(?: · (?P<precision>compute=.+))?"
+    r"(?: · attention=(?P<attention>\S+))?(?: · order=(?P<order>zigzag|natural))?(?: · (?P<precision>compute=.+))?"
 )
 _SECTIONS = re.compile(r"parameters|stored|values|kept|together|stages|(block|unshard)\d+")
 _ABSENT = "-"
@@ -83,6 +83,8 @@ class Plan:
         ahead: how many blocks before the one that uses them parameters are gathered; with 0 nothing is under way while a block
             computes.
         attention: the way in which `cp` divides attention, where `blocks` does not say it; empty for the cheapest of each.
+        order: "zigzag" if a rank of `cp` has a block from each end of what attention sees, "natural" if no value is so; empty
+            for what costs less.
         precision: the dtypes in which it is computed and gradients are added; None for those that the model has.
         parameters: the layout in which each parameter is used, by its first name.
         stored: the layout in which a rank holds it, where that is another one.
@@ -98,6 +100,7 @@ class Plan:
     zero: int = 0
     ahead: int = 0
     attention: str = ""
+    order: str = ""
     precision: Precision | None = None
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     stored: Mapping[str, Layout] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Plan:
         lines[0] += f" · zero={self.zero}" if self.zero else ""
         lines[0] += f" · ahead={self.ahead}" if self.ahead else ""
         lines[0] += f" · attention={self.attention}" if self.attention else ""
+        lines[0] += f" · order={self.order}" if self.order else ""
         lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
@@ -162,6 +166,7 @@ class Plan:
             zero=int(head["zero"] or 0),
             ahead=int(head["ahead"] or 0),
             attention=head["attention"] or "",
+            order=head["order"] or "",
             precision=precision,
             **reader.found,
         )

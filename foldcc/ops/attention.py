@@ -25,7 +25,7 @@ from foldcc.ops.captured import Division, Positions, Site, captured
 from foldcc.ops.positions import first, scalar
 from foldcc.ops.random import gain
 from foldcc.ops.ring import allowed_pairs
-from foldcc.ops.sequences import around, ring
+from foldcc.ops.sequences import around, halves, ring, turned, zigzag_ring
 
 aten = torch.ops.aten
 
@@ -103,6 +103,26 @@ def _gathered(at: Site, q: Node, k: Node, v: Node, **rest: Any) -> Node:
     return at.local(q=q, k=k, v=v, **{**rest, "start": first(at.emit, at.axes, q.meta["layout"].shape[2], q)})
 
 
+def _gathered_zigzag(at: Site, q: Node, k: Node, v: Node, valid: Node | None, keep: Node | None, **rest: Any) -> Node:
+    """The same where a rank has a block from each end: its front queries stand in the first half, and see no key behind it."""
+    emit, dim = at.emit, 2
+    front, back = halves(emit, q, dim)
+    masks = (None, None) if keep is None else halves(emit, keep, dim)
+    near = {name: x and halves(emit, x, d)[0] for name, x, d in (("k", k, dim), ("v", v, dim), ("valid", valid, 1))}
+    near["keep"] = masks[0] and halves(emit, masks[0], 3)[0]
+    each, ranks = front.meta["layout"].shape[dim], prod(at.layout.ranks[a] for a in at.axes.split(","))
+    start = first(emit, at.axes, each, q)
+    last = emit(aten.rsub.Scalar, (start, (2 * ranks - 1) * each), start.meta["layout"])
+    parts = [
+        at.local(**{**rest, **near, "q": front, "start": start}),
+        at.local(**{**rest, "q": back, "k": k, "v": v, "valid": valid, "keep": masks[1], "start": last}),
+    ]
+    like = turned(front.meta["layout"])
+    for x in parts:
+        x.meta["layout"] = replace(like, dims=(*like.dims[:3], at.layout.dims[3]))
+    return emit(aten.cat.default, (parts, 1), at.layout)
+
+
 # Parts of the query heads, and what a rank does for the key/value heads that they use: it has them, or is given all of them.
 _BY_HEADS = {("kv_heads",): None, ("group",): None, ("kv_heads", "group"): _selected}
 
@@ -117,6 +137,33 @@ def _no_ring(ranks: int, *, start: Node | None, keep: Node | None, **_: Any) -> 
 def _sent_around(ranks: int, **_: Any) -> tuple[Mapping[str, float], int]:
     """Keys and values go around once forward and once backward, and their gradients once."""
     return dict.fromkeys("kv", 3 * (ranks - 1) / ranks), 6 * (ranks - 1)
+
+
+def _no_zigzag(ranks: int, *, q: Node, k: Node, causal: bool, start: Node | None, **_: Any) -> str:
+    """Why queries that stand at both ends have no less to do."""
+    if start is not None or q.meta["val"].shape[2] != k.meta["val"].shape[2]:
+        return "queries stand elsewhere than keys"
+    return "" if causal else "queries see keys behind them"
+
+
+def _no_zigzag_ring(ranks: int, **given: Any) -> str:
+    return _no_zigzag(ranks, **given) or _no_ring(ranks, **given)
+
+
+def _of_half(ranks: int, **_: Any) -> float:
+    """One block of two sees all keys, the other one the first half of them."""
+    return 3 / (4 * ranks)
+
+
+def _of_pairs(ranks: int, **_: Any) -> float:
+    """Three pairs of blocks in the first step, and two in each other one, of all pairs of 2 n blocks."""
+    return (2 * ranks + 1) / (2 * ranks) ** 2
+
+
+def _whole(ranks: int, *, k: Node, valid: Node | None, causal: bool, window: int, **_: Any) -> float:
+    """PyTorch's kernels leave out what causality alone masks."""
+    alone = causal and valid is None and not 0 < window < k.meta["val"].shape[2]
+    return 1 / (2 * ranks if alone else ranks)
 
 
 def _no_halo(ranks: int, *, k: Node, causal: bool, window: int, **rest: Any) -> str:
@@ -148,9 +195,14 @@ attention = captured(
     ),
     divisions=(
         Division(("q",), stretch=True, only="cp", way="gathered", lower=_gathered),
+        Division(("q",), zigzag=True, only="cp", way="gathered", unfit=_no_zigzag, share=_of_half, lower=_gathered_zigzag),
         Division(("q",), stretch=True, beside=("k",), only="cp", way="ring", unfit=_no_ring, sent=_sent_around, lower=ring),
+        Division(
+            ("q",), zigzag=True, beside=("k",), only="cp", way="ring", unfit=_no_zigzag_ring, sent=_sent_around,
+            share=_of_pairs, lower=zigzag_ring,
+        ),
         Division(("q",), stretch=True, beside=("k",), only="cp", way="halo", unfit=_no_halo, sent=_sent_before, lower=around),
-        *(Division(x, stretch=True, only="cp", way="ulysses", lower=how) for x, how in _BY_HEADS.items()),
+        *(Division(x, stretch=True, only="cp", way="ulysses", share=_whole, lower=how) for x, how in _BY_HEADS.items()),
         Division(("kv_heads", "group"), stretch=True, lower=_selected),  # wraps what is written for the sequence
     ),
     products=_products,

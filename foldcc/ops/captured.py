@@ -50,6 +50,7 @@ class Division:
     Attributes:
         letters: of which each is divided, outermost first.
         stretch: a rank's part must be one stretch, so that the outermost factor is divided.
+        zigzag: it must be a block from each end of the factor; where neither is said, it may be either.
         ends_sum: the operator ends its own sum, on every rank.
         beside: letters of other operands that are divided alike; they have to stand for the same factors.
         only: the axis that it is for, which may then divide these letters whatever else it takes; empty for any.
@@ -57,17 +58,20 @@ class Division:
         unfit: `(ranks, **arguments) -> why it cannot be`, empty if it can.
         sent: `(ranks, **arguments) -> (how often a rank sends each element of an operand, by its name; collectives)`, of what
             `lower` writes, forward and backward.
+        share: `(ranks, **arguments) -> the share of the work that a rank does`, where that is not its part.
         lower: `(site, **arguments) -> what stands in the node's place`; None where the local operator is enough.
     """
 
     letters: tuple[str, ...]
     stretch: bool = False
+    zigzag: bool = False
     ends_sum: bool = False
     beside: tuple[str, ...] = ()
     only: str = ""
     way: str = ""
     unfit: Callable[..., str] | None = None
     sent: Callable[..., tuple[Mapping[str, float], int]] | None = None
+    share: Callable[..., float] | None = None
     lower: Callable[..., Node] | None = None
 
 

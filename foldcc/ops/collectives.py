@@ -6,7 +6,8 @@
     V -> V   all_to_all      |  V -> V   all_to_all          V -> R   all_gather_v    |  P -> V   reduce_scatter_v
 
 `axes` names mesh axes of one view, comma separated, first axis slowest. `dim` is the dimension that is joined or cut;
-it is read as `(outer, ranks, inner)`, so that a minor factor of a product can be sharded.
+it is read as `(outer, ranks, inner)`, so that a minor factor of a product can be sharded. With `-outer` in its place, it is
+read as `(outer, 2 * ranks, inner)`, and a rank has one block from each end, zig-zag.
 """
 
 from __future__ import annotations
@@ -22,14 +23,26 @@ from foldcc.ops.groups import index, process_group, size
 from foldcc.ops.operator import Operator, operator
 
 
+def _zigzag(x: Tensor, dim: int, outer: int, ranks: int, *, back: bool = False) -> Tensor:
+    """A dimension with the blocks that a rank has one behind the other, where `outer` says that they are not; or back."""
+    if outer > 0:
+        return x
+    places = [place for rank in range(ranks) for place in (rank, 2 * ranks - 1 - rank)]
+    if back:
+        places = sorted(range(2 * ranks), key=places.__getitem__)
+    blocks = x.unflatten(dim, (-outer, 2 * ranks, x.shape[dim] // (-outer * 2 * ranks)))
+    return torch.cat([blocks.narrow(dim + 1, place, 1) for place in places], dim + 1).flatten(dim, dim + 2)
+
+
 def cut(x: Tensor, dim: int, outer: int, ranks: int, index: int) -> Tensor:
+    x, outer = _zigzag(x, dim, outer, ranks), abs(outer)
     blocks = x.unflatten(dim, (outer, ranks, x.shape[dim] // (outer * ranks)))
     return blocks.select(dim + 1, index).flatten(dim, dim + 1).contiguous()
 
 
 def join(parts: list[Tensor], dim: int, outer: int) -> Tensor:
-    blocks = [p.unflatten(dim, (outer, p.shape[dim] // outer)) for p in parts]
-    return torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
+    blocks = [p.unflatten(dim, (abs(outer), p.shape[dim] // abs(outer))) for p in parts]
+    return _zigzag(torch.cat(blocks, dim + 1).flatten(dim, dim + 1), dim, outer, len(parts), back=True)
 
 
 def _resized(x: Tensor, dim: int, length: Any) -> Tensor:
@@ -151,12 +164,18 @@ def _all_gather(x: Tensor, dim: int, outer: int, axes: str, dst: str) -> Callabl
     parts = x.new_empty((ranks, *x.shape))
     work = dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=process_group(axes), async_op=True)
     # Copies nothing when the parts already stand in order: dim 0, and no blocks before it.
-    return lambda: _there(work, parts).unflatten(dim + 1, (outer, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
+
+    def whole() -> Tensor:
+        joined = _there(work, parts).unflatten(dim + 1, (abs(outer), -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
+        return _zigzag(joined, dim, outer, ranks, back=True)
+
+    return whole
 
 
 def _reduce_scatter(x: Tensor, dim: int, outer: int, axes: str) -> Callable[[], Tensor]:
     ranks = size(axes)
-    parts = x.unflatten(dim, (outer, ranks, -1)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
+    blocks = _zigzag(x, dim, outer, ranks).unflatten(dim, (abs(outer), ranks, -1))
+    parts = blocks.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
     result = torch.empty_like(parts[0])
     work = dist.reduce_scatter_tensor(result, parts.flatten(0, 1), group=process_group(axes), async_op=True)
     return lambda: _there(work, result)

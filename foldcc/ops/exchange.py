@@ -3,6 +3,7 @@
     [b, s@cp, h, d]  becomes  [b, s, h@cp, d]        what sequence parallelism of the Ulysses kind does around attention
 
 Of several axes each may divide another dimension, or all the same one: a rank sends what it has of another rank's part.
+The blocks before a divided part are negative where ranks have it zig-zag, as in `foldcc/ops/collectives.py`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def _places(shape: tuple[int, ...], cuts: Cuts) -> list[Places]:
 
 
 def _part(places: list[int], outer: int, ranks: int, rank: int) -> list[int]:
-    each = len(places) // (outer * ranks)
-    return [x for o in range(outer) for x in places[(o * ranks + rank) * each :][:each]]
+    mine, blocks = ([rank], ranks) if outer > 0 else ([rank, 2 * ranks - 1 - rank], 2 * ranks)
+    each = len(places) // (abs(outer) * blocks)
+    return [x for o in range(abs(outer)) for at in mine for x in places[(o * blocks + at) * each :][:each]]
 
 
 def _both(mine: Places, theirs: Places) -> tuple[Tensor, ...]:

@@ -20,12 +20,12 @@ from foldcc.ir.plan import OpLayouts, Plan, UnfitPlan
 from foldcc.ir.program import Program, where
 from foldcc.layout import REPLICATED, Shard, State
 from foldcc.mesh import SAMPLES
-from foldcc.ops.captured import captured_record
+from foldcc.ops.captured import Division, captured_record
 from foldcc.plan import costs, roles
 from foldcc.plan.choice import Choice, laid_out, op_layouts, plain, take
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
-from foldcc.plan.states import between_blocks, takes
+from foldcc.plan.states import between_blocks, takes, zigzags
 from foldcc.plan.strategies import Strategist, Strategy, results_of
 from foldcc.plan.work import Work
 
@@ -44,10 +44,12 @@ class _AxisProblem:
         self.model = IntegerProgram()
         self.slot_of = interface(program)
         self.said = self._said()
+        self.outside = {self.slot_of.get(n, n) for n in (*program.placeholders, *program.outputs)}
         self.work = Work(program, chosen, self.slot_of)
         self.batch = roles.batch(program)
         self.takes = takes(program, axis)
-        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes)
+        self.zigzags = zigzags(program, axis) & self.takes if plan.order != "natural" else set()
+        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes, self.zigzags)
         self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
         self.slots: dict[fx.Node, dict[State, int]] = {}
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.
@@ -95,7 +97,7 @@ class _AxisProblem:
             if not there:
                 self._unfit(f"{block} {node.name}", said, *(op_layouts(self.program, node, {self.axis: s}) for s in options))
             options = there
-        elif self.plan.attention:
+        elif self.plan.attention or self.plan.order == "zigzag":
             options = self._asked(node, options)
         if self.axis == "tp" and "kv_heads" in node.meta.get("letters", ()):
             self._check_heads(node, options)
@@ -141,17 +143,22 @@ class _AxisProblem:
         )
 
     def _asked(self, node: fx.Node, options: list[Strategy]) -> list[Strategy]:
-        """The strategies of the way to divide that the plan asks for, where there are several on this axis."""
-        asked = self.plan.attention
+        """The strategies of the way to divide, and of the order, that the plan asks for, where there are several on this axis."""
+        attention, zigzag = self.plan.attention, self.plan.order == "zigzag"
+
+        def fits(d: Division | None) -> bool:
+            return d is not None and attention in ("", d.way) and (d.zigzag or not zigzag)
+
         ways = [d for d in captured_record(node.target).divisions if d.way and d.only == self.axis]
-        there = [s for s in options if s.way == asked]
+        there = [s for s in options if fits(s.division)]
         if ways and not there:
-            d = next(d for d in reversed(ways) if d.way == asked)
+            d = next(d for d in reversed(ways) if fits(d))
             factors = {x: node.meta["letters"].get(x, ()) for x in d.letters}
             sizes = " ".join(f"{x}={'*'.join(str(self.strategist.sizes[f]) for f in factors[x])}" for x in d.letters)
+            why = self.strategist.unfit(node, d) or f"{sizes} cannot be cut in {self.ranks * (1 + zigzag)} equal parts"
+            told = ", ".join(f"{x}={y!r}" for x, y in (("attention", attention), ("order", self.plan.order)) if y)
             raise FoldError(
-                f"attention={asked!r} cannot be on {self.axis}={self.ranks}: "
-                f"{self.strategist.unfit(node, d) or f'{sizes} cannot be cut in {self.ranks} equal parts'}.",
+                f"{told} cannot be on {self.axis}={self.ranks}: {why}.",
                 at=where(node),
                 mesh=str(self.program.mesh),
                 valid=f"{listed(dict.fromkeys(s.way for s in options if s.way))}; or without it, the cheapest for each layer",
@@ -169,7 +176,8 @@ class _AxisProblem:
     def _slot(self, slot: fx.Node) -> dict[State, int]:
         if slot in self.slots:
             return self.slots[slot]
-        states = between_blocks(self.program, self.axis, slot, self.chosen, self.takes)
+        zigzags = () if slot in self.outside else self.zigzags  # of which DTensor has no word
+        states = between_blocks(self.program, self.axis, slot, self.chosen, self.takes, zigzags)
         if slot in self.said:
             name, state = self.said[slot]
             if state not in states:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -12,7 +12,8 @@ from foldcc.layout import INVARIANT, Shard, State, Symbol
 from foldcc.mesh import SAMPLES
 from foldcc.plan import roles
 from foldcc.plan.choice import Choice
-from foldcc.plan.strategies import runs
+from foldcc.ops.captured import captured_record
+from foldcc.plan.strategies import Strategist, runs
 
 
 def takes(program: Program, axis: str) -> set[Symbol | None]:
@@ -35,14 +36,31 @@ def takes(program: Program, axis: str) -> set[Symbol | None]:
     return found
 
 
+def zigzags(program: Program, axis: str) -> set[Symbol]:
+    """The factors that ranks of an axis may have zig-zag: sequences of which operators then compute less."""
+    ranks, found = program.mesh.size(axis), set()
+    strategist = Strategist(axis, program.sizes, ranks, {}, set())
+    for _, node in program.nodes():
+        for d in captured_record(node.target).divisions:
+            if d.zigzag and d.letters[0] in node.meta.get("letters", ()) and not strategist.unfit(node, d):
+                found.update(node.meta["letters"][d.letters[0]])
+    return {f for f in found if program.sizes[f] % (2 * ranks) == 0}
+
+
 def between_blocks(
-    program: Program, axis: str, slot: fx.Node, chosen: Mapping[str, Choice], divisible: set[Symbol | None]
+    program: Program,
+    axis: str,
+    slot: fx.Node,
+    chosen: Mapping[str, Choice],
+    divisible: set[Symbol | None],
+    zigzag: Collection[Symbol],
 ) -> list[State]:
     """The states on an axis of a value that enters the main graph or passes between blocks.
 
     Args:
         chosen: what was chosen on the axes before.
         divisible: the factors that the axis may divide.
+        zigzag: those that ranks may have zig-zag.
     """
     kind, batch, ranks = None, roles.batch(program), program.mesh.size(axis)
     if slot.op == "placeholder" and slot.graph is program.graph.graph:
@@ -64,6 +82,7 @@ def between_blocks(
                     share = min(left, sizes[i])
                     sizes[i], left = sizes[i] // share, left // share
         found += [Shard(d, a, b) for a, b in runs(sizes, ranks) if divisible.issuperset(dim[a:b])]
+        found += [Shard(d, i, i + 1, zigzag=True) for i, f in enumerate(dim) if f in zigzag and sizes[i] == program.sizes[f]]
     return found
 
 

@@ -13,7 +13,7 @@ A strategy says in which state it needs each operand and in which state it leave
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class Strategist:
 
     Attributes:
         takes: the factors that this axis may divide.
+        zigzags: those that ranks may have zig-zag.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class Strategist:
         ranks: int,
         taken: Mapping[fx.Node, Mapping[Any, int]],
         takes: set[Symbol],
+        zigzags: Collection[Symbol] = (),
     ):
         self.axis = axis
         self.takes = takes
+        self.zigzags = zigzags
         self.sizes = sizes
         self.ranks = ranks
         self.taken = taken
@@ -124,8 +127,11 @@ class Strategist:
             each = {x for x, _, _ in product[start:stop]} == set(division.letters)
             allowed = bool(division.only) or self.takes.issuperset(f for _, _, f in product[start:stop])
             if each and allowed and not (start and division.stretch):
-                strategy = self._run(node, rule, division, start, stop)
-                found += [] if strategy is None else [strategy]
+                whole = not any(taken.get((x, i), 1) > 1 for x, i, _ in product[start:stop])
+                zigzag = whole and not division.stretch and stop - start == 1 and product[start][2] in self.zigzags
+                for order in [False] * (not division.zigzag) + [True] * zigzag:
+                    strategy = self._run(node, rule, division, start, stop, order)
+                    found += [] if strategy is None else [strategy]
         return found
 
     def unfit(self, node: fx.Node, division: Division) -> str:
@@ -137,7 +143,7 @@ class Strategist:
             return "what sees and what is seen are not one sequence"
         return "" if division.unfit is None else division.unfit(self.ranks, **captured_record(node.target).arguments(node))
 
-    def _run(self, node: fx.Node, rule: Rule, division: Division, start: int, stop: int) -> Strategy | None:
+    def _run(self, node: fx.Node, rule: Rule, division: Division, start: int, stop: int, zigzag: bool) -> Strategy | None:
         letters = node.meta["letters"]
         summed = all(rule.summed(x) for x in division.letters)
 
@@ -155,7 +161,7 @@ class Strategist:
                 return absent
             d, at = places[0]
             before = sum(len(letters.get(y, ())) for y in pattern[d][:at])
-            return Shard(d, before + start, before + stop)
+            return Shard(d, before + start, before + stop, zigzag=zigzag)
 
         placed = placed_operands(node)
         absent = [
@@ -171,7 +177,10 @@ class Strategist:
         if division.ends_sum:
             left = [INVARIANT for _ in left]
         given += (None,) * (len(operands(node)) - len(given))  # what only lowering gives it
-        return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), 1 / self.ranks, division)
+        share = 1 / self.ranks
+        if division.share is not None:
+            share = division.share(self.ranks, **captured_record(node.target).arguments(node))
+        return Strategy(given, tuple(s if s is not None else PARTIAL for s in left), share, division)
 
 
 def divisions(node: fx.Node) -> list[Division]:
@@ -190,15 +199,19 @@ def divided(node: fx.Node) -> dict[Division, str]:
     if rule is None:
         return {}
     touched: dict[str, set[str]] = {}
+    zigzag: set[str] = set()
     for x, pattern in [*zip(operands(node), rule.operands, strict=False), *zip(results_of(node), rule.results, strict=False)]:
         for axis, state in x.meta["layout"].states.items() if x is not None and pattern is not None else ():
             if isinstance(state, Shard):
                 touched.setdefault(axis, set()).update(y for y, _ in product_of(pattern, state, node.meta["letters"]))
+                zigzag |= {axis} if state.zigzag else set()
     axes, ways = node.meta["layout"].states, node.meta.get("ways", {})
-    found = {
-        d: ",".join(a for a in axes if touched.get(a) == {*d.letters, *d.beside} and ways.get(a, "") == d.way)
-        for d in divisions(node)
-    }
+
+    def runs_so(d: Division, axis: str) -> bool:
+        order = not d.way or (axis in zigzag) == d.zigzag
+        return touched.get(axis) == {*d.letters, *d.beside} and ways.get(axis, "") == d.way and order
+
+    found = {d: ",".join(a for a in axes if runs_so(d, a)) for d in divisions(node)}
     return {d: axes for d, axes in found.items() if axes}
 
 

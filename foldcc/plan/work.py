@@ -55,8 +55,11 @@ class Work:
         results = [r for r in results_of(node) if r is not None]
         traffic = costs.TRAFFIC * sum(self.elements(r) for r in results)
         flops = 0.0
-        here = known is PLAIN or (known.products and not known.placed)  # what is placed elsewhere runs there
-        if rule is not None and here:
+        if known.products and not known.placed:  # what is placed elsewhere runs there
+            shapes = {k: x.meta["val"].shape for k, x in known.arguments(node).items() if isinstance(x, fx.Node)}
+            each = sum(self.elements(r) / r.meta["val"].numel() for r in results)
+            flops = each * sum(count for count, *_ in known.products(**shapes))
+        if rule is not None and known is PLAIN:
             contracted = [x for x in rule.letters() if rule.summed(x) and len(rule.operands) > 1]
             if contracted:
                 product = float(np.prod([rule.sizes[x] for x in contracted]))

@@ -24,7 +24,7 @@ from foldcc.errors import FoldError
 from foldcc.ir.node import argument, name_of, operands
 from foldcc.ir.pipeline import Stage, Stages, run_passes
 from foldcc.ir.program import Program, where
-from foldcc.layout import Layout
+from foldcc.layout import Layout, Shard
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.captured import Positions, captured_record
 from foldcc.ops.layout import reshard
@@ -151,8 +151,9 @@ def _degrees(program: Program) -> Counter[Symbol]:
     for layout in [*(n.meta.get("layout") for n in nodes), *program.plan.stored.values()]:
         if isinstance(layout, Layout):
             whole, local = _by_factor(layout, False), _by_factor(layout, True)
+            zigzag = {layout.dims[s.dim][s.start] for s in layout.states.values() if isinstance(s, Shard) and s.zigzag}
             for f, n in whole.items():
-                found[f] = max(found[f], n // local[f])
+                found[f] = max(found[f], n // local[f] * (2 if f in zigzag else 1))  # a rank has two blocks
     for _, node in program.nodes():
         for letter, axis in captured_record(node.target).placed.items():
             found |= dict.fromkeys(node.meta["letters"].get(letter, ()), program.mesh.size(axis))

@@ -64,9 +64,12 @@ def exchanged(node: fx.Node, x: fx.Node, dim: int, outer: int, ranks: int, first
     """What is joined along a dimension, the shards of two ranks in each other's place, before a node."""
     order = list(range(ranks))
     order[first], order[second] = second, first
+    if outer < 0:  # zig-zag: twice as many blocks as ranks
+        order += [2 * ranks - 1 - i for i in reversed(order)]
+        outer = -outer
     apart = x if outer == 1 else before(node, aten.reshape.default, x, _parts(x, dim, outer))
     at = dim if outer == 1 else dim + 1
-    size = _shape(apart)[at] // ranks
+    size = _shape(apart)[at] // len(order)
     shards = [before(node, aten.slice.Tensor, apart, at, i * size, (i + 1) * size) for i in order]
     whole = before(node, aten.cat.default, shards, at)
     return whole if outer == 1 else before(node, aten.reshape.default, whole, _shape(x))
