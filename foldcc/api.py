@@ -214,7 +214,9 @@ def _check_order(asked: str | None, attention: str, given: Plan, mesh: FoldedMes
         raise FoldError(f"order={asked!r} is no order of a sequence.", valid="zigzag, natural")
     order = asked or given.order
     if order and mesh.size("cp") == 1:
-        raise FoldError(f"order={order!r} says which positions a rank of cp has, and cp=1.", mesh=str(mesh), valid="a mesh with cp")
+        raise FoldError(
+            f"order={order!r} says which positions a rank of cp has, and cp=1.", mesh=str(mesh), valid="a mesh with cp"
+        )
     ways = dict.fromkeys(d.way for record in captured_records() for d in record.divisions if d.zigzag)
     if order == "zigzag" and attention and attention not in ways:
         raise FoldError(f"attention={attention!r} is not for order='zigzag'.", valid=f"{listed(ways)}; or order='natural'")

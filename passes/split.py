@@ -110,7 +110,7 @@ def _halves(name: str, block: fx.GraphModule, said: Names | None, anew: set[int]
     forward = _extract(joint.formals, joint.early, (joint.results, tuple(saved)), left)
     if not joint.tangents:  # parameters without a gradient
         return Halves(forward, again=once_more, kept=tuple(n.name for n in saved))
-    backward = _extract([*saved, *given, *joint.tangents], [*again, *joint.late], joint.gradients, asked)
+    backward = _extract([*saved, *given, *joint.tangents], _when_read(again, joint.late), joint.gradients, asked)
     computed = {n.name for n in again}
     for node in backward.graph.nodes:
         if node.op == "call_function" and node.name in computed:
@@ -144,6 +144,20 @@ def between(saved: Collection[fx.Node], wanted: Iterable[fx.Node]) -> list[fx.No
             found.add(node)
             left += [x for x in node.all_input_nodes if x not in saved]
     return [n for n in next(iter(found)).graph.nodes if n in found] if found else []
+
+
+def _when_read(again: Iterable[fx.Node], late: Iterable[fx.Node]) -> list[fx.Node]:
+    """What is computed again, each right before the first that reads it, so that it is not all there at once; and what runs late."""
+    order = {x: i for i, x in enumerate(again)}
+    found: dict[fx.Node, None] = {}
+    for node in late:
+        needed, left = set(), [node]
+        while left:
+            there = [x for x in left.pop().all_input_nodes if x in order and x not in found and x not in needed]
+            needed.update(there)
+            left += there
+        found |= dict.fromkeys([*sorted(needed, key=order.__getitem__), node])
+    return [*found, *(x for x in order if x not in found)]
 
 
 def _extract(

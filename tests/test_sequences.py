@@ -167,18 +167,38 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_no_rank_of_a_ring_holds_more_than_the_pairs_of_a_block_or_keeps_all_keys() -> None:
+def asked_for_at_once(graph: torch.fx.Graph) -> int:
+    """The most blocks of keys, of values, or of their gradients, that have come from other ranks and are still to be read."""
+    nodes, most = list(graph.nodes), 0
+    read = {x: i for i, n in enumerate(nodes) for x in n.all_input_nodes}
+    here: set[torch.fx.Node] = set()
+    for i, node in enumerate(nodes):
+        here |= {node} if node.target is ops.shift.overload else set()
+        most = max(most, len(here))
+        here = {x for x in here if read[x] > i}
+    return most
+
+
+def test_no_rank_of_a_ring_holds_more_than_the_pairs_of_a_block_or_all_keys() -> None:
     """Widths are below 64, so that only scores and masks have two dimensions of that size."""
-    batch, found = token_batch(1, 256, vocabulary=32), {}
-    for way in ("gathered", "ring"):
-        plain = tiny_model("llama", num_hidden_layers=1, vocab_size=32, num_key_value_heads=4, max_position_embeddings=256)
-        model = foldcc.parallelize(plain, "cp=4", example_inputs=batch, attention=way, verify=False)
+    found = {}
+    for way, order, length in (("gathered", "natural", 256), ("ring", "natural", 256), ("ring", "zigzag", 512)):
+        batch = token_batch(1, length, vocabulary=32)
+        plain = tiny_model("llama", num_hidden_layers=1, vocab_size=32, num_key_value_heads=4, max_position_embeddings=length)
+        model = foldcc.parallelize(plain, "cp=4", example_inputs=batch, attention=way, order=order, verify=False)
         with Largest() as seen:
             model(**batch).loss.backward()
-        saved = [n.meta["val"] for b in model.stages[-1].program.graph.children() for n in b.graph.output_node().args[0][1]]
+        program = model.stages[-1].program
+        saved = [n.meta["val"] for b in program.graph.children() for n in b.graph.output_node().args[0][1]]
         shapes = [x.shape for x in saved if isinstance(x, Tensor)]
-        found[way] = seen.pairs, any(len(s) == 4 and 256 in s for s in shapes)
-    assert found == {"gathered": (64 * 256, True), "ring": (64 * 64, False)}
+        kept = any(len(s) == 4 and length in s for s in shapes)
+        most = max(asked_for_at_once(b.graph) for main in program.mains for b in main.children())
+        found[way, order] = seen.pairs, kept, most
+    assert found == {
+        ("gathered", "natural"): (64 * 256, True, 0),
+        ("ring", "natural"): (64 * 64, False, 4),  # of 6 that come forward, and 12 backward
+        ("ring", "zigzag"): (64 * 64, False, 6),  # of 12, and 24, half as long
+    }
 
 
 def test_what_a_halo_sends_does_not_depend_on_the_length() -> None:
