@@ -147,7 +147,7 @@ def between(saved: Collection[fx.Node], wanted: Iterable[fx.Node]) -> list[fx.No
 
 
 def _when_read(again: Iterable[fx.Node], late: Iterable[fx.Node]) -> list[fx.Node]:
-    """What is computed again, each right before the first that reads it, so that it is not all there at once; and what runs late."""
+    """What runs late, and what is computed again right before the first that reads it: not all of it is there at once."""
     order = {x: i for i, x in enumerate(again)}
     found: dict[fx.Node, None] = {}
     for node in late:

@@ -111,7 +111,7 @@ class _Queries:
 def _ring(
     at: Site, q: Node, k: Node, v: Node, scale: float, causal: bool, window: int, softcap: float
 ) -> tuple[_Ring, Node, Node]:
-    """The ring, and queries and keys; scaled where values are not as wide: PyTorch scales both factors then, and so do proofs."""
+    """The ring, and queries and keys; scaled where values are not as wide: so PyTorch does it then, and so do proofs."""
     if q.meta["layout"].shape[3] != v.meta["layout"].shape[3]:
         q, k = (at.emit(aten.mul.Tensor, (x, scale**0.5), x.meta["layout"]) for x in (q, k))
         scale = 1.0
@@ -158,13 +158,13 @@ def zigzag_ring(at: Site, q: Node, k: Node, v: Node, sinks: Node | None, valid: 
 
 
 def halves(emit: Emit, x: Node, dim: int) -> tuple[Node, Node]:
-    """The two blocks of a rank that has one from each end of a dimension; or of a whole dimension its first half, and the rest."""
+    """The two blocks of a rank that has one from each end of a dimension; of a whole dimension the first half, and the rest."""
     layout: Layout = x.meta["layout"]
-    (factor,), each = layout.dims[dim], int(layout.shape[dim]) // 2
-    half = Symbol(f"half_{factor.name}", integer=True, positive=True)
+    whole, each = int(layout.global_shape[dim]), int(layout.shape[dim]) // 2
+    half = Symbol(f"half_{layout.dims[dim][0].name}", integer=True, positive=True)
     dims = tuple((half,) if d == dim else factors for d, factors in enumerate(layout.dims))
-    states = {a: replace(s, zigzag=False) if isinstance(s, Shard) and s.dim == dim else s for a, s in layout.states.items()}
-    like = replace(layout, dims=dims, states=states, sizes={**layout.sizes, half: layout.sizes[factor] // 2})
+    states = {a: Shard(dim, 0, 1) if isinstance(s, Shard) and s.dim == dim else s for a, s in layout.states.items()}
+    like = replace(layout, dims=dims, states=states, sizes={**layout.sizes, half: whole // 2})
     first, last = (emit(aten.slice.Tensor, (x, dim, i * each, (i + 1) * each), like) for i in (0, 1))
     return first, last
 

@@ -10,9 +10,9 @@ from foldcc.errors import FoldError, divides
 from foldcc.ir.program import Program
 from foldcc.layout import INVARIANT, Shard, State, Symbol
 from foldcc.mesh import SAMPLES
+from foldcc.ops.captured import captured_record
 from foldcc.plan import roles
 from foldcc.plan.choice import Choice
-from foldcc.ops.captured import captured_record
 from foldcc.plan.strategies import Strategist, runs
 
 
