@@ -143,7 +143,7 @@ class _AxisProblem:
         )
 
     def _asked(self, node: fx.Node, options: list[Strategy]) -> list[Strategy]:
-        """The strategies of the way to divide, and of the order, that the plan asks for, where there are several on the axis."""
+        """The strategies of the way to divide, and of the order, that the plan asks for, where there are several."""
         attention, zigzag = self.plan.attention, self.plan.order == "zigzag"
 
         def fits(d: Division | None) -> bool:
