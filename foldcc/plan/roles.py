@@ -40,13 +40,18 @@ def _widths(program: Program) -> set[Symbol]:
     """The factors over which operators sum products with parameters."""
     found: set[Symbol] = set()
     for _, node in program.nodes():
-        rule, letters = node.meta.get("rule"), node.meta.get("letters", {})
-        if rule is None or len(rule.operands) < 2:
-            continue
-        for x, pattern in zip(operands(node), rule.operands, strict=False):
-            if x is not None and pattern is not None and is_parameter(x):
-                found |= {f for dim in pattern for y in dim if rule.summed(y) for f in letters.get(y, ())}
+        found.update(f for x in summed_over_parameter(node) for f in node.meta.get("letters", {}).get(x, ()))
     return found
+
+
+def summed_over_parameter(node: fx.Node) -> set[str]:
+    """The letters over which an operator sums products with a parameter."""
+    rule = node.meta.get("rule")
+    if rule is None or len(rule.operands) < 2:
+        return set()
+    pairs = zip(operands(node), rule.operands, strict=False)
+    patterns = [pattern for x, pattern in pairs if x is not None and pattern is not None and is_parameter(x)]
+    return {y for pattern in patterns for dim in pattern for y in dim if rule.summed(y)}
 
 
 def is_parameter(x: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from foldcc.plan import costs, roles
 from foldcc.plan.choice import Choice, laid_out, op_layouts, plain, take
 from foldcc.plan.interface import interface, returns
 from foldcc.plan.solve import IntegerProgram
-from foldcc.plan.states import between_blocks, takes, zigzags
+from foldcc.plan.states import between_blocks, instead, takes, zigzags
 from foldcc.plan.strategies import Strategist, Strategy, results_of
 from foldcc.plan.work import Work
 
@@ -49,7 +49,8 @@ class _AxisProblem:
         self.batch = roles.batch(program)
         self.takes = takes(program, axis)
         self.zigzags = zigzags(program, axis) & self.takes if plan.order != "natural" else set()
-        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes, self.zigzags)
+        others = instead(program, axis, self.takes)
+        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes, self.zigzags, others)
         self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
         self.slots: dict[fx.Node, dict[State, int]] = {}
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.

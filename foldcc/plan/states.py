@@ -47,6 +47,26 @@ def zigzags(program: Program, axis: str) -> set[Symbol]:
     return {f for f in found if program.sizes[f] % (2 * ranks) == 0}
 
 
+def instead(program: Program, axis: str, divisible: set[Symbol | None]) -> set[Symbol]:
+    """What cp may divide where an operator needs a sequence whole, and has no way for cp: heads, as of a state that goes along it.
+
+    That is factors of such operators that no product of two such values sums over.
+    """
+    found: set[Symbol] = set()
+    mixed: set[Symbol | None] = {roles.batch(program), *divisible}
+    for _, node in program.nodes() if axis == "cp" else ():
+        rule, letters = node.meta.get("rule"), node.meta.get("letters", {})
+        if rule is None:
+            continue
+        stuck = rule.whole - {x for d in captured_record(node.target).divisions for x in (*d.letters, *d.beside)}
+        if any(divisible.intersection(letters.get(x, ())) for x in stuck):
+            free = (x for p in rule.results for dim in p or () for x in dim if x not in rule.whole)
+            found.update(f for x in free for f in letters.get(x, ()))
+        if not roles.summed_over_parameter(node):
+            mixed.update(f for x in rule.letters() if rule.summed(x) for f in letters.get(x, ()))
+    return {f for f in found - mixed if program.sizes[f] % program.mesh.size(axis) == 0}
+
+
 def between_blocks(
     program: Program,
     axis: str,

@@ -23,6 +23,7 @@ from torch import fx
 from foldcc.ir.node import operands
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Shard, State, Symbol
 from foldcc.ops.captured import Division, captured_record
+from foldcc.plan import roles
 from foldcc.rules.notation import Pattern, Rule
 
 Dims = tuple[tuple[Symbol, ...], ...]
@@ -79,6 +80,7 @@ class Strategist:
     Attributes:
         takes: the factors that this axis may divide.
         zigzags: those that ranks may have zig-zag.
+        instead: those that it may divide where no parameter is summed over, instead of a sequence that must be whole.
     """
 
     def __init__(
@@ -89,10 +91,12 @@ class Strategist:
         taken: Mapping[fx.Node, Mapping[Any, int]],
         takes: set[Symbol],
         zigzags: Collection[Symbol] = (),
+        instead: Collection[Symbol] = (),
     ):
         self.axis = axis
         self.takes = takes
         self.zigzags = zigzags
+        self.instead = instead
         self.sizes = sizes
         self.ranks = ranks
         self.taken = taken
@@ -122,10 +126,11 @@ class Strategist:
         if any(x not in letters or rule.sizes[x] == 0 for x in division.letters) or self.unfit(node, division):
             return []
         product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
+        takes = self.takes if roles.summed_over_parameter(node) else self.takes.union(self.instead)
         found = []
         for start, stop in runs([self.sizes[f] // taken.get((x, i), 1) for x, i, f in product], self.ranks):
             each = {x for x, _, _ in product[start:stop]} == set(division.letters)
-            allowed = bool(division.only) or self.takes.issuperset(f for _, _, f in product[start:stop])
+            allowed = bool(division.only) or takes.issuperset(f for _, _, f in product[start:stop])
             if each and allowed and not (start and division.stretch):
                 whole = not any(taken.get((x, i), 1) > 1 for x, i, _ in product[start:stop])
                 zigzag = whole and not division.stretch and stop - start == 1 and product[start][2] in self.zigzags
