@@ -28,7 +28,7 @@ def ids(high: int, *shape: int) -> Tensor:
 
 ORDER = torch.randperm(6)
 COUNTS = torch.tensor([2, 0, 4])
-# A call, and the letters that are not divided: rows that indices point at, and what an operator needs whole.
+# A call, and the letters that are not divided: rows that indices point at, and what an operator needs whole, or more of.
 CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     "addmm": ((aten.addmm.default, real(4), real(2, 6), real(6, 4)), ""),
     "embedding": ((aten.embedding.default, real(6, 4), ids(6, 2, 4)), ""),
@@ -70,11 +70,11 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "convolution_backward": (
         (aten.convolution_backward.default, real(4, 4, 6), real(4, 2, 6), real(4, 2, 3), [4], [1], [1], [1], False, [0], 1,
-         [True, True, True]), "",
+         [True, True, True]), "r0",
     ),
     "convolution_backward in groups": (
         (aten.convolution_backward.default, real(4, 4, 6), real(4, 4, 6), real(4, 1, 3), None, [1], [1], [1], False, [0], 4,
-         [True, True, False]), "",
+         [True, True, False]), "r0",
     ),
     "cumsum": ((aten.cumsum.default, real(2, 4), 1), ""),
 }  # fmt: skip

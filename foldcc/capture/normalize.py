@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from foldcc import ops
+from foldcc.capture.convolutions import causal
 from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit, replace_node
 from foldcc.ops.capacity import most, places
@@ -179,6 +180,7 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.dropout.default: _dropout,
     aten.native_dropout.default: _dropout,
+    aten.conv1d.default: causal,
     aten.copy.default: _copy,
     aten.histc.default: _histc,
     aten.type_as.default: _type_as,

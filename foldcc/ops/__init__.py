@@ -17,6 +17,7 @@ from foldcc.ops.collectives import (
     retype,
     shard,
 )
+from foldcc.ops.convolution import causal_conv
 from foldcc.ops.embedding import embedding
 from foldcc.ops.exchange import exchange
 from foldcc.ops.experts import (
@@ -56,6 +57,7 @@ __all__ = [
     "by_expert",
     "captured_record",
     "captured_records",
+    "causal_conv",
     "collected",
     "count",
     "cumsum",

@@ -181,23 +181,25 @@ def around(at: Site, q: Node, k: Node, v: Node, valid: Node | None, window: int,
     emit, axes = at.emit, at.axes
     one, device = scalar(k.meta["layout"], axes), k.meta["val"].device
     each, before = k.meta["layout"].shape[2], reach(k.meta["layout"], window)
-    seen = Symbol("seen", integer=True, positive=True)
-
-    def longer(layout: Layout, dim: int) -> Layout:
-        dims = tuple((seen,) if d == dim else factors for d, factors in enumerate(layout.dims))
-        states = {**layout.states, **dict.fromkeys(axes.split(","), VARYING)}
-        return replace(layout, dims=dims, states=states, sizes={**layout.sizes, seen: before + each})
 
     if valid is None:
-        keys = longer(replace(one, dims=((), ())), 1)
+        keys = longer(replace(one, dims=((), ())), 1, axes, before + each - 1)
         start = emit(aten.sub.Tensor, (first(emit, axes, each, k), before), one)
         positions = emit(aten.add.Tensor, (emit(aten.arange.default, (before + each,), keys, device=device), start), keys)
         there = emit(aten.unsqueeze.default, (emit(aten.ge.Scalar, (positions, 0), keys), 0), keys)
     else:
-        there = emit(halo, (valid, 1, axes, before), longer(valid.meta["layout"], 1))
-    k, v = (emit(halo, (x, 2, axes, before), longer(x.meta["layout"], 2)) for x in (k, v))
+        there = emit(halo, (valid, 1, axes, before), longer(valid.meta["layout"], 1, axes, before))
+    k, v = (emit(halo, (x, 2, axes, before), longer(x.meta["layout"], 2, axes, before)) for x in (k, v))
     start = emit(aten.full.default, ([], before), one, dtype=torch.int64, device=device)
     return at.local(**{**rest, "q": q, "k": k, "v": v, "valid": there, "window": window, "start": start})
+
+
+def longer(layout: Layout, dim: int, axes: str, by: int) -> Layout:
+    """The layout of what a rank has with more positions than its own."""
+    seen = Symbol("seen", integer=True, positive=True)
+    dims = tuple((seen,) if d == dim else factors for d, factors in enumerate(layout.dims))
+    states = {**layout.states, **dict.fromkeys(axes.split(","), VARYING)}
+    return replace(layout, dims=dims, states=states, sizes={**layout.sizes, seen: int(layout.shape[dim]) + by})
 
 
 def turned(layout: Layout) -> Layout:

@@ -276,7 +276,8 @@ def _convolution_backward(node: Node, inputs: list[Shape | None], outputs: list[
     (first, second, bias, result), whole = known
     results = tuple(p if s is not None else None for p, s in zip((first, second, bias), outputs, strict=True))
     linear, reads = tuple(frozenset({i}) for i in range(3)), (frozenset({0, 2}), frozenset({0, 1}), frozenset({0}))
-    return Rule((result, first, second), results, {}, frozenset(whole), linear, reads=reads)
+    places = {x for dim in result[2 - len(weight) :] for x in dim}  # divided where ranks are given what stands before theirs
+    return Rule((result, first, second), results, {}, frozenset(whole - places), linear, reads=reads)
 
 
 def _select_backward(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
