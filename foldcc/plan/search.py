@@ -49,8 +49,8 @@ class _AxisProblem:
         self.batch = roles.batch(program)
         self.takes = takes(program, axis)
         self.zigzags = zigzags(program, axis) & self.takes if plan.order != "natural" else set()
-        others = instead(program, axis, self.takes)
-        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes, self.zigzags, others)
+        others, behind = instead(program, axis, self.takes), program.mesh.size("tp")
+        self.strategist = Strategist(axis, program.sizes, self.ranks, taken, self.takes, self.zigzags, others, behind)
         self.strategies: dict[fx.Node, list[tuple[Strategy, int]]] = {}
         self.slots: dict[fx.Node, dict[State, int]] = {}
         # For each value inside a block: the states it is left in and, for each reader, those it is needed in.

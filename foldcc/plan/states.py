@@ -63,7 +63,7 @@ def instead(program: Program, axis: str, divisible: set[Symbol | None]) -> set[S
             free = (x for p in rule.results for dim in p or () for x in dim if x not in rule.whole)
             found.update(f for x in free for f in letters.get(x, ()))
         if not roles.summed_over_parameter(node):
-            mixed.update(f for x in rule.letters() if rule.summed(x) for f in letters.get(x, ()))
+            mixed.update(f for x in rule.letters() if rule.summed(x) and x not in rule.whole for f in letters.get(x, ()))
     return {f for f in found - mixed if program.sizes[f] % program.mesh.size(axis) == 0}
 
 

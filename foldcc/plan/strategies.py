@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ class Strategist:
     Attributes:
         takes: the factors that this axis may divide.
         zigzags: those that ranks may have zig-zag.
-        instead: those that it may divide where no parameter is summed over, instead of a sequence that must be whole.
+        instead: those that it may divide where no parameter is summed over, instead of a sequence that must be whole; of a
+            dimension that then has several positions left on each rank, also when the axes behind it divide it.
+        behind: the ranks of these axes.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class Strategist:
         takes: set[Symbol],
         zigzags: Collection[Symbol] = (),
         instead: Collection[Symbol] = (),
+        behind: int = 1,
     ):
         self.axis = axis
         self.takes = takes
         self.zigzags = zigzags
         self.instead = instead
+        self.behind = behind
         self.sizes = sizes
         self.ranks = ranks
         self.taken = taken
@@ -126,7 +131,7 @@ class Strategist:
         if any(x not in letters or rule.sizes[x] == 0 for x in division.letters) or self.unfit(node, division):
             return []
         product = [(x, i, f) for x in division.letters for i, f in enumerate(letters[x])]
-        takes = self.takes if roles.summed_over_parameter(node) else self.takes.union(self.instead)
+        takes = self.takes | self._instead(node)
         found = []
         for start, stop in runs([self.sizes[f] // taken.get((x, i), 1) for x, i, f in product], self.ranks):
             each = {x for x, _, _ in product[start:stop]} == set(division.letters)
@@ -138,6 +143,13 @@ class Strategist:
                     strategy = self._run(node, rule, division, start, stop, order)
                     found += [] if strategy is None else [strategy]
         return found
+
+    def _instead(self, node: fx.Node) -> set[Symbol]:
+        if not self.instead or roles.summed_over_parameter(node):
+            return set()
+        dims = [dim for x in (*operands(node), *results_of(node)) if x is not None for dim in x.meta["dims"]]
+        alone = {f for dim in dims if prod(self.sizes[g] for g in dim) <= self.ranks * self.behind for f in dim}
+        return {f for f in self.instead if f not in alone}
 
     def unfit(self, node: fx.Node, division: Division) -> str:
         """Why a node cannot be divided in this way on this axis, as far as its arguments say it; empty if it can."""
