@@ -181,7 +181,7 @@ def asked_for_at_once(graph: torch.fx.Graph) -> int:
 
 def test_no_rank_of_a_ring_holds_more_than_the_pairs_of_a_block_or_all_keys() -> None:
     """Widths are below 64, so that only scores and masks have two dimensions of that size."""
-    found = {}
+    found, bytes_ = {}, {}
     for way, order, length in (("gathered", "natural", 256), ("ring", "natural", 256), ("ring", "zigzag", 512)):
         batch = token_batch(1, length, vocabulary=32)
         plain = tiny_model("llama", num_hidden_layers=1, vocab_size=32, num_key_value_heads=4, max_position_embeddings=length)
@@ -192,13 +192,15 @@ def test_no_rank_of_a_ring_holds_more_than_the_pairs_of_a_block_or_all_keys() ->
         saved = [n.meta["val"] for b in program.graph.children() for n in b.graph.output_node().args[0][1]]
         shapes = [x.shape for x in saved if isinstance(x, Tensor)]
         kept = any(len(s) == 4 and length in s for s in shapes)
+        bytes_[way, order] = sum(x.numel() for x in saved if isinstance(x, Tensor)) / length
         most = max(asked_for_at_once(b.graph) for main in program.mains for b in main.children())
         found[way, order] = seen.pairs, kept, most
     assert found == {
         ("gathered", "natural"): (64 * 256, True, 0),
         ("ring", "natural"): (64 * 64, False, 4),  # of 6 that come forward, and 12 backward
-        ("ring", "zigzag"): (64 * 64, False, 6),  # of 12, and 24, half as long
+        ("ring", "zigzag"): (64 * 64, False, 8),  # of 12, and 24, half as long
     }
+    assert bytes_["ring", "zigzag"] < 1.1 * bytes_["ring", "natural"] < bytes_["gathered", "natural"]
 
 
 def test_what_a_halo_sends_does_not_depend_on_the_length() -> None:

@@ -61,13 +61,13 @@ class Joint:
     @property
     def kept(self) -> list[fx.Node]:
         """What is kept of `read`, if no more is computed again than what an operator has a backward pass ask for once more."""
-        return list(dict.fromkeys(_asked_of(n) for n in self.read))
+        return list(dict.fromkeys(x for n in self.read for x in _asked_of(n)))
 
 
-def _asked_of(node: fx.Node) -> fx.Node:
-    while (known := record(node.target)) is not None and known.again:
-        node = node.all_input_nodes[0]
-    return node
+def _asked_of(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of by operators that are asked once more."""
+    known = record(node.target)
+    return [x for n in node.all_input_nodes for x in _asked_of(n)] if known is not None and known.again else [node]
 
 
 def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:

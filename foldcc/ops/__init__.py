@@ -37,7 +37,7 @@ from foldcc.ops.halo import halo, halo_sum
 from foldcc.ops.loss import token_loss
 from foldcc.ops.operator import Operator, record, records
 from foldcc.ops.random import random_bits
-from foldcc.ops.ring import attend_block, attend_block_backward, shift
+from foldcc.ops.ring import attend_block, attend_block_backward, either, shift
 from foldcc.ops.rows import collected, extended, leading, spread
 from foldcc.ops.scan import cumsum, from_ranks_before, of_ranks_behind
 
@@ -63,6 +63,7 @@ __all__ = [
     "cumsum",
     "each_expert",
     "embedding",
+    "either",
     "exchange",
     "experts",
     "experts_node",

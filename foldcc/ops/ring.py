@@ -51,6 +51,16 @@ shift: Operator = operator(
 )
 
 
+either: Operator = operator(
+    "either(Tensor told, Tensor x, Tensor y) -> Tensor",
+    meaning="x on ranks where a condition holds, y on others",
+    eager=torch.where,
+    shape=lambda told, x, y: torch.empty_like(x),
+    transpose=lambda grad, told, x, y: (None, *(torch.where(own, grad, 0) for own in (told, ~told))),
+    again=True,
+)
+
+
 def allowed_pairs(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int, start: Tensor | None) -> Tensor:
     """Boolean mask of the pairs (query, key) that may attend; queries stand `start` positions later than keys."""
     own = torch.arange(q.shape[2], device=q.device)

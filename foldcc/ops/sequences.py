@@ -16,7 +16,7 @@ from foldcc.ops.captured import Emit, Site
 from foldcc.ops.collectives import axis_index
 from foldcc.ops.halo import halo
 from foldcc.ops.positions import first, scalar
-from foldcc.ops.ring import attend_block, shift
+from foldcc.ops.ring import attend_block, either, shift
 
 aten = torch.ops.aten
 Keys = tuple[Node | None, ...]  # keys, values, and which of them are there
@@ -57,10 +57,12 @@ class _Ring:
             x and self.at.emit(shift, (x, d, self.at.axes, step), x.meta["layout"]) for x, d in zip(keys, dims, strict=True)
         )
 
-    def chosen(self, told: Node, these: Sequence[Node | None], others: Sequence[Node | None]) -> tuple[Any, ...]:
-        """These on ranks where a condition holds, others where it does not."""
+    def chosen(
+        self, told: Node, these: Sequence[Node | None], others: Sequence[Node | None], by: Any = aten.where.self
+    ) -> tuple[Any, ...]:
+        """These on ranks where a condition holds, others where it does not; by `either`, they are not kept."""
         emit = self.at.emit
-        return tuple(x and emit(aten.where.self, (told, x, y), x.meta["layout"]) for x, y in zip(these, others, strict=True))
+        return tuple(x and emit(by, (told, x, y), x.meta["layout"]) for x, y in zip(these, others, strict=True))
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,10 @@ def zigzag_ring(at: Site, q: Node, k: Node, v: Node, sinks: Node | None, valid: 
         source, there, behind = around.source(step), around.sent(first_keys, step), around.sent(last_keys, step)
         back = back.attend(there, around.later(last, source, each))
         earlier = around.number(aten.lt.Tensor, source, own)
-        (queries,) = around.chosen(earlier, [front.q], [back.q])
+        (queries,) = around.chosen(earlier, [front.q], [back.q], either)
         some = _Queries(around, queries, around.chosen(earlier, front.state, back.state))
         apart = around.number(aten.abs.default, around.later(own, source, each))
-        some = some.attend(around.chosen(earlier, there, behind), apart)
+        some = some.attend(around.chosen(earlier, there, behind, either), apart)
         front = replace(front, state=around.chosen(earlier, some.state, front.state))
         back = replace(back, state=around.chosen(earlier, back.state, some.state))
     y = at.emit(aten.cat.default, ([front.seen, back.seen], 2), turned(at.layout))

@@ -66,6 +66,7 @@ TABLE = {
         "foldcc.attend_block_backward": (
             f"{_STATE}, {_BLOCK}, b (g r) s one -> b (g r) s d, b g s d, b g s e, {_STATE} ; linear 0 1"
         ),
+        "foldcc.either": ", ..., ... -> ... ; linear 1 2",
         "foldcc.permute": "t h, t -> t h ; linear 0",
         "foldcc.gather_rows": "t h, t -> t h ; linear 0",
         **{f"foldcc.{name}": "t h, c -> t h ; linear 0" for name in ("leading", "extended", "spread", "collected")},
