@@ -27,9 +27,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, depthwise: bool, 
 
 
 def _defined(x: Tensor, weight: Tensor, bias: Tensor | None, depthwise: bool, before: int = -1) -> Tensor:
-    both = torch.nn.functional.conv1d(
-        x, weight, bias, padding=weight.shape[2] - 1, groups=x.shape[1] if depthwise else 1
-    )
+    both = torch.nn.functional.conv1d(x, weight, bias, padding=weight.shape[2] - 1, groups=x.shape[1] if depthwise else 1)
     return both[:, :, : x.shape[2]]
 
 
@@ -55,9 +53,7 @@ causal_conv = captured(
     meaning="conv1d of each position with those before it, zeros before the first",
     eager=_convolved,
     defined=_defined,
-    shape=lambda x, weight, bias, depthwise, before=-1: x.new_empty(
-        x.shape[0], weight.shape[0], x.shape[2] - max(before, 0)
-    ),
+    shape=lambda x, weight, bias, depthwise, before=-1: x.new_empty(x.shape[0], weight.shape[0], x.shape[2] - max(before, 0)),
     narrow={"x", "weight", "bias"},
     rule=_rule,
     divisions=(Division(("s",), stretch=True, lower=_around),),
