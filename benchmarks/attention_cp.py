@@ -2,9 +2,10 @@
 
     python benchmarks/attention_cp.py [--lengths 4096 16384] [--steps 3] [--json benchmarks/results/attention_cp.json]
 
-A step is forward and backward of the two projections and the attention between them, in float32, of one sample; the time is the
-median over the steps of the slowest rank, after a step that is not timed. The bytes are those that the program says that one rank
-sends in a step, gradients of weights aside. `halo` is with a window, and so is `gathered` beside it; all others see every key before.
+A step is forward and backward of the two projections and the attention between them, in float32, of one sample; the time is
+the median over the steps of the slowest rank, after a step that is not timed. The bytes are those that the program says that
+one rank sends in a step, gradients of weights aside. `halo` is with a window, and so is `gathered` beside it; all others see
+every key before.
 """
 
 from __future__ import annotations

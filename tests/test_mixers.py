@@ -1,4 +1,4 @@
-"""Mixers along a divided sequence: convolutions that look back are given a halo, and a state that goes along it has its heads."""
+"""Mixers along a divided sequence: convolutions that look back are given a halo, and a state along it has its heads divided."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ def test_in_bfloat16_and_without_gradients_and_at_another_length() -> None:
     model = foldcc.parallelize(copy.deepcopy(plain), "cp=2")
     narrow = foldcc.parallelize(copy.deepcopy(plain), "cp=2", example_inputs=(x,), precision=foldcc.Precision(), verify=False)
     with torch.no_grad():
-        for x in (x, given(12).float()):
-            assert torch.allclose(model(x), plain(x), atol=1e-6)
-    assert torch.allclose(narrow(given(8).float()), plain(given(8).float()), rtol=0.02)
+        for length in (8, 12):
+            y = given(length).float()
+            assert torch.allclose(model(y), plain(y), atol=1e-6)
+    assert torch.allclose(narrow(x), plain(x), rtol=0.02)
 
 
 def test_a_halo_of_other_positions_is_found() -> None:

@@ -3,7 +3,7 @@
 Where the sequence is divided, a rank is given as many positions of the part before its own: what is sent does not depend on
 its length.
 
-Shapes: x [b, i, s], weight [o, i, taps], or [c, 1, taps] where each channel is convolved with its own taps; bias [o] -> [b, o, s].
+Shapes: x [b, i, s], weight [o, i, taps], or [c, 1, taps] where each channel has taps of its own; bias [o] -> [b, o, s].
 """
 
 from __future__ import annotations

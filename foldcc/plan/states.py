@@ -48,9 +48,9 @@ def zigzags(program: Program, axis: str) -> set[Symbol]:
 
 
 def instead(program: Program, axis: str, divisible: set[Symbol | None]) -> set[Symbol]:
-    """What cp may divide where an operator needs a sequence whole, and has no way for cp: heads, as of a state that goes along it.
+    """What cp may divide where an operator needs a sequence whole, and has no way for it: heads, as of a state along it.
 
-    That is factors of such operators that no product of two such values sums over.
+    That are factors of such operators over which nothing sums but products with parameters.
     """
     found: set[Symbol] = set()
     mixed: set[Symbol | None] = {roles.batch(program), *divisible}
