@@ -71,7 +71,7 @@ def compare(plain: nn.Module, mesh: str, x: Tensor, **options: Any) -> foldcc.Fo
     ("mesh", "length", "changes"),
     [
         ("cp=3", 12, {}),
-        ("dp=2,cp=2,tp=2", 8, {"depthwise": False}),
+        ("dp=2,cp=2", 8, {"depthwise": False}),
         ("cp=4", 8, {"padded": True, "taps": 4}),  # as far as two ranks before
     ],
 )

@@ -90,7 +90,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.token_loss", lambda n: (ops.token_loss, real(t := n(), v := n()), ids(v, t), 1)
     yield "foldcc.attention", _attention
     yield "foldcc.causal_conv", lambda n: (
-        ops.causal_conv, real(n(), i := n(), some(n)), real(*((i, 1) if (alone := n() > 3) else (n(), i)), 3), None, alone,
+        ops.causal_conv, real(n(), i := n(), n()), real(*((i, 1) if (alone := n() > 3) else (n(), i)), 3), None, alone,
     )  # fmt: skip
     yield "foldcc.experts", _experts
     yield "foldcc.places", _places_of_choices
