@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS := $(if $(filter .venv,$(VENV)),constraints.txt,$(VENV)/constraints.txt)
 
-.PHONY: demo test test-all check check-style types bench mutations clean
+.PHONY: demo test test-all check check-style types bench mutations coverage clean
 
 demo: $(INSTALLED)            # a Mixtral folded over 8 processes, next to the same model in one
 	$(BIN)/python -m foldcc
@@ -38,6 +38,9 @@ bench: $(INSTALLED)           # those that need no GPU; benchmarks/kernels.py ne
 
 mutations: $(INSTALLED)       # plants every mistake and tables which checker finds it; a quarter of an hour
 	$(BIN)/python -m tests.mutations
+
+coverage: $(INSTALLED)        # folds every causal language model type of Transformers, made small; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m foldcc coverage --out docs/coverage.md
 
 # torch comes first and alone, so that nothing else chooses its version.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

@@ -6,6 +6,7 @@ from argparse import REMAINDER, ArgumentParser
 COMMANDS = {
     "demo": "trains a small Mixtral on eight processes next to itself in one (the default)",
     "kernels": "compiles a model's kernels without a GPU",
+    "coverage": "folds a small model of every causal language model type of Transformers",
     "tune": "times tiles on this GPU and writes their table",
 }
 
@@ -21,6 +22,10 @@ def main(arguments: list[str]) -> int:
         from foldcc.tools.aot import main as kernels
 
         return kernels(rest)
+    if command == "coverage":
+        from foldcc.tools.coverage import main as coverage
+
+        return coverage(rest)
     if command == "tune":
         from foldcc.tools.tune import main as tune
 

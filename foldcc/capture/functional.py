@@ -38,7 +38,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         return exported
     for part in regions.parts(module):
         part.recompile()
-    return exported.run_decompositions(batch_norm.DECOMPOSED)
+    with torch._C.DisableTorchFunction():  # what a mode of the caller makes of a call is in the graph already
+        return exported.run_decompositions(batch_norm.DECOMPOSED)
 
 
 def _ambiguous(target: Any) -> bool:

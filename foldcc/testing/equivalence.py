@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from foldcc.api import parallelize
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
 from foldcc.testing.draws import drawing_alike
 from foldcc.testing.float64 import in_float64
 
@@ -81,18 +82,29 @@ def check_equivalence(
     given, named = pytree.tree_map_only(Tensor, _in_double, (tuple(args), dict(kwargs or {})))
     with in_float64():
         folded = parallelize(reference, mesh, example_inputs=_together(reference, given, named), **options)
-        for config in {id(c): c for m in reference.modules() if (c := getattr(m, "config", None)) is not None}.values():
-            if hasattr(config, "_experts_implementation"):
-                config._experts_implementation = "eager"
-        with fork_rng(devices=[]):
-            torch.manual_seed(0)
-            with drawing_alike():
-                wanted = _outputs(reference(*given, **named))
-                _objective(wanted).backward()
-            torch.manual_seed(0)
-            found = _outputs(folded(*given, **named))
-            assert wanted.keys() == found.keys(), f"outputs {sorted(found)} instead of {sorted(wanted)}"
-            _objective(found).backward()
+        result = compared(folded, reference, given, named)
+    assert result.largest <= tolerance, f"folded on {mesh}, the model differs by more than {tolerance:g}:\n{result}"
+    return result
+
+
+def compared(folded: FoldedModule, reference: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Equivalence:
+    """How far a folded model is from the original, which it was made of in float64 and whose gradients this fills.
+
+    Raises:
+        AssertionError: an output or a gradient is there on one side only.
+    """
+    for config in {id(c): c for m in reference.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+    with fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with drawing_alike():
+            wanted = _outputs(reference(*args, **kwargs))
+            _objective(wanted).backward()
+        torch.manual_seed(0)
+        found = _outputs(folded(*args, **kwargs))
+        assert wanted.keys() == found.keys(), f"outputs {sorted(found)} instead of {sorted(wanted)}"
+        _objective(found).backward()
     outputs = {path: relative_error(found[path], wanted[path]) for path in wanted}
     for name in (folded.program.slot(slot).names[0] for slot in folded.program.updates.values()):
         mine, theirs = (m.get_buffer(name).double() for m in (folded, reference))
@@ -103,12 +115,10 @@ def check_equivalence(
     for name, parameter in reference.named_parameters():
         gradient = parameters[name].grad
         if (gradient is None) != (parameter.grad is None):
-            raise AssertionError(f"{name} has a gradient on one side only, on {mesh}")
+            raise AssertionError(f"{name} has a gradient on one side only, on {folded.mesh}")
         if gradient is not None and parameter.grad is not None:
             gradients[name] = relative_error(gradient, parameter.grad, least)
-    result = Equivalence(outputs, gradients)
-    assert result.largest <= tolerance, f"folded on {mesh}, the model differs by more than {tolerance:g}:\n{result}"
-    return result
+    return Equivalence(outputs, gradients)
 
 
 def relative_error(found: Tensor, wanted: Tensor, least: float = 0.0) -> float:
