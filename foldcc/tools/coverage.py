@@ -34,7 +34,7 @@ _HEAD = ["type", "mesh", "captured", "folded", "equal", "proved", "all ranks / m
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m foldcc coverage`: 0 if all that run in one process are folded, equal and proved; 1 if not; 2 if asked wrongly."""
+    """`python -m foldcc coverage`: 0 if all that run are folded, equal and proved; 1 if not; 2 for bad options."""
     parser = argparse.ArgumentParser(prog="python -m foldcc coverage", description="Folds every causal language model type.")
     parser.add_argument("--types", default="", help="of Transformers, with commas between; all by default")
     parser.add_argument("--dense", action="store_true", help="types without experts")

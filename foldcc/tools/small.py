@@ -1,7 +1,7 @@
 """A small model of any Transformers type, by one rule: the words of a number's name say what it counts.
 
 Widths, heads and sizes of heads are divided each by one factor, so that their ratios and products stay what they were. Of
-layers that differ, the first of each kind and the last remain.
+each kind of layer, the first and the last remain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Scale:
 # What a configuration may leave to whoever writes it, and a model needs.
 _UNSET = {
     "head_dim": SIZES[0] // _HEADS,
-    "num_key_value_heads": _HEADS // 2,
+    "num_key_value_heads": _HEADS,
     "num_experts_per_tok": _CHOSEN,
     "n_routed_experts": _EXPERTS,
     "n_shared_experts": 1,
@@ -127,10 +127,10 @@ def _smaller(name: str, value: Any, scale: _Scale, layers: int | None) -> Any:
         rule = next((f for words, f in _RULES if re.fullmatch(words, name)), None)
         return value if rule is None else rule(value, scale)
     if isinstance(value, (list, tuple)):
-        if len(value) == layers and layers > 1:
+        if _of_layers(name, value):
+            return [new for new, i in enumerate(scale.layers) if i in value] or [len(scale.layers) - 1][: len(value)]
+        if len(value) == layers:
             value = [value[i] for i in scale.layers]
-        elif re.search("layer|idx", name) and all(type(x) is int for x in value):  # which layers
-            return [x for x in value if x < len(scale.layers)] or [len(scale.layers) - 1][: len(value)]
         return [_smaller(name, x, scale, None) for x in value]
     if isinstance(value, Mapping):
         if _by_layer(name, value):
@@ -140,15 +140,21 @@ def _smaller(name: str, value: Any, scale: _Scale, layers: int | None) -> Any:
 
 
 def _kinds_of_layers(config: Any, whole: Mapping[str, Any]) -> tuple[int, ...]:
-    """The first layer of each kind, as lists with an entry for each layer tell them apart, and the last."""
+    """The first and the last layer of each kind, as what is said of single layers tells them apart."""
     count = _size(config, "num_hidden_layers") or 2
-    lists = [x for x in whole.values() if isinstance(x, (list, tuple)) and len(x) == count]
-    lists += [[x.get(i, x.get(str(i))) for i in range(count)] for name, x in whole.items() if _by_layer(name, x)]
-    first: dict[str, int] = {}
-    for i in range(count):
-        first.setdefault(str([x[i] for x in lists]), i)
-    kept = {*first.values(), count - 1} if len(first) < count / 2 else {0, count - 1}
-    return tuple(sorted({*kept, *range(min(2, count))} if len(kept) < 2 else kept))
+    said = [x for name, x in whole.items() if isinstance(x, (list, tuple)) and len(x) == count and not _of_layers(name, x)]
+    said += [[i in x for i in range(count)] for name, x in whole.items() if _of_layers(name, x)]
+    said += [[x.get(i, x.get(str(i))) for i in range(count)] for name, x in whole.items() if _by_layer(name, x)]
+    kinds = [str([x[i] for x in said]) for i in range(count)]
+    first, last = ({kind: i for i, kind in order} for order in (reversed([*enumerate(kinds)]), enumerate(kinds)))
+    kept = {0, count - 1} if len(first) > count / 2 else {*first.values(), *last.values()}
+    return tuple(sorted(kept))
+
+
+def _of_layers(name: str, value: Any) -> bool:
+    """Whether a list holds numbers of layers."""
+    ints = isinstance(value, (list, tuple)) and all(type(x) is int for x in value) and len({*value}) == len(value)
+    return ints and re.search("layer.*(id|idx|ind)|idx|_layers$", name) is not None
 
 
 def _by_layer(name: str, value: Any) -> bool:
