@@ -13,7 +13,9 @@ cut there.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -173,7 +175,7 @@ def _rebuild(program: Program, nodes: list[fx.Node], parts: list[_Run]) -> fx.Gr
         name = f"block{number}"
         instances = [nodes[run.start + k * run.period : run.start + (k + 1) * run.period] for k in range(run.count)]
         formals, outputs = _interface(instances)
-        setattr(root, name, _block(instances[0], formals, outputs))
+        setattr(root, name, _block(instances, formals, outputs))
         for k, instance in enumerate(instances):
             call = graph.create_node("call_module", name, tuple(new[f[k]] for f in formals))
             call.meta["val"] = tuple(instance[j].meta["val"] for j in outputs)
@@ -201,14 +203,21 @@ def _interface(instances: list[list[fx.Node]]) -> tuple[list[tuple[fx.Node, ...]
     return list(formals), sorted(outputs)
 
 
-def _block(instance: list[fx.Node], formals: list[tuple[fx.Node, ...]], outputs: list[int]) -> fx.GraphModule:
+def _next(read: Iterator[fx.Node], _: fx.Node) -> fx.Node:
+    return next(read)
+
+
+def _block(instances: list[list[fx.Node]], formals: list[tuple[fx.Node, ...]], outputs: list[int]) -> fx.GraphModule:
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
+    arguments: dict[tuple[fx.Node, ...], fx.Node] = {}
     for values in formals:
         node = graph.placeholder(values[0].name)
         node.meta = {"val": values[0].meta["val"]}
-        new[values[0]] = node
-    for old in instance:
-        new[old] = graph.node_copy(old, lambda n: new[n])
-    graph.output(tuple(new[instance[j]] for j in outputs))
+        arguments[values] = node
+    new: dict[fx.Node, fx.Node] = {}
+    for repeats in zip(*instances, strict=True):
+        # Which value a node reads is told by all repeats: two that are one in the first may differ in another.
+        read = [new.get(values[0]) or arguments[values] for values in zip(*map(_inputs, repeats), strict=True)]
+        new[repeats[0]] = graph.node_copy(repeats[0], partial(_next, iter(read)))
+    graph.output(tuple(new[instances[0][j]] for j in outputs))
     return _LazyGraphModule(torch.nn.Module(), graph)

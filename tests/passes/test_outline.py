@@ -128,3 +128,30 @@ def test_layers_that_differ_are_not_taken_for_repeats() -> None:
     assert max(found.count(name) for name in found.blocks) == 3
     (pair,) = (block for name, block in found.blocks.items() if found.count(name) == 3)
     assert [n.args[1] for n in pair.graph.nodes if "leaky" in str(n.target)] == [0.1, 0.2]
+
+
+def test_values_that_are_one_in_the_first_repeat_may_be_two_in_another() -> None:
+    """Layers that read what the first layer read, besides what the layer before returns."""
+    assert_rewrites(
+        Outline(smallest=2),
+        """
+        %p  : f32[4x8] = parameter p
+        %w0 : f32[8x8] = parameter w0
+        %w1 : f32[8x8] = parameter w1
+        %x  = aten.exp(%p)
+        %h0 = aten.mm(%x, %w0)
+        %a0 = aten.mul(%h0, %x)
+        %h1 = aten.mm(%a0, %w1)
+        %a1 = aten.mul(%h1, %x)
+        return [%a1]
+        """,
+        """
+        block1
+          %y : f32[4x8] = argument
+          %w : f32[8x8] = argument
+          %x : f32[4x8] = argument
+          %h = aten.mm(%y, %w)
+          %a = aten.mul(%h, %x)
+          return [%a]
+        """,
+    )
