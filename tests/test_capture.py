@@ -399,3 +399,18 @@ def test_router_losses_of_a_model_on_meta_count_experts_as_those_of_one_with_wei
     held = foldcc.parallelize(tiny_model("qwen3_moe", aux_loss=True), "dp=2,tp=2|ep=4", example_inputs=token_batch(4))
     count = [sum(n.target is torch.ops.aten.histc.default for _, n in m.program.nodes()) for m in (folded, held)]
     assert count[0] == count[1] > 0
+
+
+def test_writing_into_the_data_of_a_parameter_is_an_error_that_says_what_to_do() -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.up.weight.data.clamp_(-0.1, 0.1)
+            return self.up(x).square().mean()
+
+    with pytest.raises(foldcc.FoldError, match="makes a value that no tracer sees: it writes into the data") as told:
+        foldcc.parallelize(Clamped(), "dp=2", example_inputs=(torch.randn(4, 8),))
+    assert "optimizer.step()" in str(told.value)

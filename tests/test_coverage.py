@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from datetime import date
 from pathlib import Path
 
 import pytest
 from transformers import CONFIG_MAPPING
 
-from foldcc.tools.coverage import main, outcomes, types
+from foldcc.tools.coverage import main, outcomes, type_holds_experts, types
 from foldcc.tools.small import SIZES, holds_experts, shrunk
 from foldcc.tools.trial import Outcome, meshes_of, trial
 
-EACH_DAY = 2
+EACH_DAY = 10
 
 
 def in_many_ways(kind: str, mesh: str) -> Outcome:
@@ -67,11 +68,12 @@ def test_bad_options_say_what_there_is(tmp_path: Path, capsys: pytest.CaptureFix
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("turn", range(EACH_DAY))
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, EACH_DAY))])
 def test_types_of_the_day_are_equal_where_they_fold(turn: int) -> None:
-    """Other types each day: all in two months. `make coverage` has them all."""
+    """Other types each day: all in three weeks. `make coverage` has them all."""
     known = types()
     kind = known[(date.today().toordinal() * EACH_DAY + turn) % len(known)]
-    found = trial(kind, meshes_of(holds_experts(CONFIG_MAPPING[kind]()))[0])
-    assert found.equal or found.reached in ("", "run"), f"{kind}: {found}"
-    assert not found.reason.startswith("AssertionError"), f"{kind}: {found}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = trial(kind, meshes_of(type_holds_experts(kind))[0])
+    assert found.equal or not found.folded, f"{kind}: {found}"

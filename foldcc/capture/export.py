@@ -31,7 +31,7 @@ from foldcc.mesh import FoldedMesh
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # How torch.export says that a value of the graph was made outside of it.
-_UNSEEN = re.compile(r"fake tensor in the exported program constant's list.*attribute: (\S+)\.lifted_tensor", re.DOTALL)
+_UNSEEN = re.compile(r"fake tensor in the exported program constant's list.*attribute: (\S*?)\.?lifted_tensor", re.DOTALL)
 TRACERS = ("export", "dynamo")
 # What the tracers raise when the graph would depend on the values in a tensor. Dynamo raises some of it for all that it
 # cannot trace.
@@ -173,8 +173,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
         if unseen is None:
             raise
         raise FoldError(
-            f"The forward of {type(model).__name__} makes a value that no tracer sees, in {unseen[1]}: it writes into the data "
-            "of a parameter, or of another tensor that it holds.",
+            f"The forward of {type(model).__name__} makes a value that no tracer sees: it writes into the data of a parameter, "
+            "or of another tensor that it holds.",
+            at=unseen[1] or None,
             valid="a forward that leaves parameters as they are; what changes them, such as a clamp, after optimizer.step()",
         ) from error
 

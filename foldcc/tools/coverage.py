@@ -89,10 +89,10 @@ def _chosen(names: str, *, dense: bool, experts: bool) -> dict[str, bool]:
     both = dense == experts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {kind: holds for kind in asked for holds in [_holds_experts(kind)] if both or holds == experts}
+        return {kind: holds for kind in asked for holds in [type_holds_experts(kind)] if both or holds == experts}
 
 
-def _holds_experts(kind: str) -> bool:
+def type_holds_experts(kind: str) -> bool:
     from transformers import CONFIG_MAPPING, logging
 
     logging.set_verbosity_error()
