@@ -32,7 +32,8 @@ def in_many_ways(kind: str, mesh: str) -> Outcome:
 def test_a_small_configuration_keeps_ratios_and_kinds_of_layers() -> None:
     found = shrunk(CONFIG_MAPPING["gemma3_text"](), SIZES[0])
     assert (found.hidden_size, found.num_attention_heads, found.num_key_value_heads, found.vocab_size) == (32, 4, 2, 128)
-    assert found.layer_types == ["sliding_attention", "full_attention", "sliding_attention"][: found.num_hidden_layers]
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    assert found.layer_types == kinds and found.num_hidden_layers == 4
     experts = shrunk(CONFIG_MAPPING["deepseek_v3"](), SIZES[0])
     assert holds_experts(experts) and not holds_experts(found)
     assert (experts.n_routed_experts, experts.num_experts_per_tok, experts.first_k_dense_replace) == (8, 2, 1)
