@@ -93,6 +93,7 @@ def test_a_masked_score_weighs_nothing() -> None:
         added = (scores + torch.zeros(6).masked_fill(~mask, torch.finfo(torch.float32).min)).softmax(-1)
         assert torch.equal(masked, added) and torch.equal(masked[:, mask], scores[:, mask].softmax(-1))
         assert not bool(masked[:, ~mask].any())
+        assert not bool(torch.full((2,), -math.inf).sigmoid().any())
 
 
 LATER = torch.ones(4, 4).triu(1) > 0.5

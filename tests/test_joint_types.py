@@ -310,6 +310,8 @@ def result(name: str, *types: Type) -> Type:
     ("sum", (V1,), V0),
     ("sum", (Type("V", frozenset({0, 1})),), UNKNOWN),
     ("exp", (V1,), V1),
+    ("exp", (Type(ZERO),), Type("R", frozenset({0, 1}))),  # as much of it on each rank, wherever it is divided
+    ("add", (SAME, Type(ZERO)), SAME),
     ("softmax", (V0,), V0),
     ("softmax", (V1,), UNKNOWN),
     ("t", (V0,), V1),

@@ -190,6 +190,7 @@ def _same(rule: Rule, types: Mapping[int, Type], result: Pattern | None) -> Type
 
     def equal(letters: set[str]) -> bool:
         has = {i: [d for d, dim in enumerate(p or ()) if letters & set(dim)] for i, p in patterns.items()}
+        has = {i: on for i, on in has.items() if types[i].letter != ZERO}  # which is equal along all of its dimensions
         known = all(types[i].dims if patterns[i] is None else not on or types[i].dims & set(on) for i, on in has.items())
         return bool(letters) and known and not letters & rule.whole
 

@@ -76,6 +76,8 @@ class _Count:
             return 2 * largest
         if name == "prod":
             return largest * node.args[0].meta["val"].numel()
+        if name == "pow" and isinstance(node.args[1], fx.Node):
+            return 1
         if name == "pow":
             return largest * max(1, round(abs(float(node.args[1]))))
         if degree := captured_record(node.target).degree:

@@ -38,8 +38,9 @@ for _name in ("cos", "erf", "sin", "tan"):
 
 @meaning("sigmoid")
 def sigmoid(field: Field, x: Any) -> Tensor:
-    """exp(x) / (1 + exp(x)), so that it has all laws that exp has."""
-    return field.logistic(value(field, x))[0]
+    """exp(x) / (1 + exp(x)), so that it has all laws that exp has; of what a mask leaves out nothing."""
+    x = value(field, x)
+    return torch.where(x == -math.inf, 0.0, field.logistic(x)[0])
 
 
 @meaning("tanh")

@@ -153,7 +153,8 @@ def _degrees(program: Program) -> Counter[Symbol]:
             whole, local = _by_factor(layout, False), _by_factor(layout, True)
             zigzag = {layout.dims[s.dim][s.start] for s in layout.states.values() if isinstance(s, Shard) and s.zigzag}
             for f, n in whole.items():
-                found[f] = max(found[f], n // local[f] * (2 if f in zigzag else 1))  # a rank has two blocks
+                degree = n // local[f] if n else 1  # nothing is there of a factor of size 0
+                found[f] = max(found[f], degree * (2 if f in zigzag else 1))  # a rank has two blocks
     for _, node in program.nodes():
         for letter, axis in captured_record(node.target).placed.items():
             found |= dict.fromkeys(node.meta["letters"].get(letter, ()), program.mesh.size(axis))
