@@ -273,33 +273,14 @@ def test_a_layer_that_would_not_be_trained(tracer: str) -> None:
 # --- attention options of Transformers --------------------------------------------------------------------------------
 
 
-def _llama4() -> nn.Module:
-    import transformers
-
-    config = transformers.Llama4TextConfig(**_SMALL, num_local_experts=4, attention_chunk_size=4, intermediate_size_mlp=48)
-    return transformers.Llama4ForCausalLM(config)
-
-
-def _doge() -> nn.Module:
-    import transformers
-
-    return transformers.DogeForCausalLM(transformers.DogeConfig(**_SMALL))
-
-
-_SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
 MASK_4D = torch.ones(4, 1, 16, 16, dtype=torch.bool)
-POSITIONS = torch.arange(16).expand(4, 16).contiguous()
 
 OPTIONS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
-    "chunks": (_llama4, {}, "attention mask with chunks"),
-    "a mask that is read": (_doge, {}, r"computes with its attention mask itself \(mask\.dtype\)"),
-    "a whole mask": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D}, r"a mask of shape \[4, 1, 16, 16\]"),
+    "a whole mask": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D}, r"is bool, of shape \[4, 1, 16, 16\]"),
     "a mask of 3 dims": (lambda: tiny_model("llama"), {"attention_mask": MASK_4D[:, 0]}, r"has shape \[4, 16, 16\]"),
     "a longer mask": (
         lambda: tiny_model("llama"), {"attention_mask": torch.ones(4, 20)}, "a mask of 20 positions for 16 keys",
     ),
-    "packing": (lambda: tiny_model("llama"), {"position_ids": POSITIONS}, "Attention is packed by position_ids"),
 }  # fmt: skip
 
 

@@ -42,6 +42,27 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoXJapaneseForCausalLM",
         {"num_hidden_layers": 1, "use_cache": False, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     ),
+    "chunks": (
+        "Llama4ForCausalLM",
+        {**_DECODER, "attention_chunk_size": 3, "num_local_experts": 2, "intermediate_size_mlp": 16, "head_dim": 4},
+    ),
+    # It reads its mask where it chooses keys.
+    "chosen keys": (
+        "DeepseekV32ForCausalLM",
+        {
+            **_DECODER,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 4,
+            "index_topk": 3,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "first_k_dense_replace": 1,
+        },
+    ),  # fmt: skip
     # Its first layer is global, its second one local.
     "bidirectional_window": ("ModernBertForMaskedLM", {"num_hidden_layers": 2, "local_attention": 6}),
 }
@@ -140,43 +161,103 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros_and_no_gradient(dtype: to
 
 # Transformers 5.23 has one function for this, 5.24 two that it applies one after the other, and earlier versions the second.
 _COMPOSED = {
-    "5.22": lambda made, x, at: made["and_masks"](x, made["packed_sequence_mask_function"](at)),
-    "5.23": lambda made, x, at: made["packed_sequence_compatibility_function"](x, at, at),
-    "5.24": lambda made, x, at: made["and_masks"](
-        made["remap_positions_for_packed_sequence"](x, at), made["packed_sequence_mask_function"](at)
+    "5.22": lambda made, x, at, rows: made["and_masks"](x, made["packed_sequence_mask_function"](rows)),
+    "5.23": lambda made, x, at, rows: made["packed_sequence_compatibility_function"](x, at, rows),
+    "5.24": lambda made, x, at, rows: made["and_masks"](
+        made["remap_positions_for_packed_sequence"](x, at), made["packed_sequence_mask_function"](rows)
     ),
 }
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What stands in for the factories of every version."""
-    from transformers import masking_utils
+def _remapped(function: Any, at: Tensor) -> Any:
+    return lambda batch, head, query, key: function(batch, head, at[batch, query], at[batch, key])
 
-    for name in masks._NOT_IN_ALL:
-        monkeypatch.setattr(masking_utils, name, None, raising=False)
-    with as_patterns():
-        yield dict(vars(masking_utils))
+
+def _compatible(function: Any, at: Tensor, rows: Tensor) -> Any:
+    remapped = _remapped(function, at)
+    return lambda batch, head, q, k: remapped(batch, head, q, k) & (rows[batch, q] == rows[batch, k])
+
+
+# Those that the installed version lacks.
+_COMPOSERS = dict(zip(masks._NOT_IN_ALL, (_compatible, _remapped), strict=True))
 
 
 @pytest.mark.parametrize("version", _COMPOSED)
-def test_packed_rows_are_marked_whichever_way_a_version_of_transformers_composes_them(version: str, made: Any) -> None:
-    positions = torch.arange(3)[None]
-    for pattern in (Pattern(True), Pattern(True, 3)):
-        assert _COMPOSED[version](made, pattern, positions) == Pattern(*pattern[:2], positions)
+def test_packed_rows_are_patterns_whichever_way_a_version_of_transformers_composes_them(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as functions they compute what the library's own do."""
+    from transformers import masking_utils
+
+    for name in masks._NOT_IN_ALL:
+        monkeypatch.setattr(masking_utils, name, getattr(masking_utils, name, _COMPOSERS[name]), raising=False)
+    library = dict(vars(masking_utils))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
+    sequences = masking_utils.find_packed_sequence_indices(positions)
+    given = torch.arange(2)[:, None, None, None], torch.zeros(1, 1, 1, 1), torch.arange(6)[:, None], torch.arange(6)
+    for window, name in ((0, "causal_mask_function"), (2, "sliding_window_causal_mask_function")):
+
+        def composed(made: dict[str, Any], name: str = name, window: int = window) -> Any:
+            whole = made[name](window) if window else made[name]
+            return _COMPOSED[version](made, whole, positions, sequences)
+
+        with as_patterns():
+            found = composed(vars(masking_utils))
+        assert found.one == Pattern(True, window)
+        assert found.rows is sequences
+        assert torch.equal(found(*given), composed(library)(*given))
+        assert not torch.equal(found(*given), Pattern(True, window)(*given).expand(2, 1, 6, 6))
 
 
-def test_an_intersection_that_is_not_of_packed_rows_is_an_error(made: Any) -> None:
-    for given in ((Pattern(True), Pattern(False)), (Pattern(True), lambda *_: True), (Pattern(True),)):
-        with pytest.raises(FoldError, match="an intersection"):
-            made["and_masks"](*given)
-    with pytest.raises(FoldError, match="packed sequences"):
-        made["remap_positions_for_packed_sequence"](lambda *_: True, torch.arange(3)[None])
+def test_what_is_no_pattern_is_a_function() -> None:
+    from transformers import masking_utils as library
+
+    place = torch.arange(4)
+    given = torch.zeros(1, 1, dtype=torch.long), place[:1], place[:, None], place
+    for other in (lambda b, h, q, k: k == 0, Pattern(False)):
+        wanted = {
+            name: getattr(library, name)(library.causal_mask_function, other)(*given) for name in ("or_masks", "and_masks")
+        }
+        with as_patterns():
+            made = {name: getattr(library, name)(library.causal_mask_function, other) for name in wanted}
+        assert not any(isinstance(x, Pattern) for x in made.values())
+        assert all(torch.equal(made[name](*given), x) for name, x in wanted.items())
+
+
+def test_rows_of_several_sequences_attend_within_each() -> None:
+    positions = torch.stack([torch.arange(8), *(torch.arange(8) % n for n in (3, 5))], 0)[[0, 1, 2, 1]].contiguous()
+    ids = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
+    model = _model("llama", "eager").model
+    found = check_equivalence(model, "dp=2,tp=2", kwargs={"input_ids": ids, "labels": ids, "position_ids": positions})
+    assert found.largest < 1e-10
+    plain = foldcc.parallelize(
+        copy.deepcopy(model), "dp=2,tp=2", example_inputs={"input_ids": ids, "labels": ids}, verify=False
+    )
+    (node,) = (n for _, n in plain.stages["shard"].program.nodes() if n.target is attention)
+    assert argument(node, "causal")  # positions that the model counts itself are those of one sequence, and no mask is made
+    assert argument(node, "mask") is None
+    assert abs(plain(input_ids=ids, labels=ids).loss - model(input_ids=ids, labels=ids, position_ids=positions).loss) > 1e-4
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_mask_says_who_attends_or_is_added_to_scores(grouped: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2 if grouped and i else 4, 6, 8, dtype=torch.float64) for i in range(3))
+    allowed = torch.rand(2, 1, 6, 6) > 0.5
+    allowed[..., 0] = True
+    added = torch.randn(4, 6, 6, dtype=torch.float64)
+    wanted = torch.nn.functional.scaled_dot_product_attention
+    for mask in (allowed, added, added.masked_fill(~allowed, float("-inf"))):
+        y = attention(q, k, v, None, None, 0.5, False, 0, mask=mask)
+        torch.testing.assert_close(y.transpose(1, 2), wanted(q, k, v, attn_mask=mask, scale=0.5, enable_gqa=grouped))
+    y = attention(q, k, v, None, None, 0.5, True, 0, mask=added)
+    both = added.masked_fill(torch.ones(6, 6).triu(1) > 0, float("-inf"))
+    torch.testing.assert_close(y, attention(q, k, v, None, None, 0.5, False, 0, mask=both))
 
 
 def test_a_version_of_transformers_that_composes_masks_in_another_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import masking_utils
 
-    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
-    with pytest.raises(FoldError, match="transformers.masking_utils has no find_packed_sequence_indices"), as_patterns():
+    monkeypatch.delattr(masking_utils, "causal_mask_function")
+    with pytest.raises(FoldError, match="transformers.masking_utils has no causal_mask_function"), as_patterns():
         pass

@@ -112,7 +112,9 @@ def without(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
 
 
 def window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(masks._FACTORIES, "sliding_window_causal_mask_function", lambda size: masks.Pattern(True, size + 1))
+    functions = masks._functions
+    wider = {"sliding_window_causal_mask_function": lambda size: masks.Pattern(True, size + 1)}
+    monkeypatch.setattr(masks, "_functions", lambda: functions() | wider)
 
 
 def dropped_bias(monkeypatch: pytest.MonkeyPatch) -> None:

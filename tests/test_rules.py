@@ -96,7 +96,6 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "foldcc.places", _places_of_choices
     yield "foldcc.share", lambda n: (share.overload, real(n(), n()))
     yield "foldcc.random_bits", lambda n: (ops.random_bits.overload, torch.tensor(7), [torch.arange(n()), torch.arange(n())])
-    yield "aten.scaled_dot_product_attention", _masked_attention
     yield "aten.matmul", lambda n: (aten.matmul.default, real(n(), 1, n(), k := n()), real(n(), k, n()))
     yield "aten.arange", lambda n: (aten.arange.default, n())
     yield "aten.expand", lambda n: (aten.expand.default, real(a := n(), 1, b := n()), [n(), a, n(), -1 if n() > 3 else b])
@@ -235,14 +234,12 @@ def _attention(n: Size) -> Call:
     q, k, v = real(batch, heads * group, length, 4), real(batch, heads, length, 4), real(batch, heads, length, 3)
     sinks = real(heads * group) if n() > 2 else None
     valid = ids(2, batch, length).bool() if n() > 2 else None
-    return ops.attention, q, k, v, sinks, valid, 0.5, n() > 2, 3 if n() > 2 else 0, 0.5 if n() > 2 else 0.0
-
-
-def _masked_attention(n: Size) -> Call:
-    batch, heads, group, length = n(), n(), n(), n()
-    q, k, v = real(batch, heads * group, length, 4), real(batch, heads, length, 4), real(batch, heads, length, 3)
-    mask = real(1 if n() > 2 else batch, 1 if n() > 2 else heads * group, length, length)
-    return aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, False, {"enable_gqa": group > 1}
+    mask = real(1 if n() > 2 else batch, 1 if n() > 2 else heads * group, length, length) if n() > 2 else None
+    mask = mask if mask is None or n() > 2 else mask > 0
+    return (
+        ops.attention, q, k, v, sinks, valid, 0.5, n() > 2, 3 if n() > 2 else 0, 0.5 if n() > 2 else 0.0, None, None,
+        0.0, mask,
+    )  # fmt: skip
 
 
 def _experts(n: Size) -> Call:
@@ -475,7 +472,6 @@ WRONG = [
     ("aten.topk", rules.RULES, widened(rules.RULES["aten.topk"])),
     ("aten.tril", rules.RULES, widened(rules.RULES["aten.tril"])),
     ("aten.gather", rules.RULES, widened(rules.RULES["aten.gather"])),
-    ("aten.scaled_dot_product_attention", rules.RULES, widened(rules.RULES["aten.scaled_dot_product_attention"])),
     ("aten.amax", rules.RULES, linear(rules.RULES["aten.amax"])),
     ("aten.mm", rules.RULES, notation("m k, k n -> m n ; linear 0 1")),
     ("aten.linear", rules.RULES, notation("... k, n k, n -> ... n ; linear 0 | 1")),

@@ -19,7 +19,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import functions, modules, normalize, packing, random, regions, transformers
+from foldcc.capture import functions, masks, modules, normalize, random, regions, transformers
 from foldcc.capture.functional import functional
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
@@ -105,7 +105,7 @@ def capture(
     marks = len(recorder.marks) if recorder is not None else 0
     updated = return_updates(graph, exported.graph_signature.output_specs, slots, marks)
     _put_on(graph, device)
-    packing.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
+    masks.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
     normalize.normalize(graph)
     slots = random.with_keys(graph, slots)
     literals = _without_literals(graph)

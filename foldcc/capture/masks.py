@@ -1,7 +1,9 @@
-"""Attention masks of Transformers, as what they are made of: causality, a window, padding.
+"""Attention masks of Transformers: tensors, and what they are made of, causality, a window and padding, where it is no more.
 
-The library composes a mask from functions of two positions and evaluates them. During capture its factories return a
-`Pattern` instead, which attention carries, or refuse by name what it does not carry. So nothing of a mask gets lost.
+The library composes a mask from functions of two positions and evaluates them. So it is captured, for models compute with
+masks; and a mark says of which pattern it is. Attention that is given a marked mask carries the pattern, and nobody makes the
+mask. In a row with several sequences, attention stays within each: whether there are is in the values, which a tracer does not
+have. But positions that a model counts by itself are those of one sequence a row; only positions that are given can be packed.
 """
 
 from __future__ import annotations
@@ -10,108 +12,156 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from foldcc.changed import changed
 from foldcc.errors import FoldError
+from foldcc.ir.rewrite import replace_node
+from foldcc.ops import attention, captured_record
+from foldcc.ops.operator import LIBRARY, positional
 
-CARRIED = "causal masks, sliding windows, and padding masks [batch, sequence]"
+_HOW = "Tensor? rows, Tensor? packed, Tensor? valid, bool pattern, bool causal, int window"
+LIBRARY.define(f"masked_by(Tensor allowed, {_HOW}) -> Tensor")
+LIBRARY.impl("masked_by", lambda allowed, *_: allowed.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("foldcc::masked_by", lambda allowed, *_: torch.empty_like(allowed), lib=LIBRARY)
+_masked_by = torch.ops.foldcc.masked_by.default
 
 
 class Pattern(NamedTuple):
-    """Which pairs (query, key) attend: `key <= query` if causal, `|query - key| < window` if there is one.
-
-    `positions`, [batch, sequence], are there when the library suspects packed sequences; see packing.py.
-    """
+    """Which pairs (query, key) attend: `key <= query` if causal, `|query - key| < window` if there is one."""
 
     causal: bool
     window: int = 0
-    positions: Tensor | None = None
+
+    def __call__(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key
+        allowed = distance >= 0 if self.causal else query >= 0
+        return allowed & (distance < self.window) & (distance > -self.window) if self.window else allowed
 
 
-class Mask(NamedTuple):
-    """What a model's layers receive as `attention_mask` while it is captured; `valid` is [batch, keys], bool."""
+class Rows(NamedTuple):
+    """A function of positions in rows of one sequence, and the same in packed rows, whose sequences `rows` counts."""
 
-    pattern: Pattern
-    valid: Tensor | None
+    one: Callable[..., Tensor]
+    several: Callable[..., Tensor]
+    rows: Tensor | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)  # Python and the tracers ask for such names
-        raise _read(f".{name}")
-
-    def __getitem__(self, places: Any) -> Any:
-        raise _read("[...]")
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise _read(f" in {getattr(function, '__name__', function)}")
+    def __call__(self, *places: Tensor) -> Tensor:
+        return self.several(*places)
 
 
-def _read(how: str) -> FoldError:
-    return FoldError(f"The model computes with its attention mask itself (mask{how}).", carries=CARRIED)
+def mask(
+    added: bool, *, mask_function: Any, attention_mask: Tensor | None, q_offset: Any = 0, kv_offset: Any = 0, **sizes: Any
+) -> Tensor:
+    """The mask interface of Transformers: [batch, 1, queries, keys], with the pattern that it is of, if it is of one.
 
-
-def mask(*, mask_function: Any, attention_mask: Tensor | None = None, q_offset: Any = 0, kv_offset: Any = 0, **_: Any) -> Mask:
-    """The mask interface of Transformers: it would evaluate `mask_function`, we only keep what it says.
+    Args:
+        added: it is added to scores, as by models that know no other masks; else it is bool.
 
     Raises:
-        FoldError: the mask is made in another way than by the library's factories, or continues a cache.
+        FoldError: the mask continues a cache.
     """
-    if not isinstance(mask_function, Pattern):
-        raise FoldError("The model builds its attention mask with a function of its own.", carries=CARRIED)
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise FoldError(f"The attention mask has shape {list(attention_mask.shape)}.", carries=CARRIED)
+        raise FoldError(
+            f"The attention mask has shape {list(attention_mask.shape)}.",
+            valid="[batch, sequence], or [batch, 1 or heads, queries, keys] of what is added to scores",
+        )
     if q_offset != 0 or kv_offset != 0:
-        raise FoldError("Attention continues a cache, which foldcc's attention does not carry.", carries=CARRIED)
-    return Mask(mask_function, attention_mask)
+        raise FoldError("Attention continues a cache, which no program is given.", valid="a call without past_key_values")
+    sizes |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+    def made(function: Any) -> Tensor:
+        return (eager_mask if added else sdpa_mask)(mask_function=function, attention_mask=attention_mask, **sizes)
+
+    one, rows = (mask_function.one, mask_function.rows) if isinstance(mask_function, Rows) else (mask_function, None)
+    allowed = made(one)
+    pattern = one if isinstance(one, Pattern) and allowed.shape[2] == allowed.shape[3] else None
+    if pattern is None and rows is None:
+        return allowed
+    packed = None if rows is None else made(mask_function)
+    return _masked_by(allowed, rows, packed, attention_mask, pattern is not None, *(pattern or (False, 0)))
 
 
-class _Packed(NamedTuple):
+def remove_marks(graph: fx.Graph, inputs: set[str]) -> None:
+    """Attention that is given a marked mask carries the pattern instead, and the marks go.
+
+    Args:
+        inputs: names of the placeholders that the caller of the model fills.
+    """
+    for mark in graph.find_nodes(op="call_function", target=_masked_by):
+        allowed, rows, packed, valid, pattern, causal, window = mark.args
+        if rows is not None and _sources(rows) & inputs:
+            allowed, pattern = packed, False
+        for node in [n for n in mark.users if n.target is attention and pattern]:
+            given = captured_record(attention).arguments(node)
+            if given["mask"] is mark:
+                given |= {"valid": valid, "causal": causal, "window": window, "mask": None}
+                node.args = positional(attention, given)
+        replace_node(mark, allowed)
+
+
+def _sources(node: fx.Node) -> set[str]:
+    """Names of the placeholders that a value is computed from."""
+    found, stack = set(), [node]
+    seen: set[fx.Node] = set()
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack += n.all_input_nodes
+            if n.op == "placeholder":
+                found.add(n.name)
+    return found
+
+
+class _Within(NamedTuple):
     """What stands in for the pairs of positions that belong to one sequence of a packed row."""
 
-    positions: Tensor
+    rows: Tensor
+    function: Callable[..., Tensor]
 
 
-def _packed(pattern: Any, position_ids: Tensor, *_: Any) -> Any:
-    """A pattern whose positions start again with each sequence of a row."""
-    return pattern._replace(positions=position_ids) if isinstance(pattern, Pattern) else _refuse("packed sequences")()
+def _functions() -> dict[str, Any]:
+    """What stands in for functions of transformers.masking_utils: patterns, which also compute what these do.
+
+    A bidirectional window there includes its end. What it makes of packed rows has changed with its versions: the last two
+    names are not in all of them.
+    """
+    from transformers import masking_utils
+
+    there = dict(vars(masking_utils))
+
+    def within(rows: Tensor) -> _Within:
+        return _Within(rows, there["packed_sequence_mask_function"](rows))
+
+    def and_masks(*functions: Any) -> Any:
+        composed = there["and_masks"](*(x.function if isinstance(x, _Within) else x for x in functions))
+        match functions:
+            case (_Within(rows), other) | (other, _Within(rows)):
+                return Rows(other.one if isinstance(other, Rows) else other, composed, rows)
+        return composed
+
+    def compatible(function: Any, positions: Tensor, rows: Tensor) -> Any:
+        return Rows(function, there["packed_sequence_compatibility_function"](function, positions, rows), rows)
+
+    def remapped(function: Any, positions: Tensor) -> Any:
+        return Rows(function, there["remap_positions_for_packed_sequence"](function, positions))
+
+    return {
+        "causal_mask_function": Pattern(True),
+        "bidirectional_mask_function": Pattern(False),
+        "sliding_window_causal_mask_function": lambda window: Pattern(True, window),
+        "sliding_window_bidirectional_mask_function": lambda window: Pattern(False, window + 1),
+        "packed_sequence_mask_function": within,
+        "and_masks": and_masks,
+        "packed_sequence_compatibility_function": compatible,
+        "remap_positions_for_packed_sequence": remapped,
+    }
 
 
-def _and(*patterns: Any) -> Pattern:
-    """A pattern within packed sequences, which is the one intersection that is carried."""
-    match patterns:
-        case (Pattern() as pattern, _Packed(positions)) | (_Packed(positions), Pattern() as pattern):
-            return _packed(pattern, positions)
-    return _refuse("an intersection (and_masks)")()
-
-
-def _refuse(what: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise FoldError(
-            f"The model builds its attention mask with {what}, which foldcc's attention does not carry.",
-            carries=CARRIED,
-        )
-
-    return refuse
-
-
-# What stands in for the factories of transformers.masking_utils. A bidirectional window there includes its end. What it makes
-# of packed rows has changed with its versions: the last two names are not in all of them.
-_FACTORIES: dict[str, Any] = {
-    "causal_mask_function": Pattern(True),
-    "bidirectional_mask_function": Pattern(False),
-    "sliding_window_causal_mask_function": lambda window: Pattern(True, window),
-    "sliding_window_bidirectional_mask_function": lambda window: Pattern(False, window + 1),
-    "find_packed_sequence_indices": lambda position_ids: position_ids,
-    "packed_sequence_mask_function": _Packed,
-    "chunked_causal_mask_function": _refuse("chunks (chunked_causal_mask_function)"),
-    "blockwise_overlay": _refuse("blocks (blockwise_overlay)"),
-    "or_masks": _refuse("a union (or_masks)"),
-    "and_masks": _and,
-    "packed_sequence_compatibility_function": _packed,
-    "remap_positions_for_packed_sequence": _packed,
-}
 _NOT_IN_ALL = ("packed_sequence_compatibility_function", "remap_positions_for_packed_sequence")
 
 
@@ -121,8 +171,9 @@ def as_patterns() -> Iterator[None]:
     from transformers import masking_utils
 
     # A version that lacks another of these composes its masks in a way that this file does not know.
-    there = {name: x for name, x in _FACTORIES.items() if hasattr(masking_utils, name)}
-    missing = [name for name in _FACTORIES if name not in there and name not in _NOT_IN_ALL]
+    functions = _functions()
+    there = {name: x for name, x in functions.items() if hasattr(masking_utils, name)}
+    missing = [name for name in functions if name not in there and name not in _NOT_IN_ALL]
     if missing:
         raise FoldError(f"transformers.masking_utils has no {', '.join(missing)}.", valid="a version of Transformers that has")
     with changed(vars(masking_utils), there):

@@ -7,7 +7,6 @@ becomes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,46 +57,22 @@ def _cross_entropy(node: fx.Node) -> fx.Node:
 
 
 def _attention(node: fx.Node) -> fx.Node:
-    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-    dropout = argument(node, "dropout_p")
-    if argument(node, "attn_mask") is not None or q.meta["val"].dim() != 4:
-        return node if not dropout else _attended(node)
-    scale = argument(node, "scale")
+    q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
+    scale, causal, dropout = (argument(node, name) for name in ("scale", "is_causal", "dropout_p"))
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
-    causal = argument(node, "is_causal")
+    heads = q.meta["val"].dim() == 4
+    if not heads and q.meta["val"].dim() != 3:
+        return node
+    if not heads:
+        q, k, v = (emit(node, aten.unsqueeze.default, x, 1) for x in (q, k, v))
+    if not heads and mask is not None and mask.meta["val"].dim() == 3:
+        mask = emit(node, aten.unsqueeze.default, mask, 1)
     keep = None
     if dropout:
         pairs = [*q.meta["val"].shape[:3], k.meta["val"].shape[2]]
         keep = _kept(node, emit(node, aten.new_empty.default, q, pairs), dropout)
-    y = emit(node, ops.attention, q, k, v, None, None, scale, causal, 0, keep=keep, dropout=dropout)
-    return emit(node, aten.transpose.int, y, 1, 2)
-
-
-def _attended(node: fx.Node) -> fx.Node:
-    """Attention that drops out and has a mask, in the operators that it is made of."""
-    q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
-    scale = argument(node, "scale")
-    k, v = (_repeated(node, x, q) for x in (k, v)) if argument(node, "enable_gqa") else (k, v)
-    scores = emit(node, aten.matmul.default, q, emit(node, aten.transpose.int, k, -2, -1))
-    scores = emit(node, aten.mul.Tensor, scores, q.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
-    if argument(node, "is_causal"):
-        pairs = list(scores.meta["val"].shape[-2:])
-        mask = emit(node, aten.tril.default, emit(node, aten.new_ones.default, scores, pairs, dtype=torch.bool))
-    if mask is not None and mask.meta["val"].dtype == torch.bool:
-        scores = emit(node, aten.masked_fill.Scalar, scores, emit(node, aten.logical_not.default, mask), -math.inf)
-    elif mask is not None:
-        scores = emit(node, aten.add.Tensor, scores, mask)
-    weights, dropout = emit(node, aten._safe_softmax.default, scores, -1), argument(node, "dropout_p")
-    weights = _scaled(node, weights, _kept(node, weights, dropout), dropout)
-    return emit(node, aten.matmul.default, weights, v)
-
-
-def _repeated(node: fx.Node, x: fx.Node, queries: fx.Node) -> fx.Node:
-    """Each of fewer heads as often as there are query heads for it."""
-    shape, heads = x.meta["val"].shape, queries.meta["val"].shape[-3]
-    each = [*shape[:-2], heads // shape[-3], *shape[-2:]]
-    spread = emit(node, aten.expand.default, emit(node, aten.unsqueeze.default, x, -3), each)
-    return emit(node, aten.reshape.default, spread, [*shape[:-3], heads, *shape[-2:]])
+    y = emit(node, ops.attention, q, k, v, None, None, scale, causal, 0, keep=keep, dropout=dropout, mask=mask)
+    return emit(node, aten.transpose.int, y, 1, 2) if heads else emit(node, aten.squeeze.dim, y, 2)
 
 
 def _dropout(node: fx.Node) -> fx.Node:
@@ -144,6 +119,43 @@ def _cast(before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
     return found
 
 
+def _index(node: fx.Node) -> fx.Node:
+    """`x[batch, position]` by indices that count all entries of x is x, as masks are made of functions of positions."""
+    x, indices = node.args[0], node.args[1]
+    found = [x for x in (None if i is None else _constant(i) for i in indices) if x is not None]
+    if len(found) < len(indices):
+        return node
+    shape = torch.broadcast_shapes(*(i.shape for i in found))
+    wide, left = x.meta["val"].shape, [1] * len(shape)
+    for n, i in zip(wide, found, strict=False):
+        dims = [d - i.dim() for d, m in enumerate(i.shape) if m != 1] or [-1]
+        left[dims[0]] *= n
+        if len(dims) > 1 or i.numel() != n or not torch.equal(i.flatten(), torch.arange(n, device="cpu")):
+            return node
+    order = [d - i.dim() for i in found for d, m in enumerate(i.shape) if m != 1]
+    if tuple(left) != shape or order != sorted(order):
+        return node
+    return emit(node, aten.reshape.default, x, [*shape, *wide[len(found) :]])
+
+
+def _constant(node: fx.Node) -> torch.Tensor | None:
+    """The numbers of a value that no operand of the program decides."""
+    known: dict[fx.Node, Any] = {}
+
+    def value(n: fx.Node) -> Any:
+        if n not in known:
+            known[n] = None
+            args, kwargs = fx.map_arg((n.args, n.kwargs), value)
+            drawn = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+            if n.op == "call_function" and not drawn and not any(known[x] is None for x in n.all_input_nodes):
+                kwargs = {k: torch.device("cpu") if k == "device" else x for k, x in kwargs.items()}
+                known[n] = n.target(*args, **kwargs)
+        return known[n]
+
+    with torch.device("cpu"):
+        return value(node)
+
+
 def _histc(node: fx.Node) -> fx.Node:
     """Counts of integers, which only some devices take as they are, through the numbers that they are."""
     x: fx.Node = node.args[0]
@@ -182,6 +194,7 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.native_dropout.default: _dropout,
     aten.conv1d.default: causal,
     aten.copy.default: _copy,
+    aten.index.Tensor: _index,
     aten.histc.default: _histc,
     aten.type_as.default: _type_as,
     ops.experts_node: _present,

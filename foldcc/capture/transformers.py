@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foldcc.capture.masks import CARRIED, Mask, Pattern, as_patterns, mask
-from foldcc.capture.packing import at_positions
+from foldcc.capture.masks import as_patterns, mask
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.ops import attention, experts
@@ -30,44 +31,57 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Mask | Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface of Transformers: [b, h, q, d], [b, g, k, d], [b, g, k, e] -> [b, q, h, e].
 
-    As in the library's own eager attention, the mask alone says who attends; without one, the module does.
+    As in the library's own eager attention, the mask alone says who attends; without one, the module does. A position bias
+    [b, h, q, k] is added to the scores. With `indices`, [b, q, n], a query attends only to the keys that they count. Each
+    of `sinks`, [b, h, q, n], is the score of one more key, of value zero.
     """
     used = {name: x for name, x in options.items() if name not in _HARMLESS and x is not None and x is not False}
     given = [f"{name}={x}" if isinstance(x, (bool, int, float, str)) else name for name, x in used.items()]
+    read = {"position_bias": position_bias, "sinks": sinks}
+    given += [name for name, x in read.items() if x is not None and not _reads(module, name)]
     if not used.get("output_attentions") and any(key.endswith("attentions") for key in _recorded()):
         given.append("output_attentions=True")
-    valid = None
+    causal = False
     if attention_mask is None:
-        pattern = Pattern(bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if sliding_window:
             given.append(f"sliding_window={sliding_window} without a mask")
-    elif isinstance(attention_mask, Mask):
-        pattern, valid = attention_mask.pattern, attention_mask.valid
-    else:
-        pattern = Pattern(False)
-        given.append(f"a mask of shape {list(attention_mask.shape)}")
-    if query.shape[2] != key.shape[2] and (pattern.causal or pattern.window or valid is not None):
-        given.append(f"a mask between {query.shape[2]} queries and {key.shape[2]} keys")
-    elif valid is not None and valid.shape[1] != key.shape[2]:
-        given.append(f"a mask of {valid.shape[1]} positions for {key.shape[2]} keys")
+    if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+        given.append(f"a mask of {attention_mask.shape[-1]} positions for {key.shape[2]} keys")
+    if causal:
+        given += [f"{name} without a mask" for name, x in {**read, "indices": indices}.items() if x is not None]
+    if causal and query.shape[2] != key.shape[2]:
+        given.append(f"causality between {query.shape[2]} queries and {key.shape[2]} keys without a mask")
     if given:
         raise FoldError(
             f"{type(module).__name__} uses {', '.join(given)}, which foldcc's attention does not carry.",
-            carries=f"scale, softcap, sinks, dropout, grouped heads, {CARRIED}",
+            carries="scale, softcap, sinks, dropout, grouped heads, masks, indices of keys",
         )
-    if pattern.positions is not None:
-        query = at_positions(query, pattern.positions)
+    if indices is not None:
+        chosen = indices.new_zeros((*indices.shape[:2], key.shape[2]), dtype=torch.bool)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        attention_mask = chosen if attention_mask is None else _added(attention_mask, chosen)
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else _added(position_bias, attention_mask)
+    if sinks is not None:
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, sinks.shape[-1])) for x in (key, value))
+        scores = sinks.new_zeros((*sinks.shape[:-1], key.shape[2] - sinks.shape[-1]))
+        scores = scores if attention_mask is None else _added(scores, attention_mask)
+        attention_mask = torch.cat([scores, sinks], -1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     keep = None
     if dropout:
@@ -77,15 +91,29 @@ def _attention(
         key,
         value,
         s_aux,
-        valid,
+        None,
         float(scale),
-        pattern.causal,
-        pattern.window,
+        causal,
+        0,
         softcap or 0.0,
         keep=keep,
         dropout=dropout,
+        mask=attention_mask,
     )
     return y, None
+
+
+def _reads(module: nn.Module, option: str) -> bool:
+    """Whether the attention of a module's own file has an option: one that it does not name, it leaves out."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return own is not None and option in inspect.signature(own).parameters
+
+
+def _added(mask: Tensor, other: Tensor) -> Tensor:
+    """Two masks in one: of pairs that both allow, or of all that is added to scores."""
+    if other.dtype != torch.bool:
+        return mask + other
+    return mask & other if mask.dtype == torch.bool else mask.masked_fill(~other, float("-inf"))
 
 
 def _recorded() -> Iterable[str]:
@@ -181,11 +209,18 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
         raise FoldError(
             "use_cache=True asks for a key/value cache, which no program returns.", valid="use_cache=False, or none"
         )
+    mask_given = given.get("attention_mask")
+    if isinstance(mask_given, Tensor) and mask_given.dim() == 4 and mask_given.dtype == torch.bool:
+        raise FoldError(
+            f"The attention mask is bool, of shape {list(mask_given.shape)}, which not all of the library's attentions take.",
+            valid="what is added to scores: 0, and -inf or the least number of a type",
+        )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
     ours = _asks_for_attention(model)
+    masks = partial(mask, not all(m._supports_sdpa for m in model.modules() if isinstance(m, PreTrainedModel)))
     changes = {
         "_attn_implementation_internal": _NAME if ours else "eager",
         "_experts_implementation_internal": _NAME,
@@ -193,7 +228,7 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(changed(ALL_ATTENTION_FUNCTIONS._global_mapping, {_NAME: _attention}))
-        stack.enter_context(changed(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_NAME: mask}))
+        stack.enter_context(changed(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_NAME: masks}))
         stack.enter_context(changed(ALL_EXPERTS_FUNCTIONS._global_mapping, {_NAME: _experts}))
         if ours:
             stack.enter_context(as_patterns())

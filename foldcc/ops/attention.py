@@ -2,10 +2,11 @@
 
 A query that may attend to nothing, which happens among padding, gets zeros there, and so does it here. With a `softcap` c,
 scores s become c * tanh(s / c), before the mask. Queries may stand later than keys, from the position `start` on. With a
-`dropout` p, the weights that a mask does not keep are zero, and the others are divided by 1 - p.
+`dropout` p, the weights that `keep` does not keep are zero, and the others are divided by 1 - p. A bool `mask` says who
+attends; any other is added to the scores, after the cap.
 
-Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k], start [], keep [b, h, q, k] -> [b, q, h, e],
-where h = g * r.
+Shapes: q [b, h, q, d], k [b, g, k, d], v [b, g, k, e], sinks [h], valid [b, k], start [], keep [b, h, q, k],
+mask [b, h, q, k] or what broadcasts to it -> [b, q, h, e], where h = g * r.
 """
 
 from __future__ import annotations
@@ -43,13 +44,20 @@ def _attend(
     start: Tensor | None = None,
     keep: Tensor | None = None,
     dropout: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     if window >= k.shape[2]:
         window = 0
     alone = valid is None and window == 0 and (start is None or not causal)  # causality decides alone, or nothing does
+    alone = alone and not (causal and mask is not None)
     allowed = None if alone else allowed_pairs(q, k, valid, causal, window, start)
+    added = None
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = mask if allowed is None else allowed & mask
+    else:
+        added = mask
     grouped = q.shape[1] != k.shape[1]
-    if sinks is None and not softcap and keep is None:
+    if sinks is None and not softcap and keep is None and added is None:
         y = scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=causal and allowed is None, scale=scale, enable_gqa=grouped
         )
@@ -62,6 +70,8 @@ def _attend(
     scores = q @ k.transpose(-1, -2) * scale
     if softcap:
         scores = (scores / softcap).tanh() * softcap
+    if added is not None:
+        scores = scores + added
     scores = scores.masked_fill(~allowed, float("-inf"))
     wide = torch.promote_types(q.dtype, torch.float32)
     if sinks is None:
@@ -127,10 +137,24 @@ def _gathered_zigzag(at: Site, q: Node, k: Node, v: Node, valid: Node | None, ke
 _BY_HEADS = {("kv_heads",): None, ("group",): None, ("kv_heads", "group"): _selected}
 
 
-def _no_ring(ranks: int, *, start: Node | None, keep: Node | None, **_: Any) -> str:
+def _rule(q: Node, k: Node, mask: Node | None, **_: Any) -> str:
+    """A dimension of a mask that broadcasts is a letter of its own."""
+    (b, h, queries, _d), keys = q.meta["val"].shape, k.meta["val"].shape[2]
+    given = () if mask is None else mask.meta["val"].shape
+    places = list(zip(("b", "(kv_heads group)", "[q]", "[k]"), (b, h, queries, keys), "wxyz", strict=True))
+    dims = [x if n == m else other for n, (x, m, other) in zip(given, places[4 - len(given) :], strict=True)]
+    return (
+        "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k], ,"
+        f" b (kv_heads group) [q] [k], {' '.join(dims)} -> b [q] (kv_heads group) [value_dim] ; linear 2"
+    )
+
+
+def _no_ring(ranks: int, *, start: Node | None, keep: Node | None, mask: Node | None, **_: Any) -> str:
     """Why keys and values cannot stay divided."""
     if start is not None:
         return "queries stand elsewhere than keys"
+    if mask is not None:
+        return "a mask says who attends"
     return "dropout draws a mask for all keys" if keep is not None else ""
 
 
@@ -184,15 +208,12 @@ def _products(q: Any, k: Any, v: Any, **_: Any) -> tuple[tuple[float, tuple[str,
 
 attention = captured(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? valid, float scale, bool causal, int window, "
-    "float softcap=0.0, Tensor? start=None, Tensor? keep=None, float dropout=0.0) -> Tensor",
+    "float softcap=0.0, Tensor? start=None, Tensor? keep=None, float dropout=0.0, Tensor? mask=None) -> Tensor",
     meaning="scaled_dot_product_attention over grouped heads",
     eager=_attend,
     shape=lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
     narrow={"q", "k", "v"},
-    rule=(
-        "b (kv_heads group) [q] [head_dim], b kv_heads [k] [head_dim], b kv_heads [k] [value_dim], (kv_heads group), b [k], ,"
-        " b (kv_heads group) [q] [k] -> b [q] (kv_heads group) [value_dim] ; linear 2"
-    ),
+    rule=_rule,
     divisions=(
         Division(("q",), stretch=True, only="cp", way="gathered", lower=_gathered),
         Division(("q",), zigzag=True, only="cp", way="gathered", unfit=_no_zigzag, share=_of_half, lower=_gathered_zigzag),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -63,28 +62,11 @@ def _matmul(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
     return build([first, second], [(*batch, *own)], [x, y, out], linear=[[0], [1]])
 
 
-def _masked_attention(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule | None:
-    """scaled_dot_product_attention with a mask that broadcasts over samples and heads; queries and keys stay whole."""
-    rule = notation("b (kv_heads group) q d, b kv_heads k d, b kv_heads k e -> b (kv_heads group) q e ; linear 2").rule(
-        inputs[:3], outputs
-    )
-    if rule is None:
-        return None
-    mask: Pattern | None = None
-    if len(inputs) > 3 and inputs[3] is not None:
-        full = (("b",), ("kv_heads", "group"), ("q",), ("k",))[-len(inputs[3]) :]
-        wide = [math.prod(rule.sizes[x] for x in dim) for dim in full]
-        mask = tuple(dim if n == m else () for dim, n, m in zip(full, inputs[3], wide, strict=True))
-    operands_ = (*rule.operands, *([mask] if len(inputs) > 3 else []))
-    return Rule(**{**vars(rule), "operands": operands_, "whole": frozenset("qkde")})
-
-
 RULES: dict[str, Notation | Derived] = {
     "aten.mm": notation("m k, k n -> m n ; linear 0 | 1"),
     "aten.bmm": notation("b m k, b k n -> b m n ; linear 0 | 1"),
     "aten.addmm": notation("n, m k, k n -> m n ; add 0"),
     "aten.linear": notation("... k, n k, n -> ... n ; linear 0 | 1 ; add 2"),
     "aten.matmul": _matmul,
-    "aten.scaled_dot_product_attention": _masked_attention,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
 }
