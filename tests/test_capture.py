@@ -182,6 +182,36 @@ def test_attention_with_a_mask_is_recognised(mask: str, kv_heads: int) -> None:
     check_equivalence(model, "dp=2,tp=2", (activations(),))
 
 
+# --- operators without a rule ---------------------------------------------------------------------------------------
+
+
+class Places(nn.Module):
+    """Operators that are made of others, and an index that counts all samples and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        sample, place = torch.arange(x.shape[0])[:, None, None], torch.arange(x.shape[1]) + 0
+        y = y[sample, place][:, 0] * torch.outer(place // 2, torch.ones(16)).to(y.dtype)
+        y = torch.concat([y.diff(dim=-1, prepend=y[..., :1]), y.repeat(1, 1, 2), y.repeat_interleave(2, -1)], -1)
+        return self.second(y[..., 5:21]) * (place > 2)[:, None] * ((place > 5) | (place < 1))[:, None]
+
+
+@pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
+def test_operators_without_a_rule_are_what_they_are_made_of() -> None:
+    assert not any("index" in name for name in operators(captured(Places(), "export", x=activations())))
+    check_equivalence(Places(), "dp=2,tp=2", (activations(),))
+    drawn = Places()
+    drawn.forward = lambda x: x[torch.randperm(x.shape[0])]  # type: ignore[method-assign]
+    state = torch.get_rng_state()
+    with pytest.raises(FoldError, match="randperm"):
+        foldcc.parallelize(drawn, "dp=2", example_inputs=(activations(),))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 

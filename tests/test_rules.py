@@ -160,6 +160,7 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield "aten.prod", lambda n: (aten.prod.dim_int, real(n(), n()), axis(n, 2), n() > 3)
     yield from each("tril triu", "default", lambda f, n: (f, real(n(), n(), n()), n() - 3))
     yield from each("add sub mul div", "Tensor", lambda f, n: (f, *_broadcast(n)))
+    yield "aten.floor_divide", lambda n: (aten.floor_divide.default, *_broadcast(n))
     yield from each("neg exp silu gelu sigmoid rsqrt tanh cos", "default", lambda f, n: (f, real(n(), n()).abs() + 1))
     yield from each("clone alias detach contiguous lift_fresh_copy", "default", lambda f, n: (f, real(n(), n())))
     yield from each("eq lt ge", "Tensor", lambda f, n: (f, ids(3, n(), b := n()), ids(3, b)))

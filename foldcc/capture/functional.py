@@ -18,8 +18,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 
 from foldcc.capture import batch_norm, regions
+from foldcc.ir.node import name_of
 from foldcc.ir.rewrite import inline, replace_node
+from foldcc.rules.kinds import named
 
+_WRITTEN_OUT = named("concat diff outer repeat_interleave")  # no rule says more of them than what they are made of
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -43,10 +46,10 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _ambiguous(target: Any) -> bool:
-    """Whether what an operator is made of, and whether its result is a view, depends on its operands."""
+    """Whether what an operator is made of, or whether its result is a view, depends on its operands."""
     if not isinstance(target, OpOverload) or not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE):
         return False
-    return _views(target) and not _writes(target)
+    return (_views(target) or name_of(target) in _WRITTEN_OUT) and not _writes(target)
 
 
 def _views(target: Any) -> bool:

@@ -26,6 +26,13 @@ MEAN, SUM = 1, 2
 _DROPPED = SAME - {"aten.detach"} | {"aten.detach_"}  # what detach cuts off stays cut off; nobody reads what detach_ leaves
 
 
+ALIASES = {
+    getattr(getattr(aten, f"__{name}__"), overload): getattr(getattr(aten, f"bitwise_{name}"), overload)
+    for name in ("and", "or", "xor")
+    for overload in ("Tensor", "Scalar")
+}
+
+
 def normalize(graph: fx.GraphModule) -> None:
     """Rewrites the graph in place."""
     for node in list(graph.graph.nodes):
@@ -33,6 +40,8 @@ def normalize(graph: fx.GraphModule) -> None:
             replace_node(node, REWRITES[node.target](node))
         elif name_of(node.target) in _DROPPED:
             replace_node(node, node.args[0])
+        elif node.target in ALIASES:
+            node.target = ALIASES[node.target]
         elif name_of(node.target) in RESHAPES - {"aten.reshape"}:
             node.target, node.args = aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten._assert_tensor_metadata.default:
@@ -156,6 +165,15 @@ def _constant(node: fx.Node) -> torch.Tensor | None:
         return value(node)
 
 
+def _repeat(node: fx.Node) -> fx.Node:
+    """Each dimension several times over: one that is expanded before it."""
+    x, times = node.args
+    shape = [1] * (len(times) - x.meta["val"].dim()) + list(x.meta["val"].shape)
+    apart = emit(node, aten.reshape.default, x, [m for n in shape for m in (1, n)])
+    apart = emit(node, aten.expand.default, apart, [m for pair in zip(times, shape, strict=True) for m in pair])
+    return emit(node, aten.reshape.default, apart, list(node.meta["val"].shape))
+
+
 def _histc(node: fx.Node) -> fx.Node:
     """Counts of integers, which only some devices take as they are, through the numbers that they are."""
     x: fx.Node = node.args[0]
@@ -196,6 +214,7 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.copy.default: _copy,
     aten.index.Tensor: _index,
     aten.histc.default: _histc,
+    aten.repeat.default: _repeat,
     aten.type_as.default: _type_as,
     ops.experts_node: _present,
 }

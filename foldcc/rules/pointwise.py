@@ -53,7 +53,9 @@ def _arange(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
 # Of all others PyTorch says itself that they are pointwise.
 RULES: dict[str, Notation | Derived] = {
     "foldcc.share": notation("... -> ... ; linear 0"),
-    **dict.fromkeys(SAME | named("_to_copy copy dropout pow bitwise_not neg mul div add sub where masked_fill"), pointwise),
+    **dict.fromkeys(
+        SAME | named("_to_copy copy dropout pow bitwise_not neg mul div floor_divide add sub where masked_fill"), pointwise
+    ),
     **dict.fromkeys(EMPTY | set(FILLS), _fill),
     **dict.fromkeys(named("zeros_like ones_like full_like empty_like"), pointwise),
     "aten.arange": _arange,
