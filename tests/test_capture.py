@@ -212,6 +212,56 @@ def test_operators_without_a_rule_are_what_they_are_made_of() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# --- complex numbers --------------------------------------------------------------------------------------------------
+
+
+class Rotated(nn.Module):
+    """Queries and keys that are turned by their positions, as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.shape[1]).to(x.dtype), torch.tensor([1.0, 0.3], dtype=x.dtype))
+        turned = torch.polar(torch.ones_like(angles), angles)[:, None] * 0.5
+
+        def turn(y: Tensor) -> Tensor:
+            return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (4, 2, 2))) * turned).flatten(-2).transpose(1, 2)
+
+        y = F.scaled_dot_product_attention(turn(self.q(x)), turn(self.k(x)).conj(), turn(x))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
+def test_complex_numbers_are_pairs_of_real_ones() -> None:
+    model = Rotated()
+    for tracer in TRACERS:
+        values = (n.meta["val"] for _, n in captured(model, tracer, x=activations()).nodes())
+        assert not any(x.is_complex() for x in values if isinstance(x, Tensor))
+    check_equivalence(model, "dp=2,tp=2", (activations(),))
+    proof = foldcc.verify(foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(activations(),)))
+    assert proof.ok
+    assert not proof.missing
+
+
+class Logarithms(nn.Module):
+    def __init__(self, leaves: bool):
+        super().__init__()
+        self.leaves, self.inner = leaves, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.view_as_complex(self.inner(x).unflatten(-1, (8, 2)))
+        return z if self.leaves else z.log().real
+
+
+@pytest.mark.parametrize(("leaves", "why"), [(False, "what aten.log does to complex"), (True, "enter or leave the program")])
+def test_complex_numbers_that_are_no_pairs(leaves: bool, why: str) -> None:
+    with pytest.raises(FoldError, match=why):
+        foldcc.parallelize(Logarithms(leaves), "dp=2", example_inputs=(activations(),))
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 

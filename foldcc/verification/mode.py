@@ -6,6 +6,7 @@ mode stands below autograd, so derivatives are PyTorch's own formulas, over the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from foldcc.ops import record
 from foldcc.ops.random import DRAWS
 from foldcc.verification.field import FUNCTIONS, Field
 from foldcc.verification.functions import pointwise
-from foldcc.verification.meanings import MEANINGS, MOVES, value
+from foldcc.verification.meanings import MEANINGS, MOVES, REARRANGES, value
 from foldcc.verification.order import to_integer
 
 aten = torch.ops.aten
 _CASTS = {"_to_copy", "to"}
+_COMPLEX = {"complex", "polar", "view_as_complex"}
 _COPIES = frozenset(
     """_reshape_alias _unsafe_view cat clone contiguous expand flatten flip gather index index_select masked_select repeat
     reshape roll stack view""".split()
@@ -77,6 +79,8 @@ class FieldMode(TorchDispatchMode):
         return result
 
     def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], in_place: bool) -> Any:
+        if name in _COMPLEX or any(isinstance(x, Tensor) and x.is_complex() for x in _flat(args)):
+            return self._of_pairs(func, name, args, kwargs)
         if name in _CASTS:
             return self._cast(args[0], next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), None))
         if func.namespace != "aten" or name in _RANDOM:
@@ -104,6 +108,26 @@ class FieldMode(TorchDispatchMode):
         if name in ("lift_fresh", "lift_fresh_copy"):
             return self.field.numbers(result)
         return result
+
+    def _of_pairs(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A complex number is two elements; what is not named here does the same to both."""
+        if name in ("complex", "view_as_complex", "view_as_real"):
+            return func(*args)
+        parts = [pytree.tree_map_only(Tensor, partial(_part, i), args) for i in (0, 1)]
+        with self:
+            if name == "polar":
+                made = args[0] * args[1].cos(), args[0] * args[1].sin()
+            elif name == "mul" and len([x for x in args if isinstance(x, Tensor) and x.is_complex()]) == 2:
+                (a, c), (b, d) = parts
+                made = a * c - b * d, a * d + b * c
+            elif name in ("_conj", "conj_physical"):
+                made = parts[0][0], -parts[1][0]
+            elif name in {*_CASTS, *REARRANGES, "add", "mul", "neg", "sub", "sum"}:
+                kwargs = {k: x for k, x in kwargs.items() if k != "dtype"}
+                made = tuple(func(*part, **kwargs) for part in parts)
+            else:
+                raise NoMeaning(func)
+        return torch.complex(*made)
 
     def _known(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
         """What is known of all values that are copied is known of the copy."""
@@ -134,6 +158,11 @@ class FieldMode(TorchDispatchMode):
         if dtype is None or dtype.is_floating_point:
             return value(self.field, x)
         return to_integer(self.field, x, dtype)
+
+
+def _part(i: int, x: Tensor) -> Tensor:
+    """The real or the imaginary part of a complex number; a real one is a factor of both."""
+    return torch.view_as_real(x.resolve_conj()).select(-1, i) if x.is_complex() else x
 
 
 def _is_float(x: Any) -> bool:
