@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import foldcc
-from foldcc.testing import in_float64
+from foldcc.testing import check_equivalence, in_float64
 from foldcc.testing.equivalence import relative_error
 from tests.models import tiny_model, token_batch
 from tests.versions import TRACERS
@@ -174,11 +175,44 @@ class Through(nn.Module):
         return self.second(self.function(self.first(x)))
 
 
+class Two(torch.autograd.Function):
+    """Two results of two operands, of which one is saved, with gradients that are not those of what it computes."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, times: float) -> tuple[Tensor, Tensor]:
+        return x.round() * times, (x * y).sum(-1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.times = inputs[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rounded: Tensor, summed: Tensor) -> tuple[Tensor, Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return rounded.roll(1, -1) * y.sigmoid() - summed * ctx.times, summed.expand_as(y).flip(-1), None
+
+
+def _two(x: Tensor) -> Tensor:
+    first, second = Two.apply(x, x.sin(), 3.0)
+    return first * second
+
+
+@pytest.mark.parametrize("function", [Reversed.apply, _two])
+def test_a_backward_pass_of_a_models_own_is_its_backward_pass(function: Any) -> None:
+    plain, x = Through(function).double(), stack_input()
+    check_equivalence(plain, "dp=2,tp=2", (x,))
+    proof = foldcc.verify(foldcc.parallelize(plain, "dp=2", example_inputs=(x,)))
+    assert proof.ok
+    assert not proof.missing
+    with pytest.raises(foldcc.FoldError, match="Dynamo does not keep"):
+        foldcc.parallelize(plain, "dp=2", example_inputs=(x,), capture="dynamo")
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
-def test_a_backward_pass_of_a_models_own_is_refused_and_its_forward_pass_runs(tracer: str) -> None:
-    plain, x = Through(Reversed.apply).double(), stack_input()
-    with pytest.raises(foldcc.FoldError, match="own backward pass cannot be captured"):
-        foldcc.parallelize(plain, "dp=2", example_inputs=(x,), capture=tracer)
+def test_the_forward_pass_of_a_function_with_a_backward_pass_of_its_own_runs(tracer: str) -> None:
+    plain, x = Through(_two).double(), stack_input()
     with torch.no_grad():
         torch.testing.assert_close(foldcc.parallelize(plain, "dp=2", capture=tracer)(x), plain(x))
 

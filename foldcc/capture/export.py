@@ -19,7 +19,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from foldcc.capture import functions, masks, modules, normalize, pairs, random, regions, transformers
+from foldcc.capture import backwards, functions, masks, modules, normalize, pairs, random, regions, transformers
 from foldcc.capture.functional import functional
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
@@ -106,6 +106,7 @@ def capture(
     updated = return_updates(graph, exported.graph_signature.output_specs, slots, marks)
     _put_on(graph, device)
     masks.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
+    backwards.transpose(graph.graph)
     pairs.in_pairs(graph.graph)
     normalize.normalize(graph)
     slots = random.with_keys(graph, slots)

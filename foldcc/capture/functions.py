@@ -2,22 +2,22 @@
 
 A tracer keeps the forward pass alone of a function that has a backward pass of its own.
 Reentrant gradient checkpointing is one: its backward pass is that of the function that it runs, which is what is captured.
-What is kept for the backward pass, a program decides. Any other is refused.
+What is kept for the backward pass, a program decides. Of any other, `backwards.py` keeps the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from foldcc.capture.backwards import marked
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 
@@ -39,14 +39,14 @@ def inlined() -> Iterator[None]:
 
 @contextmanager
 def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
-    """Checkpointed functions are captured as what they compute, and a gradient through any other function is an error.
+    """Checkpointed functions are captured as what they compute, others with their own backward passes.
 
-    The caller removes the hook that sees to it.
+    The caller removes the hook that looks for gradients of what is no parameter.
     """
     if tracer == "export":
-        model.register_forward_hook(lambda module, args, returned: _refuse_through(module, returned))
+        model.register_forward_hook(lambda module, args, returned: _refuse_foreign(module, returned))
     call = _DYNAMOS.__call__
-    with inlined():
+    with inlined(), marked() if tracer == "export" else nullcontext():
         _DYNAMOS.__call__ = _refuse if torch.is_grad_enabled() else call
         try:
             yield
@@ -54,7 +54,7 @@ def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
             _DYNAMOS.__call__ = call
 
 
-def _refuse_through(model: nn.Module, returned: Any) -> None:
+def _refuse_foreign(model: nn.Module, returned: Any) -> None:
     """Goes through the backward pass that autograd has recorded. Parameters and inputs are fake tensors in it."""
     left = [x.grad_fn for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
     seen = set()
@@ -70,18 +70,10 @@ def _refuse_through(model: nn.Module, returned: Any) -> None:
                     "and is no parameter of it, so it would not be trained.",
                     valid="an nn.Parameter as an attribute of a module; modules in an nn.ModuleList or nn.ModuleDict",
                 )
-            if isinstance(node, BackwardCFunction):
-                cls: Any = getattr(node, "_forward_cls", type(node))
-                if not cls.__module__.startswith("torch."):
-                    raise _refusal(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:
-    raise _refusal("a torch.autograd.Function")
-
-
-def _refusal(what: str) -> FoldError:
-    return FoldError(
-        f"The model computes with {what}, whose own backward pass cannot be captured.",
-        valid="operators of PyTorch, from which the same gradient follows; or the call under torch.no_grad, without one",
+    raise FoldError(
+        "The model computes with a torch.autograd.Function, whose own backward pass Dynamo does not keep.",
+        valid='capture="export"; operators of PyTorch, from which the same gradient follows',
     )
