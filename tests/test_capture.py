@@ -363,6 +363,23 @@ def test_a_loop_over_experts_is_replaced_by_what_is_registered_for_it(mesh: str,
     check_equivalence(model, mesh, (activations(),), capture=tracer)
 
 
+def test_experts_that_have_no_weights_return_their_tokens() -> None:
+    import transformers
+
+    sizes = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16, "expert_ffn_hidden_size": 8, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    chosen = {"v_head_dim": 4, "head_dim": 4, "moe_topk": 3, "n_routed_experts": 4, "zero_expert_num": 2}
+    config = transformers.LongcatFlashConfig(**sizes, **heads, **chosen)
+    torch.manual_seed(0)
+    model = transformers.LongcatFlashForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    proof = foldcc.verify(foldcc.parallelize(model, "tp=2|ep=2", example_inputs=token_batch(2)), rounds=1)
+    assert proof.ok
+    assert not proof.missing
+
+
 # --- graph modules, calling conventions, modes ------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -162,6 +163,31 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     )
 
 
+def _loops(module: nn.Module) -> bool:
+    """Whether a module has the library's experts, by their names and arguments, and loops over them on its own."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if hasattr(module, "has_gate") or not all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights):
+        return False
+    return list(inspect.signature(module.forward).parameters) == ["hidden_states", "top_k_index", "top_k_weights"]
+
+
+def _with_identities(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts some of which may compute nothing: those beyond the last that has weights return their tokens."""
+    count = module.down_proj.shape[0]
+    beyond = top_k_index >= count
+    y = experts(
+        hidden_states,
+        top_k_index.masked_fill(beyond, 0),
+        top_k_weights.masked_fill(beyond, 0),
+        module.gate_up_proj[:count],
+        module.down_proj,
+        activation_fn=lambda rows: module.act_fn(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1],
+    )
+    if module.gate_up_proj.shape[0] == count:
+        return y
+    return y + hidden_states * (top_k_weights * beyond).sum(-1, keepdim=True).to(hidden_states.dtype)
+
+
 def experts_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose forward is the library's interface of experts: tokens, their experts, the weights of these."""
     return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_concatenated")]
@@ -234,6 +260,8 @@ def adapted(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
             stack.enter_context(as_patterns())
         for config in _configurations(model):
             stack.enter_context(changed(config.__dict__, changes))
+        for module in filter(_loops, model.modules()):
+            module.forward = MethodType(_with_identities, module)
         _install_recorders(model)
         yield
 
