@@ -239,6 +239,14 @@ def test_rows_of_several_sequences_attend_within_each() -> None:
     assert abs(plain(input_ids=ids, labels=ids).loss - model(input_ids=ids, labels=ids, position_ids=positions).loss) > 1e-4
 
 
+def test_a_model_that_reads_its_mask_is_proved_with_padding() -> None:
+    ids = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    proof = foldcc.verify(foldcc.parallelize(_model("chosen keys", "sdpa").model, "tp=2", example_inputs=given), rounds=1)
+    assert proof.ok, str(proof)
+    assert not proof.missing
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_mask_says_who_attends_or_is_added_to_scores(grouped: bool) -> None:
     torch.manual_seed(0)

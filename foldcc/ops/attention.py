@@ -236,5 +236,5 @@ attention = captured(
     products=_products,
     degree=lambda read: 1 + max(read),
     alike=("head_dim", "value_dim"),  # whether queries and values are equally wide decides how it is computed
-    positions=Positions(queries="q", keys="k", dim=2, window="window", valid="valid"),
+    positions=Positions(queries="q", keys="k", dim=2, window="window", valid="valid", pairs="mask"),
 ).overload

@@ -98,6 +98,7 @@ class Positions:
     Attributes:
         queries, keys: operands of what sees, and is seen; dim: of each, the one along which they stand.
         window: the argument that says how far, 0 for no limit; valid: the operand that says which keys are there.
+        pairs: the operand that says of each pair whether it sees.
     """
 
     queries: str
@@ -105,6 +106,7 @@ class Positions:
     dim: int
     window: str
     valid: str
+    pairs: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,8 @@ def _masking(node: fx.Node) -> list[int]:
         p = captured_record(user.target).positions
         if p is not None and argument(user, p.valid) is x:
             found.append(argument(user, p.window) or argument(user, p.keys).meta["val"].shape[p.dim])
+        if p is not None and argument(user, p.pairs) is x:
+            found.append(1)  # how far it goes is not known
     return found
 
 
