@@ -32,7 +32,7 @@ from foldcc.errors import FoldError, divisors, listed
 from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh
-from foldcc.module import FoldedModule, quiet
+from foldcc.module import FoldedModule, called_like, quiet
 from foldcc.ops.capacity import Capacity
 from foldcc.ops.captured import captured_records
 from foldcc.ops.experts import experts_node
@@ -41,6 +41,7 @@ from foldcc.passes.recompute import Recompute
 from foldcc.precision import Precision
 from foldcc.runtime.initial import initialise
 from foldcc.runtime.schedule import Pipelining
+from foldcc.wrappers import refuse_wrapped
 
 KERNELS = ("auto", "triton", "aten")
 # Options of other tools, and what there is here.
@@ -135,6 +136,7 @@ def parallelize(
         raise FoldError(f"There are no kernels {kernels!r}.", valid=f"{', '.join(KERNELS)}, or what load_kernels returns")
     for name in others:
         raise FoldError(f"parallelize takes no option {name!r}.", instead=_ELSEWHERE.get(name), valid=", ".join(_OPTIONS))
+    refuse_wrapped(model)
     _check_parameters(model)
     if isinstance(mesh, str):
         mesh = FoldedMesh.parse(mesh)
@@ -164,7 +166,7 @@ def parallelize(
         )
     if recompute is not None and given.kept:
         raise FoldError("The plan says what is kept, and recompute= would choose it.", valid="one of both")
-    folded = FoldedModule(
+    folded = called_like(type(model))(
         model,
         mesh,
         tracer=capture,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,8 +43,10 @@ from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_
 from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 from foldcc.verification.schedule import prove_schedule
+from foldcc.wrappers import AsksFirst
 
 _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
+_itself = torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
 
 
 class FoldedModule(nn.Module):
@@ -57,6 +60,10 @@ class FoldedModule(nn.Module):
     """
 
     mesh: FoldedMesh
+    _ddp_params_and_buffers_to_ignore = AsksFirst("DistributedDataParallel", "the folded model as it is")
+    _is_accelerate_prepared = AsksFirst(
+        "Accelerate", "foldcc.trainers.accelerate.Accelerator(mesh), or foldcc.trainers.transformers.Trainer"
+    )
 
     def __init__(
         self,
@@ -108,7 +115,7 @@ class FoldedModule(nn.Module):
         if not mesh.is_virtual:
             watch_optimizers(*mesh.stage.of_tensors.values())
 
-    @torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
+    @_itself
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._agreed(args, kwargs)
         parts = self._compiler.micro_batches(call)
@@ -243,11 +250,15 @@ class FoldedModule(nn.Module):
 
     # --- what a person reads ---
 
+    def _get_name(self) -> str:
+        """What a module's class is called; trainers look it up among those that they know."""
+        return type(self._compiler.model).__name__
+
     def __repr__(self) -> str:
         from foldcc.inspect.module import described
 
-        name, places = type(self._compiler.model).__name__, self._places
-        return described(name, self, self.mesh, places.layouts, places.plan.stages, len(self._programs))
+        places = self._places
+        return described(self._get_name(), self, self.mesh, places.layouts, places.plan.stages, len(self._programs))
 
     @property
     def program(self) -> Program:
@@ -386,12 +397,40 @@ class FoldedModule(nn.Module):
             "_unset": still_unset(self, self._unset),
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_state, (type(self._compiler.model),), self.__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._unset = as_unset(self, state["_unset"])
         if not self.mesh.is_virtual:
             watch_optimizers(*self.mesh.stage.of_tensors.values())
         self._attributes, self._inherited = Attributes(self), []
+
+
+_CLASSES: dict[type[nn.Module], type[FoldedModule]] = {}
+
+
+def called_like(original: type[nn.Module]) -> type[FoldedModule]:
+    """The class of the folded modules of a class, whose forward has the signature of the original's.
+
+    Trainers read off it which columns of a data set are arguments, and which of them are labels.
+    """
+
+    @_itself
+    def forward(self: FoldedModule, *args: Any, **kwargs: Any) -> Any:
+        return FoldedModule.forward(self, *args, **kwargs)
+
+    if original not in _CLASSES:
+        vars(forward)["__signature__"] = inspect.signature(original.forward)
+        members = {"forward": forward, "__module__": FoldedModule.__module__}
+        _CLASSES[original] = type("FoldedModule", (FoldedModule,), members)
+    return _CLASSES[original]
+
+
+def _without_state(original: type[nn.Module]) -> FoldedModule:
+    cls = called_like(original)
+    return cls.__new__(cls)
 
 
 def quiet(name: str) -> None:

@@ -269,24 +269,29 @@ _READS = ("get_", "num_", "is_", "has_")  # how methods are called that only rea
 def of_the_original(model: nn.Module, folded: nn.Module, name: str) -> Any:
     """An attribute of the original model as the folded one has it.
 
-    Plain attributes are the original's. Properties, and methods that are called like getters, are evaluated on the folded
-    model, so that a device is that of its parameters, and embeddings are those that are trained.
+    Plain attributes, and methods of the class, are the original's. Properties, and methods that are called like getters, are
+    evaluated on the folded model, so that a device is that of its parameters, and embeddings are those that are trained.
 
     Raises:
         NotFolded: a method that may run or change the model that it belongs to.
     """
-    if name in vars(model) and name[0] != "_":
+    if name in vars(model):
         return vars(model)[name]
     missing = object()
     found = inspect.getattr_static(type(model), name, missing)
     if found is missing:
-        raise AttributeError(f"{type(folded).__name__!r} object has no attribute {name!r}, nor has {type(model).__name__}")
+        passed_on = getattr(model, name, missing)  # from what the model wraps, as an adapter does
+        if passed_on is missing or callable(passed_on) or isinstance(passed_on, Tensor):
+            raise AttributeError(f"{type(folded).__name__!r} object has no attribute {name!r}, nor has {type(model).__name__}")
+        return passed_on
     if isinstance(found, property) and found.fget is not None:
         return found.fget(folded)
     if isinstance(found, functools.cached_property):
         return found.func(folded)
     if isinstance(found, type) or not hasattr(found, "__get__"):
         return found
+    if isinstance(found, (classmethod, staticmethod)):
+        return getattr(type(model), name)
     if isinstance(found, types.FunctionType) and name.startswith(_READS):
         return types.MethodType(found, folded)
     raise NotFolded(

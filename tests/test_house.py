@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors", "changed", "tables", "factors"),
     ("mesh", "hooks", "precision"),
-    ("layout", "tree"),
+    ("layout", "tree", "wrappers"),
     ("ops",),
     ("ir",),
     ("rules", "runtime"),
@@ -28,6 +28,7 @@ FLOORS = (
     ("compiler",),
     ("module",),
     ("api",),
+    ("trainers",),
     ("testing",),
     ("tools",),
     ("__main__",),

@@ -1,0 +1,193 @@
+"""Accelerate with folded models: batches go by data-parallel rank, and nothing is wrapped around the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator as Accelerates
+from accelerate import DistributedType, PartialState
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from foldcc.changed import changed
+from foldcc.errors import FoldError
+from foldcc.mesh import FoldedMesh
+from foldcc.module import FoldedModule
+from foldcc.runtime.clip import clip_grad_norm_
+
+_ALONE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Accelerator(Accelerates):
+    """Accelerate's, for models that are folded on one mesh.
+
+        accelerator = Accelerator(mesh, gradient_accumulation_steps=4)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    Ranks of one `dp` coordinate are given the same batches, and what is gathered or reduced counts each sample once. Gradients
+    are clipped by `foldcc.clip_grad_norm_`. States are saved by `torch.distributed.checkpoint`, and loaded on any fold.
+
+    Args:
+        mesh: of the models that are prepared.
+        options: Accelerate's own.
+
+    Raises:
+        FoldError: another plugin is to divide the model, or batches are to be dispatched by the first rank.
+    """
+
+    def __init__(self, mesh: FoldedMesh, **options: Any):
+        super().__init__(**{"cpu": mesh.device_type == "cpu", **options})
+        self.mesh = mesh
+        if self.distributed_type not in _ALONE or self.state.device_mesh is not None:
+            raise FoldError(
+                f"Accelerate is to divide the model itself, as {self.distributed_type.value}.",
+                valid="an Accelerator without plugins and ParallelismConfig; parallelize(zero=3) for what FSDP does",
+            )
+        if self.num_processes != (1 if mesh.is_virtual else mesh.world_size):
+            raise FoldError(
+                f"Accelerate has found {self.num_processes} processes.",
+                mesh=repr(mesh),
+                valid="torchrun, one process for each rank",
+            )
+        if self.dispatch_batches:
+            raise FoldError("dispatch_batches=True has one rank cut batches for all, by rank.", valid="False, or none")
+        self.dataloader_config.dispatch_batches = False
+
+    # --- what is prepared ---
+
+    def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+        """As of Accelerate, without a wrapper around a folded model, which reduces its own gradients."""
+        if isinstance(model, FoldedModule):
+            vars(model).setdefault("_is_accelerate_prepared", False)
+            device_placement, evaluation_mode = False, True
+        return super().prepare_model(model, device_placement, evaluation_mode)
+
+    def prepare_data_loader(self, *args: Any, **options: Any) -> Any:
+        """As of Accelerate, with the batches of this rank's `dp` coordinate."""
+        with self._by_samples():
+            return super().prepare_data_loader(*args, **options)
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As of Accelerate, which steps once for each rank that has batches of its own."""
+        prepared = super().prepare_scheduler(scheduler)
+        step = prepared.step
+
+        def by_samples(*args: Any, **options: Any) -> None:
+            with self._by_samples():
+                step(*args, **options)
+
+        prepared.step = by_samples
+        return prepared
+
+    @contextmanager
+    def _by_samples(self) -> Iterator[None]:
+        """As if ranks that share their samples were one."""
+        place = 0 if self.mesh.is_virtual else self.mesh.coordinate(dist.get_rank(), "dp")
+        told = {"num_processes": len(self._samples), "process_index": place}
+        with changed(PartialState().__dict__, told), changed(self.state.__dict__, told):
+            yield
+
+    @property
+    def _samples(self) -> tuple[int, ...]:
+        """Ranks that hold all samples, each once."""
+        return (0,) if self.mesh.is_virtual else self.mesh.group_of(0, "dp")
+
+    # --- what ranks tell each other ---
+
+    def gather(self, tensor: Any) -> Any:
+        """The values of all samples, each once, in the order of `dp`."""
+
+        def each_once(x: Tensor) -> Tensor:
+            rows = x.unflatten(0, (self.num_processes, -1))
+            return rows[list(self._samples)].flatten(0, 1)
+
+        whole = recursively_apply(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tensor)
+        return recursively_apply(each_once, super().gather(whole))
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The sum or the mean over the `dp` coordinates."""
+
+        def over_samples(x: Tensor) -> Tensor:
+            rows = self.gather(x).view(len(self._samples), *x.shape)
+            return rows.mean(0) if reduction == "mean" else rows.sum(0) * scale
+
+        return tensor if reduction == "none" else recursively_apply(over_samples, tensor)
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        """As `foldcc.clip_grad_norm_`, over both sides of the mesh."""
+        self.unscale_gradients()
+        return clip_grad_norm_(parameters, max_norm, norm_type)
+
+    # --- states ---
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """Whole values, on the first rank; every rank calls it."""
+        return whole_state_dict(self.unwrap_model(model))
+
+    def save_state(self, output_dir: str | None = None, *args: Any, **options: Any) -> Any:
+        with changed(self.__dict__, {"_models": [], "_optimizers": []}):
+            folder = super().save_state(output_dir, *args, **options)
+        save_training_state(str(folder), self._models, self._optimizers)
+        return folder
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **options: Any) -> None:
+        if input_dir is None:
+            raise FoldError("load_state needs the folder that save_state returned.")
+        with changed(self.__dict__, {"_models": [], "_optimizers": []}):
+            super().load_state(input_dir, *args, **options)
+        load_training_state(input_dir, self._models, self._optimizers)
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Whole values, on the first rank. Collective over the mesh."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+_FOLDER = "folded"  # beside what a trainer writes
+
+
+def save_training_state(folder: str, models: list[Any], optimizers: list[Any]) -> None:
+    """Stores models and their optimizers in a folder, such that any fold loads them. Collective over the mesh."""
+    save(_state(models, optimizers), checkpoint_id=os.path.join(folder, _FOLDER))
+
+
+def load_training_state(folder: str, models: list[Any], optimizers: list[Any]) -> None:
+    """Loads what `save_training_state` has stored, on this fold or another. Collective over the mesh.
+
+    Raises:
+        FoldError: nothing is stored in the folder.
+    """
+    path = os.path.join(folder, _FOLDER)
+    if not os.path.isdir(path):
+        raise FoldError(f"{folder} holds no state of training.", valid="a checkpoint that was saved without save_only_model")
+    state = _state(models, optimizers)
+    load(state, checkpoint_id=path)
+    for i, model in enumerate(models):
+        model.load_state_dict(state[f"model {i}"])
+    for i, optimizer in enumerate(optimizers):
+        set_optimizer_state_dict(models[i], _plain(optimizer), optim_state_dict=state[f"optimizer {i}"])
+
+
+def _state(models: list[Any], optimizers: list[Any]) -> dict[str, Any]:
+    found = {f"model {i}": model.state_dict() for i, model in enumerate(models)}
+    for i, optimizer in enumerate(optimizers):
+        found[f"optimizer {i}"] = get_optimizer_state_dict(models[i], _plain(optimizer))
+    return found
+
+
+def _plain(optimizer: Any) -> Any:
+    """The optimizer that Accelerate has prepared."""
+    return getattr(optimizer, "optimizer", optimizer)
