@@ -5,6 +5,8 @@ They take tensors by name and may be given any subclass, so that nothing is read
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,15 +68,26 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
 
 
 def as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model as `save_pretrained` arranges them, which is what `from_pretrained` reads."""
+    """Tensors of a model as `save_pretrained` arranges them, which is what `from_pretrained` reads; of adapters, theirs alone."""
+    held: Any = model
+    if is_adapted(model):
+        from peft import get_peft_model_state_dict
+
+        adapter: dict[str, Tensor] = get_peft_model_state_dict(held, dict(tensors), adapter_name=held.active_adapter)
+        return adapter
     if not is_transformers(model, itself=True):
         return dict(tensors)
     from transformers.core_model_loading import revert_weight_conversion
 
-    held: Any = model
     ignored = held._keys_to_ignore_on_save or ()
     found: dict[str, Tensor] = revert_weight_conversion(held, {n: x for n, x in tensors.items() if n not in ignored})
     return found
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is one of PEFT's, of which only the adapter is stored."""
+    library = sys.modules.get("peft")
+    return library is not None and isinstance(model, library.PeftModel)
 
 
 def kept_name(model: nn.Module, names: Iterable[str]) -> str:
@@ -86,13 +99,15 @@ def kept_name(model: nn.Module, names: Iterable[str]) -> str:
 
 def store_configuration(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Writes what `from_pretrained` reads besides the tensors; nothing for a model of another library."""
+    held: Any = model
+    if is_adapted(model):
+        adapter = copy.deepcopy(held.active_peft_config)
+        adapter.inference_mode = True
+        adapter.save_pretrained(folder)
     if not is_transformers(model, itself=True):
         return
-    import copy
-
     from transformers.dynamic_module_utils import custom_object_save
 
-    held: Any = model
     config = copy.deepcopy(held.config)
     config.dtype, config.architectures = str(dtype).removeprefix("torch."), [type(model).__name__]
     if held.is_remote_code():

@@ -20,6 +20,7 @@ from foldcc.checkpoints.pieces import Piece, leaf
 from foldcc.errors import FoldError, listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 @contextmanager

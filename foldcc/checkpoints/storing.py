@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from foldcc.capture.pretrained import as_stored, kept_name, store_configuration
+from foldcc.capture.pretrained import as_stored, is_adapted, kept_name, store_configuration
 from foldcc.checkpoints import files
 from foldcc.checkpoints.pieces import Piece, leaf, whole
 from foldcc.checkpoints.tensors import held, some, tensors
@@ -44,6 +44,8 @@ def store(model: FoldedModule, folder: Path, *, most: int) -> None:
         unread[name] = leaf(own.shape, own.dtype if x is None else x.dtype, name, now.reader(name))
     outputs: dict[str, Any] = as_stored(original, unread)
     plan = _planned(mesh, outputs, _homes(model, names), most)
+    if is_adapted(original):
+        plan = _as_adapter(plan)
     together(mesh, lambda: _writable(folder, lambda: _emptied(beside)) if here == 0 else None)
     failed: OSError | None = None
     for title, (writer, each) in plan.items():
@@ -117,6 +119,16 @@ def _planned(mesh: FoldedMesh, outputs: Mapping[str, Any], homes: Mapping[str, i
     if len(plan) == 1:
         return {files.SINGLE: plan[0]}
     return {f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors": each for i, each in enumerate(plan)}
+
+
+def _as_adapter(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The one file that PEFT reads."""
+    if len(plan) > 1:
+        raise FoldError(
+            f"An adapter is one file, and it would be {len(plan)}: it is on several pipeline stages, or too large.",
+            valid="foldcc.save; pp=1, and a larger max_shard_size",
+        )
+    return {files.ADAPTER: each for each in plan.values()}
 
 
 def _homes(model: FoldedModule, names: Names) -> dict[str, int]:

@@ -12,16 +12,11 @@ from accelerate import Accelerator as Accelerates
 from accelerate import DistributedType, PartialState
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from foldcc.api import load, save
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
@@ -134,60 +129,37 @@ class Accelerator(Accelerates):
     # --- states ---
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """Whole values, on the first rank; every rank calls it."""
-        return whole_state_dict(self.unwrap_model(model))
+        """Whole values, on the first rank. Every rank calls it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.unwrap_model(model), options=options)
 
     def save_state(self, output_dir: str | None = None, *args: Any, **options: Any) -> Any:
-        with changed(self.__dict__, {"_models": [], "_optimizers": []}):
+        """As of Accelerate; models and their optimizers are stored by `foldcc.save`, and loaded on any fold."""
+        with self._apart():
             folder = super().save_state(output_dir, *args, **options)
-        save_training_state(str(folder), self._models, self._optimizers)
+        for i, model in enumerate(self._models):
+            save(os.path.join(folder, _OURS, str(i)), model, self._optimizers_of(model))
         return folder
 
     def load_state(self, input_dir: str | None = None, *args: Any, **options: Any) -> None:
+        """As of Accelerate, on any fold."""
         if input_dir is None:
-            raise FoldError("load_state needs the folder that save_state returned.")
-        with changed(self.__dict__, {"_models": [], "_optimizers": []}):
+            raise FoldError("load_state is not told of which folder.", valid="what save_state returned")
+        for i, model in enumerate(self._models):
+            load(os.path.join(input_dir, _OURS, str(i)), model, self._optimizers_of(model))
+        with self._apart():
             super().load_state(input_dir, *args, **options)
-        load_training_state(input_dir, self._models, self._optimizers)
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """As if there were no models, for those are stored in another way."""
+        with changed(self.__dict__, {"_models": [], "_optimizers": []}):
+            yield
+
+    def _optimizers_of(self, model: nn.Module) -> list[Optimizer]:
+        own = {id(p) for p in model.parameters()}
+        plain = [x.optimizer for x in self._optimizers]
+        return [x for x in plain if any(id(p) in own for group in x.param_groups for p in group["params"])]
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Whole values, on the first rank. Collective over the mesh."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-_FOLDER = "folded"  # beside what a trainer writes
-
-
-def save_training_state(folder: str, models: list[Any], optimizers: list[Any]) -> None:
-    """Stores models and their optimizers in a folder, such that any fold loads them. Collective over the mesh."""
-    save(_state(models, optimizers), checkpoint_id=os.path.join(folder, _FOLDER))
-
-
-def load_training_state(folder: str, models: list[Any], optimizers: list[Any]) -> None:
-    """Loads what `save_training_state` has stored, on this fold or another. Collective over the mesh.
-
-    Raises:
-        FoldError: nothing is stored in the folder.
-    """
-    path = os.path.join(folder, _FOLDER)
-    if not os.path.isdir(path):
-        raise FoldError(f"{folder} holds no state of training.", valid="a checkpoint that was saved without save_only_model")
-    state = _state(models, optimizers)
-    load(state, checkpoint_id=path)
-    for i, model in enumerate(models):
-        model.load_state_dict(state[f"model {i}"])
-    for i, optimizer in enumerate(optimizers):
-        set_optimizer_state_dict(models[i], _plain(optimizer), optim_state_dict=state[f"optimizer {i}"])
-
-
-def _state(models: list[Any], optimizers: list[Any]) -> dict[str, Any]:
-    found = {f"model {i}": model.state_dict() for i, model in enumerate(models)}
-    for i, optimizer in enumerate(optimizers):
-        found[f"optimizer {i}"] = get_optimizer_state_dict(models[i], _plain(optimizer))
-    return found
-
-
-def _plain(optimizer: Any) -> Any:
-    """The optimizer that Accelerate has prepared."""
-    return getattr(optimizer, "optimizer", optimizer)
+_OURS = "folded"  # a folder beside what Accelerate writes

@@ -11,12 +11,13 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from foldcc.api import load, save
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.module import FoldedModule
-from foldcc.trainers.accelerate import Accelerator, load_training_state, save_training_state, whole_state_dict
+from foldcc.trainers.accelerate import Accelerator
 
 
 class Trainer(transformers.Trainer):
@@ -79,23 +80,26 @@ class Trainer(transformers.Trainer):
     # --- states ---
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes what `from_pretrained` reads. Collective over the mesh."""
-        whole = whole_state_dict(self.model)
-        with changed(self.__dict__, {"model": self.model._compiler.model}):
-            super()._save(output_dir, state_dict=whole)
+        """Writes what `from_pretrained` reads. Collective over the mesh, as everything here."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self.model.save_pretrained(folder)
+        if self.args.should_save:
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_training_state(output_dir, [self.model], [self.optimizer])
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        """Stores what any fold resumes from."""
+        schedule = self.lr_scheduler.state_dict()
+        save(output_dir, self.model, self.optimizer.optimizer, step=self.state.global_step, schedule=schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_training_state(resume_from_checkpoint, [self.model], [])
+        load(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        load(self.state.best_model_checkpoint, self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_training_state(checkpoint, [self.model], [self.optimizer])
-            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+            self.lr_scheduler.load_state_dict(load(checkpoint, self.model, self.optimizer.optimizer)["schedule"])
