@@ -94,9 +94,9 @@ def parallelize(
             held is remembered on disk. False skips it; unless said otherwise, so does FOLDCC_VERIFY=0 in the environment.
         batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
             not named it is the first, where that has the size of the others' samples.
-        check_ranks: on real ranks, every call begins with an exchange of eight bytes that finds ranks which call with other
-            shapes or values, or raise, and every backward pass with one that finds ranks which go back from other outputs;
-            the first call also compares samples that ranks share, and replicas of weights and of state.
+        check_ranks: on real ranks, every call begins with an exchange of sixteen bytes that finds ranks which call with other
+            shapes or values, or with other samples where they share them, or raise, and every backward pass with one that finds
+            ranks which go back from other outputs; the first call also compares replicas of weights and of state.
         plan: choices that are made already, as `model.plan` holds those of another compilation, or as its text. What it does
             not say is chosen at the least cost. It has to fit the first program; of a later one, for other inputs, it decides
             what it fits, and always the layouts of parameters.

@@ -160,12 +160,12 @@ class FoldedModule(nn.Module):
             call.check_structure(self._structure)
         except Exception as error:
             if self._check_ranks:
-                agree_on_call(self.mesh, "", error)
+                agree_on_call(self.mesh, "", error=error)
             raise
         if self._check_ranks:
             mode = "training" if self.training else "evaluation"
             hooks = f", with hooks{told(watches, all=True)}" if (watches := watched(self)) else ""
-            agree_on_call(self.mesh, f"{call} in {mode}{self._compiler.modes(self)}{hooks}")
+            agree_on_call(self.mesh, f"{call} in {mode}{self._compiler.modes(self)}{hooks}", call.tensors())
         return call
 
     def _find(self, call: Call) -> Kept | None:
@@ -329,6 +329,12 @@ class FoldedModule(nn.Module):
         return of_the_original(self._compiler.model, self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and inspect.unwrap(getattr(value, "__func__", value)) is not inspect.unwrap(type(self).forward):
+            raise FoldError(
+                "The forward of a folded model is its program, and another one would run the modules instead.",
+                forward=f"{value.__module__}.{value.__qualname__}",
+                valid="the other forward on the model before parallelize; a loss that the model returns",
+            )
         known = name in vars(self) or name.startswith("_") or hasattr(type(self), name)
         held = name in self._modules or name in self._parameters or name in self._buffers
         original = None if known or held else self._compiler.model

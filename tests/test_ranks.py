@@ -233,6 +233,7 @@ def disagree(random: int) -> dict[str, str]:
     folded = foldcc.parallelize(Tokens(), over["dp"], example_inputs={"x": x})
     twice = foldcc.parallelize(Tokens(seed=rank), over["dp"], example_inputs={"x": x})
     shared = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x})
+    later = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x})
     free = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x}, check_ranks=False)
     return {
         "uneven": said(lambda: folded(x=x[: 3 - 2 * rank])),
@@ -241,6 +242,7 @@ def disagree(random: int) -> dict[str, str]:
         "one evaluates": said(lambda: folded.train(bool(rank))(x=x)),
         "weights": said(lambda: twice(x=x)),
         "samples": said(lambda: shared(x=x + rank)),
+        "later": said(lambda: [later(x=x), later(x=x.roll(rank, 0))]),
         "unchecked": said(lambda: free(x=x + rank)),
     }
 
@@ -253,7 +255,8 @@ def test_ranks_that_disagree_are_named_on_all_of_them():
     assert "Ranks 0 and 1 call the model with other shapes" in first["uneven"] and "[3, 8]" in first["uneven"]
     assert "evaluation" in first["one evaluates"]
     assert "Rank 1 has another up.weight than rank 0" in first["weights"]
-    assert "Rank 1 has other samples in ['x'] than rank 0" in first["samples"]
+    for when in ("samples", "later"):
+        assert "Rank 1 has other samples in ['x'] than rank 0" in first[when]
 
 
 def scales_and_losses() -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:

@@ -68,7 +68,7 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
 
 
 def as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model as `save_pretrained` arranges them, which is what `from_pretrained` reads; of adapters, theirs alone."""
+    """Tensors of a model as `save_pretrained` arranges them, which is what `from_pretrained` reads; of an adapter, its own."""
     held: Any = model
     if is_adapted(model):
         from peft import get_peft_model_state_dict

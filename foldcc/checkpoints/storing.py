@@ -128,7 +128,7 @@ def _as_adapter(plan: Mapping[str, Any]) -> dict[str, Any]:
             f"An adapter is one file, and it would be {len(plan)}: it is on several pipeline stages, or too large.",
             valid="foldcc.save; pp=1, and a larger max_shard_size",
         )
-    return {files.ADAPTER: each for each in plan.values()}
+    return {files.ADAPTER: next(iter(plan.values()))}
 
 
 def _homes(model: FoldedModule, names: Names) -> dict[str, int]:

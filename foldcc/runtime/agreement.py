@@ -1,14 +1,17 @@
 """Whether ranks that should agree do: on the call that they make, on its samples, and on the weights that they start from.
 
-Every call of a folded module, and every backward pass, begins with one exchange of eight bytes, so that a rank that calls
-otherwise, or that cannot call at all, is an error on all ranks instead of a wrong sum or a wait without end.
+Every call of a folded module begins with one exchange of sixteen bytes, and every backward pass with one of eight, so that a
+rank that calls otherwise, or with other samples than it should, or that cannot call at all, is an error on all ranks instead of
+a wrong sum or a wait without end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -21,37 +24,46 @@ from foldcc.mesh import SAMPLES, FoldedMesh
 from foldcc.runtime.lost import Place, meeting
 
 _RAISED = -1
+_AS_LONG = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers, by their bytes
 T = TypeVar("T")
 
 
-def agree_on_call(mesh: FoldedMesh, call: str, error: BaseException | None = None) -> None:
-    """Compares what every rank is about to run. Collective over the world.
+def agree_on_call(
+    mesh: FoldedMesh, call: str, inputs: Mapping[str, Tensor] = MappingProxyType({}), error: BaseException | None = None
+) -> None:
+    """Compares what every rank is about to run, and the samples of ranks that share them. Collective over the world.
 
     Args:
         call: shapes, dtypes and values of the call, as a person reads them.
+        inputs: the tensors of the call.
         error: what this rank raises instead of making the call.
 
     Raises:
         FoldError: on the ranks without an error of their own: which ranks raised and what, or which ranks call otherwise.
             Counts that are constants of a program, such as those of a mean, are wrong where shapes differ.
     """
+    samples = torch.zeros((), dtype=torch.int64, device=mesh.device_type)
+    for x in inputs.values():
+        samples = 3 * samples + _hash(x).to(mesh.device_type)
     with _exchange(mesh, "the exchange that begins a call"):
-        alike = _alike(mesh, _RAISED if error is not None else _short(call))
-    if alike and error is None:
+        told = _told(mesh, _RAISED if error is not None else _short(call), samples)
+    if (told[:, 0] == told[0, 0]).all() and error is None:
+        if (told != told[list(_sharing(mesh))]).any():
+            agree_on_start(mesh, inputs, {})
         return
-    told: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(told, (call, None if error is None else f"{type(error).__name__}: {error}"))
+    said_by: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(said_by, (call, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         return  # the caller raises it
-    raised = {rank: said for rank, (_, said) in enumerate(told) if said is not None}
+    raised = {rank: said for rank, (_, said) in enumerate(said_by) if said is not None}
     if raised:
         rank = min(raised)
         raise FoldError(f"Rank {rank} of {mesh.world_size} raised before its forward.", rank=listed(raised), error=raised[rank])
-    first = told[0][0]
-    rank = next(r for r, (said, _) in enumerate(told) if said != first)
+    first = said_by[0][0]
+    rank = next(r for r, (said, _) in enumerate(said_by) if said != first)
     raise FoldError(
         f"Ranks 0 and {rank} call the model with other shapes or values, and a program has one of each.",
-        **{"rank 0": first, f"rank {rank}": told[rank][0]},
+        **{"rank 0": first, f"rank {rank}": said_by[rank][0]},
         valid="the same shapes on every rank: drop the last batch, or pad it with labels that the loss ignores",
     )
 
@@ -97,9 +109,23 @@ def _short(text: str) -> int:
 
 def _alike(mesh: FoldedMesh, number: int) -> bool:
     """Whether every rank has the same number. Collective over the world."""
-    numbers = torch.empty(mesh.world_size, dtype=torch.int64, device=mesh.device_type)
-    dist.all_gather_into_tensor(numbers, torch.tensor([number], device=mesh.device_type))
+    numbers = _told(mesh, number)
     return bool((numbers == numbers[0]).all())
+
+
+def _told(mesh: FoldedMesh, *numbers: int | Tensor) -> Tensor:
+    """The numbers of each rank. Collective over the world."""
+    mine = torch.stack([torch.as_tensor(x, device=mesh.device_type) for x in numbers])
+    every = torch.empty((mesh.world_size, len(numbers)), dtype=torch.int64, device=mesh.device_type)
+    dist.all_gather_into_tensor(every.flatten(), mine)
+    return every.cpu()
+
+
+@lru_cache
+def _sharing(mesh: FoldedMesh) -> tuple[int, ...]:
+    """For each rank, the first one that has the same samples."""
+    axes = tuple(axis for axis in mesh.axes("attention") if axis not in SAMPLES)
+    return tuple(mesh.group_of(rank, axes)[0] for rank in range(mesh.world_size))
 
 
 def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping[str, tuple[Tensor, Layout]]) -> None:
@@ -111,10 +137,9 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping
         FoldError: on all ranks: which rank was given other samples, or holds another weight.
     """
     rank, device = dist.get_rank(), mesh.device_type
-    shared = tuple(axis for axis in mesh.axes("attention") if axis not in SAMPLES)
     compared: list[tuple[str, int, int]] = []  # what, its checksum, the rank to compare with
     for name, x in inputs.items():
-        compared.append((f"other samples in {name}", _digest(x), mesh.group_of(rank, shared)[0]))
+        compared.append((f"other samples in {name}", _digest(x), _sharing(mesh)[rank]))
     for name, (x, layout) in held.items():
         alike = tuple(a for a in mesh.axes(layout.view) if a != "pp" and not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))
@@ -192,3 +217,11 @@ def _digest(x: Tensor) -> int:
 
 def _checksum(x: Tensor) -> int:
     return int(torch.hash_tensor(x.detach()).view(torch.int64)) if x.numel() else 0
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A number that other elements, or others of their places, change; where the tensor is, and nothing waits for it."""
+    x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+    bits = x.contiguous().view(_AS_LONG[x.element_size()]) if x.is_floating_point() else x
+    odd = torch.arange(1, 2 * x.numel(), 2, device=x.device)
+    return (bits.flatten().long() * odd).sum()

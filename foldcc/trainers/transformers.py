@@ -26,8 +26,8 @@ class Trainer(transformers.Trainer):
         trainer = Trainer(model=foldcc.parallelize(model, mesh), args=..., train_dataset=...)
 
     `per_device_train_batch_size` is that of each data-parallel rank. A checkpoint is resumed on any fold; where `dp` is another
-    one, the batch size is to be such that all ranks together take as many samples. A trainer derived from Transformers' works
-    as well: `class MyTrainer(TheirTrainer, foldcc.trainers.transformers.Trainer): pass`.
+    one, the batch size is to be such that all ranks together take as many samples. A trainer that is derived from Transformers'
+    and takes the loss that the model returns works as well: `class MyTrainer(Theirs, foldcc.trainers.transformers.Trainer)`.
 
     Raises:
         FoldError: the model is not folded, or in a way that the trainer cannot train.
