@@ -176,6 +176,48 @@ def test_what_is_no_module() -> None:
         foldcc.parallelize({}, FoldedMesh.parse("dp=2"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("wrap", "done", "inside"),
+    [(nn.DataParallel, "parallel", ".module"), (torch.compile, "compiled", "._orig_mod")],
+    ids=["data parallel", "compiled"],
+)
+def test_a_model_that_is_wrapped_already(wrap: Any, done: str, inside: str) -> None:
+    model = wrap(nn.Linear(16, 16))
+    with refused(model, f"is {done} already", valid=inside):
+        fold(model, "dp=2", example_inputs=(activations(),))
+    layers = nn.Sequential(nn.Linear(16, 16), model)
+    with refused(layers, f"1 \\(.*\\) is {done} already", valid=inside):
+        fold(layers, "dp=2", example_inputs=(activations(),))
+
+
+@pytest.mark.usefixtures("world_of_eight")
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_a_model_in_a_wrapper_of_processes(wrapper: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrappers = {c.__name__: c for c in (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)}
+    model = object.__new__(wrappers[wrapper])
+    nn.Module.__init__(model)
+    model.module = nn.Linear(16, 16)
+    with refused(model, f"The model \\({wrapper}\\) is parallel already", valid=".module"):
+        fold(model, "dp=2", example_inputs=(activations(),))
+
+
+def test_a_model_of_quantised_weights() -> None:
+    model = nn.Linear(16, 16)
+    model.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
+    with refused(model, "Parameter weight holds int8, as quantised weights do", valid="before it is quantised"):
+        fold(model, "dp=2", example_inputs=(activations(),))
+
+
+def test_another_forward_of_a_folded_model() -> None:
+    folded = fold(nn.Linear(16, 16), "dp=2", example_inputs=(activations(),))
+    with refused(folded, "would run the modules instead", valid="on the model before parallelize"):
+        folded.forward = activations
+    folded.forward = torch.autocast("cpu", dtype=torch.bfloat16)(folded.forward)  # as Accelerate does
+    assert folded(activations()).dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("world_of_eight")
 def test_a_model_on_dtensors() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor

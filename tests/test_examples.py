@@ -68,7 +68,7 @@ def test_a_model_is_fine_tuned_with_an_adapter_that_its_library_loads(tmp_path: 
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     text, out = words(tmp_path), tmp_path / "out"
     common = [f"--model={tmp_path}", f"--data={text}", f"--out={out}", "--length=16", "--every=2", "--lora=4", "--accumulate=2"]
-    ranks = run_distributed(run, 4, "finetune_hf.py", [*common, "--mesh=dp=2,tp=2|ep=4", "--batch=4"], timeout=400)
+    ranks = run_distributed(run, 4, "finetune_hf.py", [*common, "--mesh=dp=2,tp=2|ep=4", "--batch=2"], timeout=400)
     wanted = [entry for entry in ranks[0] if "eval_loss" in entry]
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     adapted = peft.PeftModel.from_pretrained(base, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,42 @@ def test_a_loop_of_accelerate_trains_as_in_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(rank["logits"], wanted["logits"], rtol=1e-3, atol=1e-4)
     for name, x in wanted["weights"].items():
         torch.testing.assert_close(ranks[0]["weights"][name], x, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_trainer_cannot_train_is_refused_and_says_what_can(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    from foldcc.trainers.accelerate import Accelerator
+    from foldcc.trainers.transformers import Trainer
+
+    forget()
+    plain, folded = Words(), foldcc.parallelize(Words(), "dp=2")
+    stages = foldcc.parallelize(tiny_model("llama"), "pp=2")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    for subject, message in ((plain, "Words is not folded"), (stages, "Pipeline stages hold different parameters")):
+        with pytest.raises(FoldError, match=message):
+            Trainer(model=subject, args=arguments, train_dataset=Sentences())
+    with pytest.raises(FoldError, match="model_init makes the model anew"):
+        Trainer(args=arguments, model_init=lambda: folded)
+    with pytest.raises(FoldError, match="has one rank cut batches for all"):
+        Accelerator(folded.mesh, dataloader_config=accelerate.DataLoaderConfiguration(dispatch_batches=True))
+    with pytest.raises(FoldError, match="Accelerate has found 1 processes"):
+        Accelerator(foldcc.FoldedMesh("cpu", foldcc.FoldedMesh.parse("dp=2").sizes))
+    with pytest.raises(FoldError, match="is not told of which folder"):
+        Accelerator(folded.mesh).load_state()
+
+
+def test_a_trainer_knows_the_arguments_the_labels_and_the_library_s_names_of_a_folded_model() -> None:
+    from inspect import signature
+
+    from transformers.utils.generic import find_labels
+
+    original = tiny_model("llama", num_hidden_layers=1)
+    folded = foldcc.parallelize(original, "dp=2")
+    assert signature(folded.forward) == signature(original.forward)
+    assert find_labels(type(folded)) == find_labels(type(original)) == ["labels"]
+    assert folded._get_name() == "LlamaForCausalLM" and folded.can_generate()
+    assert folded.generation_config is original.generation_config and folded.config is original.config
+    assert signature(pickle.loads(pickle.dumps(folded)).forward) == signature(original.forward)
+    with pytest.raises(FoldError, match="generate is a method of LlamaForCausalLM"):
+        folded.generate(torch.zeros(1, 4, dtype=torch.long))
