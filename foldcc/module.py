@@ -347,7 +347,8 @@ class FoldedModule(nn.Module):
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Writes weights and configuration as the model's library does, for `from_pretrained` and `foldcc.load_pretrained`.
 
-        Collective. No rank holds more than one tensor whole, and what stood there stays until all is written.
+        Of one of PEFT's, the adapter. Collective. No rank holds more than one tensor whole, and what stood there stays until
+        all is written.
         """
         store(self, Path(folder), most=number_of_bytes(max_shard_size))
 
