@@ -63,6 +63,7 @@ def words(folder: Path) -> Path:
     return text
 
 
+@pytest.mark.slow
 @joins_blocks
 def test_a_model_is_fine_tuned_with_an_adapter_that_its_library_loads(tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
