@@ -25,10 +25,10 @@ from foldcc.ir.program import Program, Slot
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.capacity import places
-from foldcc.ops.share import share
 from foldcc.ops.captured import _CAPTURED, Division, Site
 from foldcc.ops.experts import activation
 from foldcc.ops.groups import active
+from foldcc.ops.share import share
 from foldcc.passes.localize import Localize
 from foldcc.plan.interface import flows
 from foldcc.plan.strategies import Strategist, Strategy, results_of

@@ -90,7 +90,7 @@ class Accelerator(Accelerates):
     @contextmanager
     def _by_samples(self) -> Iterator[None]:
         """As if ranks that share their samples were one."""
-        place = 0 if self.mesh.is_virtual else self.mesh.coordinate(dist.get_rank(), "dp")
+        place = 0 if self.mesh.is_virtual else self.mesh.index(dist.get_rank(), self.mesh.samples)
         told = {"num_processes": len(self._samples), "process_index": place}
         with changed(PartialState().__dict__, told), changed(self.state.__dict__, told):
             yield
@@ -98,12 +98,12 @@ class Accelerator(Accelerates):
     @property
     def _samples(self) -> tuple[int, ...]:
         """Ranks that hold all samples, each once."""
-        return (0,) if self.mesh.is_virtual else self.mesh.group_of(0, "dp")
+        return (0,) if self.mesh.is_virtual else self.mesh.group_of(0, self.mesh.samples)
 
     # --- what ranks tell each other ---
 
     def gather(self, tensor: Any) -> Any:
-        """The values of all samples, each once, in the order of `dp`."""
+        """The values of all samples, each once, in the order of the ranks that share them."""
 
         def each_once(x: Tensor) -> Tensor:
             rows = x.unflatten(0, (self.num_processes, -1))

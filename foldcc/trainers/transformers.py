@@ -45,7 +45,7 @@ class Trainer(transformers.Trainer):
                 valid="a training loop of your own; pp=1",
             )
         super().__init__(model, *args, **options)
-        if (self.compute_loss_func or self.label_smoother) and model.mesh.size("dp") > 1 and not model.mesh.is_virtual:
+        if (self.compute_loss_func or self.label_smoother) and model.mesh.passed < model.mesh.data_parallel:
             raise FoldError(
                 "compute_loss_func and label_smoothing_factor make a loss of each rank's samples, not of all.",
                 mesh=str(model.mesh),
@@ -58,8 +58,8 @@ class Trainer(transformers.Trainer):
             super().create_accelerator_and_postprocess()
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        ranks = 1 if self.model.mesh.is_virtual else self.model.mesh.size("dp")
-        return int(self._train_batch_size * args.gradient_accumulation_steps * ranks)
+        parts = self.model.mesh.data_parallel // self.model.mesh.passed
+        return int(self._train_batch_size * args.gradient_accumulation_steps * parts)
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         # Groups for each mesh would differ from fold to fold, and with them what a checkpoint holds of groups.
