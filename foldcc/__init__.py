@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foldcc import mesh as mesh
     from foldcc import ops as ops
-    from foldcc.api import init_parameters, load, load_pretrained, parallelize, save, set_capacity
+    from foldcc.api import init_parameters, parallelize, set_capacity
     from foldcc.capture import register_experts
     from foldcc.codegen import load_kernels
     from foldcc.errors import FoldError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from foldcc.ops.capacity import Capacity
     from foldcc.precision import Precision
     from foldcc.runtime.clip import clip_grad_norm_
+    from foldcc.saving import load, load_pretrained, save
     from foldcc.verification import verify
 
 __version__ = "0.1.0"
@@ -61,12 +62,12 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
     "clip_grad_norm_": "foldcc.runtime.clip",
     "init_folded_mesh": "foldcc.mesh",
     "init_parameters": "foldcc.api",
-    "load": "foldcc.api",
+    "load": "foldcc.saving",
     "load_kernels": "foldcc.codegen",
-    "load_pretrained": "foldcc.api",
+    "load_pretrained": "foldcc.saving",
     "parallelize": "foldcc.api",
     "register_experts": "foldcc.capture",
-    "save": "foldcc.api",
+    "save": "foldcc.saving",
     "set_capacity": "foldcc.api",
     "verify": "foldcc.verification",
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import gcd
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from foldcc.call import Call
@@ -24,10 +22,6 @@ from foldcc.capture.capacity import limit
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.transformers import initialiser
-from foldcc.checkpoints.loading import load as _load_pretrained
-from foldcc.checkpoints.resuming import load as _load
-from foldcc.checkpoints.training import Saving
-from foldcc.checkpoints.training import save as _save
 from foldcc.errors import FoldError, divisors, listed
 from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
@@ -312,98 +306,6 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
 
 
-def load_pretrained(
-    model: FoldedModule, folder: str | os.PathLike[str], *, cast: bool = False, strict: bool = True
-) -> FoldedModule:
-    """Fills a folded model from safetensors, as `from_pretrained` fills a plain one; each rank reads the part that it holds.
-
-    Collective. The tensors are renamed and rearranged by the model's library, by the functions that `from_pretrained` uses, and
-    a plain module's are called as its own. A model on meta is allocated. Nothing is changed unless everything fits.
-
-    Args:
-        folder: holds model.safetensors, or several files and an index.
-        cast: also where numbers are rounded, such as float32 in a model of bfloat16. Other casts are made anyway.
-        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks.
-
-    Returns:
-        The model.
-
-    Raises:
-        FoldError: a file is missing or cut off, weights are quantised, or names, shapes or dtypes do not fit: which.
-    """
-    _check_folded(model, "load_pretrained")
-    _load_pretrained(model, Path(folder), cast=cast, strict=strict)
-    return model
-
-
-def save(
-    folder: str | os.PathLike[str],
-    model: FoldedModule,
-    optimizer: Optimizer | Iterable[Optimizer] = (),
-    *,
-    step: int = 0,
-    wait: bool = True,
-    **more: Any,
-) -> Saving:
-    """Stores all that training resumes from, by torch.distributed.checkpoint: each rank its part. Collective.
-
-    It is written beside the checkpoints that there are, gets the name `step-{step}` when it is complete, and then the file
-    `latest` names it. Whatever interrupts that, the one before is what `load` finds.
-
-    Args:
-        folder: of all checkpoints of a run, in a file system that all ranks see.
-        optimizer: one, or several in an order that `load` is given too.
-        step: how many steps were made.
-        wait: False returns as soon as everything is copied to host memory, and threads write it. Another `save` waits for them.
-        more: anything that can be pickled, such as the position in the data and the state of a schedule; the first rank's.
-            The state of PyTorch's random generator is stored as well.
-
-    Returns:
-        With `wait()`, which gives the checkpoint's folder when it is complete.
-
-    Raises:
-        FoldError: the folder cannot be written, a rank could not write its part, or an optimizer is of other parameters.
-    """
-    _check_folded(model, "save")
-    return _save(Path(folder), model, _several(optimizer), step, more, wait)
-
-
-def load(
-    folder: str | os.PathLike[str],
-    model: FoldedModule,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    *,
-    step: int | None = None,
-) -> dict[str, Any]:
-    """Resumes from what `save` stored, on the same fold or any other. Collective.
-
-    Parameters, buffers and what optimizers keep are equal bit for bit. What is missing, cut off or does not fit is named before
-    anything is changed.
-
-    Args:
-        folder: the one that `save` was given.
-        optimizer: as for `save`, stepped or new; None loads the model alone.
-        step: the last complete checkpoint, unless it is said.
-
-    Returns:
-        `step`, and `more` as `save` was given it. PyTorch's random generator is where it was.
-
-    Raises:
-        FoldError: there is no such checkpoint, or it is of another model or optimizer.
-    """
-    _check_folded(model, "load")
-    return _load(Path(folder), model, None if optimizer is None else _several(optimizer), step)
-
-
-def _several(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-
-
-def _check_folded(model: nn.Module, what: str) -> None:
-    if not isinstance(model, FoldedModule):
-        raise FoldError(f"{what} takes a folded model, not {type(model).__name__}.", valid="what parallelize returns")
-
-
 def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
     """Gives the experts of a Transformers model a capacity, in place, before `parallelize`.
 
@@ -426,4 +328,4 @@ def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
 
 _OPTIONS = [p.name for p in inspect.signature(parallelize).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
-__all__ = ["FoldedModule", "init_parameters", "load", "load_pretrained", "parallelize", "save", "set_capacity"]
+__all__ = ["FoldedModule", "init_parameters", "parallelize", "set_capacity"]

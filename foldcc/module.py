@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from foldcc.call import Call
 from foldcc.checkpoints.files import number_of_bytes
 from foldcc.checkpoints.storing import store
-from foldcc.codegen import Kernels, kernels_of
 from foldcc.compiler import Compiler
 from foldcc.errors import FoldError
 from foldcc.hooks import call_backward, call_forward, told, watched
-from foldcc.inspect.summary import copies, summary
+from foldcc.inspect.summary import copies
 from foldcc.ir.plan import Plan
-from foldcc.ir.program import Program, told_outputs
+from foldcc.ir.program import told_outputs
 from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
+from foldcc.reports import Reports
 from foldcc.runtime.accumulation import MAY_WAIT, Accumulation
 from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
@@ -40,7 +40,6 @@ from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
 from foldcc.runtime.wires import counted_elsewhere
 from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
-from foldcc.verification import Proof
 from foldcc.verification.compiled import prove_compiled
 from foldcc.verification.schedule import prove_schedule
 from foldcc.wrappers import AsksFirst
@@ -49,7 +48,7 @@ _SHARED = {"mesh", "_compiler"}  # by copies of a folded module
 _itself = torch.compiler.disable(reason="a folded module is a compiled program already, with its own cache by shape")
 
 
-class FoldedModule(nn.Module):
+class FoldedModule(Reports):
     """A model that runs in parallel. It is called like the original and returns the same type of output.
 
     Parameters keep their names and global shapes: full tensors on a virtual mesh, DTensors otherwise.
@@ -247,76 +246,6 @@ class FoldedModule(nn.Module):
         other._compiler = replace(self._compiler, own=(*self._compiler.own, *passes))
         other._programs = self._programs.rewritten(stages, self._compiler.executable(stages[-1].program))
         return other
-
-    # --- what a person reads ---
-
-    def _get_name(self) -> str:
-        """What a module's class is called; trainers look it up among those that they know."""
-        return type(self._compiler.model).__name__
-
-    def __repr__(self) -> str:
-        from foldcc.inspect.module import described
-
-        places = self._places
-        return described(self._get_name(), self, self.mesh, places.layouts, places.plan.stages, len(self._programs))
-
-    @property
-    def program(self) -> Program:
-        """The newest program, lowered."""
-        return self._programs.newest.executable.program
-
-    @property
-    def programs(self) -> tuple[str, ...]:
-        """The calls that programs are kept for, as text, the least recently used first; at most 16.
-
-        A program is specialised to shapes, dtypes, Python values and modes; another call compiles another one. A number that
-        the model only computes with becomes an input of the program when a second value is seen. What is evicted is
-        compiled again when it is needed again.
-        """
-        return tuple(map(str, self._programs.kept.values()))
-
-    @property
-    def proof(self) -> Proof:
-        """What was proved of the newest program when it was compiled, and what was not.
-
-        Raises:
-            FoldError: nothing was: with `verify=False`, or after passes of your own, `foldcc.verify` proves it.
-        """
-        proof = self._programs.newest.proof
-        if proof is None:
-            raise FoldError("The newest program was compiled without a proof.", instead="foldcc.verify(model)")
-        return proof
-
-    @property
-    def stages(self) -> Stages:
-        return self._programs.newest.stages
-
-    @property
-    def kernels(self) -> Kernels:
-        """The Triton kernels of the newest program, by name, and what of it they cover; none if it runs as ATen."""
-        return kernels_of(self.program, self._compiler.emission(self)[1])
-
-    @property
-    def plan(self) -> Plan:
-        """Every choice of the newest program; printed, edited and parsed, it is what `parallelize(plan=)` takes."""
-        return self.program.plan
-
-    def collectives(self) -> Any:
-        """Each collective of a step, or of one of its micro-batches: its axes, the bytes that a rank sends, its module."""
-        from foldcc.inspect.collectives import collectives
-
-        return collectives(self.stages)
-
-    def memory(self) -> Any:
-        """Bytes that a rank would hold under each policy of `zero` and `recompute`: a table, and a mapping by both.
-
-        The newest program is compiled under each, which takes a moment; none of them runs.
-        """
-        return self._compiler.memory(self.stages)
-
-    def summary(self) -> Any:
-        """FLOPs, parameters and bytes of a rank against those of the whole model."""
-        return summary(self.stages, self._programs.newest.executable)
 
     # --- what the original has besides ---
 

@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from foldcc.api import load, save
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.runtime.clip import clip_grad_norm_
+from foldcc.saving import load, save
 
 _ALONE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 

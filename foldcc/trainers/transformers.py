@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from foldcc.api import load, save
 from foldcc.changed import changed
 from foldcc.errors import FoldError
 from foldcc.module import FoldedModule
+from foldcc.saving import load, save
 from foldcc.trainers.accelerate import Accelerator
 
 
