@@ -304,7 +304,7 @@ OTHERWISE = {
         {},
     ),
     "a likely part": (nucleus, aten.lt.Scalar, instead(aten.lt.Scalar, 0.8), {}, {}),
-    "one side of a band": (lambda x, ids: torch.where((x > 0.1) & (x < 1.0), x, -x), aten.__and__.Tensor, first, {}, {}),
+    "one side of a band": (lambda x, ids: torch.where((x > 0.1) & (x < 1.0), x, -x), aten.bitwise_and.Tensor, first, {}, {}),
     "boundaries": (
         lambda x, ids, at: x * torch.bucketize(x, at),
         aten.bucketize.Tensor,
@@ -329,7 +329,7 @@ OTHERWISE = {
         {},
     ),
     "ids as numbers": (at_id(lambda ids: ids.float() > 19_990.5), aten.where.self, later, LARGE, {}),
-    "one of two tokens": (at_id(lambda ids: (ids == 5) | (ids == 19_000)), aten.__or__.Tensor, first, LARGE, {}),
+    "one of two tokens": (at_id(lambda ids: (ids == 5) | (ids == 19_000)), aten.bitwise_or.Tensor, first, LARGE, {}),
     "tokens of a buffer": (at_id(lambda ids, at: (ids[..., None] == at).any(-1)), aten.where.self, later, TOKENS, {}),
     "tokens of a set": (at_id(lambda ids, at: torch.isin(ids, at)), aten.where.self, later, TOKENS, {}),
     "buckets of ids": (

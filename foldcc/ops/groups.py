@@ -74,7 +74,8 @@ def patience(mesh: FoldedMesh) -> timedelta:
     import torch.distributed as dist
 
     world: Any = dist.group.WORLD
-    found: timedelta = world._get_backend(torch.device(mesh.device_type)).options._timeout
+    options = world._get_backend(torch.device("cpu" if mesh.is_virtual else mesh.device_type)).options
+    found: timedelta = dist.constants.default_pg_timeout if options is None else options._timeout  # a fake group has none
     return found
 
 

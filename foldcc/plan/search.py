@@ -258,6 +258,8 @@ class _AxisProblem:
             return
         shared, each = (prod(self.program.sizes[f] for f in x) for x in (first, second))
         heads = shared * each
+        if heads == 1:  # there are none, of queries without such a dimension; that all ranks compute it, the summary says
+            return
         taken = self.strategist.taken
         left = heads // prod(n for (x, _), n in taken.get(node, {}).items() if x in ("kv_heads", "group"))
         others = f", of which the axes before leave {left} to a rank" if left < heads else ""
