@@ -380,6 +380,7 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
         (Of(lambda rows, mask, _: (rows * mask).sum().exp()), {}, "(?s)does not add up over micro-batches.*aten.exp"),
         (Of(lambda rows, mask, _: rows.sum() + 1), {}, "(?s)does not add up over micro-batches.*aten.add"),
         (Of(lambda rows, mask, _: rows.sum() / mask.float().mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
+        (Of(lambda rows, mask, _: mask.sum() / rows.mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
         (
             Of(lambda rows, mask, _: ((rows * mask).sum(), mask.sum())),
             {},

@@ -59,10 +59,11 @@ def _scaled(program: Program) -> Iterator[fx.Node]:
             continue
         seen.add(node)
         inputs = [n for n in node.all_input_nodes if n in of_samples and n not in counted]
-        if node.target not in _SCALED or len(inputs) == 1:
+        if node.target not in _SCALED:
             left += inputs
-            if node.target in _SCALED:
-                yield node
+        elif len(inputs) == 1 and (node.target is not aten.div.Tensor or node.args[0] in inputs):
+            left += inputs
+            yield node
 
 
 def refuse_in_micro_batches(program: Program) -> None:
