@@ -345,3 +345,28 @@ def test_a_model_is_verified_as_it_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:2], Confuse(), *PIPELINE[2:]))
     with pytest.raises(FoldError, match="at stage confuse"):
         foldcc.parallelize(tiny_model("mixtral"), mesh, example_inputs=inputs, verify=True)
+
+
+class Powers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.abs() * torch.tensor(0.5) ** torch.arange(1, 9)) ** self.weight
+
+
+def test_a_power_of_tensors_is_a_function_of_both() -> None:
+    model = foldcc.parallelize(Powers(), "dp=2", example_inputs=(torch.randn(4, 8),), verify=False)
+    assert foldcc.verify(model).ok
+    with pytest.raises(FoldError, match="NOT equal"):
+        foldcc.verify(model.with_passes(Exchange())).raise_if_failed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Pass):
+    """A pass that takes the base of a power for its exponent."""
+
+    def run(self, program: Program) -> Program:
+        edit_first(aten.pow.Tensor_Tensor, lambda n: setattr(n, "args", n.args[::-1]), "block0")(program)
+        return program

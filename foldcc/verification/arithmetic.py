@@ -98,15 +98,6 @@ def reciprocal(field: Field, x: Any) -> Tensor:
     return field.inverse(value(field, x))
 
 
-@meaning("pow")
-def power(field: Field, x: Any, y: Any) -> Tensor:
-    if not isinstance(x, Tensor):
-        return field.function(f"{x} to the power", value(field, y))
-    if isinstance(y, Tensor):
-        raise NotImplementedError("a power whose base and exponent are tensors")
-    return field.power(value(field, x), float(y))
-
-
 @meaning("square")
 def square(field: Field, x: Tensor) -> Tensor:
     return field.power(x, 2)

@@ -233,6 +233,15 @@ def hypot(field: Field, x: Tensor, y: Tensor) -> Tensor:
     return field.root(add(field, square(field, x), square(field, y)))
 
 
+@meaning("pow")
+def power(field: Field, x: Any, y: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        return field.function(f"{x} to the power", value(field, y))
+    if isinstance(y, Tensor):
+        return pointwise(field, "pow", (x, y))
+    return field.power(value(field, x), float(y))
+
+
 def pointwise(field: Field, name: str, arguments: Any) -> Tensor:
     """Any other function of each element: a keyed hash of all its operands, one after the other."""
     tensors = [value(field, x) for x in arguments if isinstance(x, Tensor)]
