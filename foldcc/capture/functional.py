@@ -22,7 +22,7 @@ from foldcc.ir.node import name_of
 from foldcc.ir.rewrite import inline, replace_node
 from foldcc.rules.kinds import named
 
-_WRITTEN_OUT = named("concat diff outer repeat_interleave")  # no rule says more of them than what they are made of
+_WRITTEN_OUT = named("concat diff einsum outer repeat_interleave")  # no rule says more of them than what they are made of
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
