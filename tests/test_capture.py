@@ -212,6 +212,21 @@ def test_operators_without_a_rule_are_what_they_are_made_of() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Chunked(Places):
+    """Positions that see those before them in their chunk."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).unflatten(1, (2, -1))
+        seen = torch.einsum("bcld,bcsd->bcls", y, y).tril()
+        return self.second(torch.einsum("bcls,bcsd->bcld", seen, y).flatten(1, 2))
+
+
+@pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
+def test_einsum_is_the_products_that_it_is_made_of() -> None:
+    assert not any("einsum" in name for name in operators(captured(Chunked(), "export", x=activations())))
+    check_equivalence(Chunked(), "dp=2,tp=2", (activations(),))
+
+
 # --- complex numbers --------------------------------------------------------------------------------------------------
 
 
