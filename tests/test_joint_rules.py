@@ -74,7 +74,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "convolution_backward in groups": (
         (aten.convolution_backward.default, real(4, 4, 6), real(4, 4, 6), real(4, 1, 3), None, [1], [1], [1], False, [0], 4,
-         [True, True, False]), "r0",
+         [True, True, False]), "r0 i",  # of channels, a rank's call says how many groups it has
     ),
     "cumsum": ((aten.cumsum.default, real(2, 4), 1), ""),
 }  # fmt: skip
@@ -132,6 +132,14 @@ def test_a_divided_letter_is_in_the_result_or_summed(name: str) -> None:
             divided = any(letter in dim for p in read for dim in p or ())
             joined = torch.cat(parts, dims[0]) if dims else operator.add(*parts) if divided else parts[0]
             torch.testing.assert_close(joined, expected, msg=f"{name} {letter}")
+
+
+def test_channels_that_are_convolved_alone_are_in_the_gradient_as_they_are_in_the_operand() -> None:
+    rule = joint_rule(traced(CALLS["convolution_backward in groups"][0]))
+    assert rule is not None and rule.results[0] is not None
+    result, operand, _ = rule.operands
+    assert result is not None and operand is not None
+    assert rule.results[0][1] == result[1] == operand[1] and rule.whole.isdisjoint(result[1])
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "embedding"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import foldcc
 from foldcc import ops
-from foldcc.testing import in_float64, run_distributed
+from foldcc.testing import check_equivalence, in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
 from tests.models import token_batch
 from tests.test_context import gradients
@@ -155,3 +155,22 @@ def test_layers_of_qwen3_next(mesh: str) -> None:
         wanted = gradients(plain, **batch)
         for name, gradient in gradients(model, **batch).items():
             assert relative_error(gradient, wanted[name]) < 1e-10, name
+
+
+class Short(nn.Module):
+    """A short convolution of each channel between two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.conv = nn.Conv1d(32, 32, 3, groups=32, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.conv(self.up(x).transpose(1, 2))[:, :, : x.shape[1]].transpose(1, 2).sigmoid())
+        return y
+
+
+def test_channels_of_their_own_are_divided_over_tp() -> None:
+    model, x = Short(), torch.randn(4, 6, 8)
+    assert foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,)).summary().flops_ratio == 1
+    check_equivalence(model, "dp=2,tp=2", (x,))

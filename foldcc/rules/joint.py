@@ -275,6 +275,9 @@ def _convolution_backward(node: Node, inputs: list[Shape | None], outputs: list[
     if known is None:
         return replace(_unknown(inputs, outputs), linear=(frozenset({0}),))
     (first, second, bias, result), whole = known
+    if 1 < argument(node, "groups") == x[1 - len(weight)] == weight[0]:  # each channel alone, and a rank has several
+        second, bias, result = (tuple(("i",) if d == ("o",) else d for d in p) for p in (second, bias, result))
+        whole = whole - {"i"}
     results = tuple(p if s is not None else None for p, s in zip((first, second, bias), outputs, strict=True))
     linear, reads = tuple(frozenset({i}) for i in range(3)), (frozenset({0, 2}), frozenset({0, 1}), frozenset({0}))
     places = {x for dim in result[2 - len(weight) :] for x in dim}  # divided where ranks are given what stands before theirs
