@@ -35,6 +35,7 @@ BOUND = "a sum over samples that is kept from zero"  # which nothing but a divis
 _BOUNDS = {"aten.clamp", "aten.clamp_min", "aten.maximum"}
 _ADDED = {"aten.add", *_BOUNDS}  # a number
 _SCALED = {aten.mul.Tensor, aten.div.Tensor}
+_LINEAR = {aten.add.Tensor, aten.sub.Tensor, *_SCALED}
 
 
 class Untold(FoldError):
@@ -129,9 +130,12 @@ class _Kinds:
         """The number in a call of an operator, in a micro-batch's program and in the whole call's."""
         if len(self.program.placeholders) > len(self.whole.placeholders) and self._named(node, self.program) is None:
             return 1, 1  # a number of the call, which is an input of the one and stands in the other
-        both = self.own(node), node if self.read is self.whole else self._alike(node, self.whole)
+        both = self.own(node), self._alike_in_whole(node)
         mine, whole = (next(x for x in n.args if not isinstance(x, fx.Node)) for n in both)
         return mine, whole
+
+    def _alike_in_whole(self, node: fx.Node) -> fx.Node:
+        return node if self.read is self.whole else self._alike(node, self.whole)
 
     def own(self, node: fx.Node) -> fx.Node:
         """What the program of a micro-batch has where the one that is read has this."""
@@ -192,6 +196,9 @@ class _Kinds:
             kind = self._of_sums(node, kinds)
         else:
             kind = MEAN if MEAN in kinds.values() else SAME
+        if kind != SAME and node.target in _LINEAR:
+            for x in (x for x, its in kinds.items() if its == SAME):
+                self._check_same(call, x, node)
         return self._scaled(node, kind) if node.target in _SCALED and None in operands(node) else kind
 
     def _reduced(self, node: fx.Node, kinds: Mapping[fx.Node, str]) -> str:
@@ -247,6 +254,32 @@ class _Kinds:
         if kind in (MEAN, SAME) and math.isclose(more, self.average.micro_batches):
             return SUM
         raise self.refusal(node)
+
+    def _check_same(self, call: fx.Node | None, x: fx.Node, reader: fx.Node) -> None:
+        """Raises if a value that is made of no input goes with how many samples there are, such as a tensor of their number."""
+        left, seen = [(call, x)], set[tuple[fx.Node | None, fx.Node]]()
+        while left:
+            call, node = left.pop()
+            if (call, node) in seen or node.meta.get("count"):
+                continue
+            seen.add((call, node))
+            if node.op == "placeholder" and call is not None:
+                formals = list(self.read.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
+                left.append((None, call.args[formals.index(node)]))
+            elif node.op == "placeholder":
+                if self.read.slot(node.name).kind == "constant":
+                    mine, whole = (p.constants.get(node.name) for p in (self.program, self.whole))
+                    if mine is None or whole is None or not torch.equal(mine, whole):
+                        raise self.refusal(reader)
+            elif call is None:
+                made, index = node.args
+                assert isinstance(made, fx.Node)
+                value: Any = self.read.blocks[str(made.target)].graph.output_node().args[0]
+                left.append((made, value[index]))
+            else:
+                left += [(call, n) for n in node.all_input_nodes]
+                if not node.all_input_nodes and self.own(node).args != self._alike_in_whole(node).args:
+                    raise self.refusal(reader)
 
     def refusal(self, node: fx.Node) -> FoldError:
         return FoldError(
