@@ -88,7 +88,7 @@ def parallelize(
             held is remembered on disk. False skips it; unless said otherwise, so does FOLDCC_VERIFY=0 in the environment.
         batch_dims: by the name of an argument, which of its dimensions is samples, or None if it has none. For what is
             not named it is the first, where that has the size of the others' samples.
-        check_ranks: on real ranks, every call begins with an exchange of sixteen bytes that finds ranks which call with other
+        check_ranks: on real ranks, every call begins with an exchange of 24 bytes that finds ranks which call with other
             shapes or values, or with other samples where they share them, or raise, and every backward pass with one that finds
             ranks which go back from other outputs; the first call also compares replicas of weights and of state.
         plan: choices that are made already, as `model.plan` holds those of another compilation, or as its text. What it does
@@ -297,13 +297,9 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta:
         raise FoldError(f"{on_meta[0]} is on meta.", parameters=listed(on_meta), valid='folded.to_empty(device="cpu") before')
-    if model._elsewhere.names:
-        raise FoldError(
-            "Modules initialise all of their parameters, and some are on other pipeline stages.",
-            valid="load_state_dict, which takes what a stage holds; pp=1",
-        )
-    original = model._compiler.model
-    initialise(model, original, initialiser(original), model._places.layouts, model.mesh, seed)
+    original, layouts = model._compiler.model, model._places.layouts
+    with model._elsewhere.on_meta(model, original) as elsewhere:  # modules initialise all of their parameters
+        initialise(model, original, initialiser(original), layouts, model.mesh.stage, seed, elsewhere)
 
 
 def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:

@@ -16,6 +16,7 @@ from foldcc.errors import FoldError, divides
 from foldcc.hooks import watched
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.modes import Modes
+from foldcc.tree import elsewhere
 
 Key = tuple[Any, ...]
 
@@ -108,7 +109,9 @@ class Call:
             for n, x in self.items()
         )
         training = tuple(m.training for m in tree.modules())
-        dtypes = tuple(x.dtype for x in (*tree.parameters(), *tree.buffers()))
+        others = {n: state.dtype for n, state in elsewhere(tree).names.items()}
+        held = (*tree.named_parameters(remove_duplicate=False), *tree.named_buffers(remove_duplicate=False))
+        dtypes = frozenset((others | {n: x.dtype for n, x in held}).items())
         return (str(self.spec), told, training, dtypes, modes, self.given_gradients(tree), watched(tree))
 
     def given_gradients(self, tree: nn.Module) -> frozenset[str]:
@@ -116,8 +119,8 @@ class Call:
         if not torch.is_grad_enabled():
             return frozenset()
         held = (*tree.named_parameters(remove_duplicate=False), *self.tensors().items())
-        elsewhere = vars(tree)["_elsewhere"].names
-        return frozenset(name for name, x in held if x.requires_grad).union(n for n, trained in elsewhere.items() if trained)
+        trained = {n for n, state in elsewhere(tree).names.items() if state.trained}
+        return frozenset(name for name, x in held if x.requires_grad) | trained
 
     def with_numbers(self, numbers: Mapping[str, Any]) -> Call:
         return replace(self, leaves=[numbers.get(n, x) for n, x in self.items()])

@@ -39,6 +39,7 @@ from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
 from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.taps import with_results
+from foldcc.tree import elsewhere
 from foldcc.verification.origin import Origin
 
 
@@ -267,7 +268,14 @@ class Compiler:
         model = self.model
         kwargs = call.whole(self.mesh, batch_dims, self.there)
         watch: AbstractContextManager[set[str]] = watched_numbers(model) if self.tracer == "export" else nullcontext(set())
-        with traceable(), in_modes(model, tree), in_dtypes(model, tree, self.there), watch as blind, warnings.catch_warnings():
+        with (
+            traceable(),
+            elsewhere(tree).on_meta(tree, model),
+            in_modes(model, tree),
+            in_dtypes(model, tree, self.there),
+            watch as blind,
+            warnings.catch_warnings(),
+        ):
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             device, recorder = self.device(tree), Recorder(watched(tree))

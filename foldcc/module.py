@@ -29,7 +29,7 @@ from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
 from foldcc.reports import Reports
 from foldcc.runtime.accumulation import MAY_WAIT, Accumulation
-from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank
+from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank, told_by_all
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
 from foldcc.runtime.executable import Executable
 from foldcc.runtime.keys import draw_keys
@@ -39,7 +39,17 @@ from foldcc.runtime.parameters import Places, Unset, as_unset, fill_unsaved, ref
 from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.schedule import Pipelining
 from foldcc.runtime.wires import counted_elsewhere
-from foldcc.tree import Attributes, Elsewhere, copy_tree, drop_removed, inherit_hooks, of_the_original, outline, refuse_hooks
+from foldcc.tree import (
+    Attributes,
+    Elsewhere,
+    copy_tree,
+    drop_removed,
+    inherit_hooks,
+    of_the_original,
+    outline,
+    refuse_hooks,
+    still_tied,
+)
 from foldcc.verification.compiled import prove_compiled
 from foldcc.verification.schedule import prove_schedule
 from foldcc.wrappers import AsksFirst
@@ -153,7 +163,8 @@ class FoldedModule(Reports):
         try:
             drop_removed(self._inherited)
             self._attributes.check(self)
-            self._elsewhere.check(self)
+            if not self._check_ranks:
+                self._elsewhere.check(self)
             refuse_unset(self, self._unset)
             call = Call.of(self._compiler.model, args, kwargs)
             call.check_structure(self._structure)
@@ -164,7 +175,9 @@ class FoldedModule(Reports):
         if self._check_ranks:
             mode = "training" if self.training else "evaluation"
             hooks = f", with hooks{told(watches, all=True)}" if (watches := watched(self)) else ""
-            agree_on_call(self.mesh, f"{call} in {mode}{self._compiler.modes(self)}{hooks}", call.tensors())
+            run, own = f"{call} in {mode}{self._compiler.modes(self)}{hooks}", self._elsewhere.to_tell(self)
+            if self._elsewhere.is_news(agree_on_call(self.mesh, run, call.tensors(), own=str(own))):
+                self._elsewhere.hear(told_by_all(self.mesh, own))
         return call
 
     def _find(self, call: Call) -> Kept | None:
@@ -299,7 +312,8 @@ class FoldedModule(Reports):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedModule:
         unset = still_unset(self, self._unset)
-        super()._apply(fn, recurse)
+        with still_tied(self):
+            super()._apply(fn, recurse)
         self._unset = as_unset(self, unset)
         return self
 

@@ -12,7 +12,8 @@ import gc
 import inspect
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,19 @@ def _rebound(hook: Any, modules: dict[int, nn.Module]) -> Any:
     return hook
 
 
+@contextmanager
+def still_tied(root: nn.Module) -> Iterator[None]:
+    """Parameters that are one inside a tree are one behind this context: moving them off meta makes one of each name."""
+    names: dict[int, list[str]] = {}
+    for name, p in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    yield
+    for first, *others in names.values():
+        for name in others:
+            path, _, attribute = name.rpartition(".")
+            root.get_submodule(path)._parameters[attribute] = root.get_parameter(first)
+
+
 def unsaved_buffers(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that no state dict holds, such as rotary frequencies."""
     for path, module in root.named_modules(remove_duplicate=False):
@@ -230,37 +244,115 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in vars(module).items() if name[0] != "_" and name != "training"}
 
 
-class Elsewhere:
-    """The parameters of a tree that other pipeline stages hold, by each of their names: whether they are trained.
+@dataclass(frozen=True)
+class State:
+    """What a program is compiled for of a parameter."""
 
-    Every rank compiles the whole model, so what is compiled for depends on them as well, and is not changed afterwards.
+    trained: bool
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{'trained' if self.trained else 'frozen'}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Elsewhere:
+    """The parameters of a tree that other pipeline stages hold, by each of their names.
+
+    Every rank compiles the whole model, so what is compiled for depends on them as well. What is done to parameters later, the
+    ranks that hold them tell the others when a call begins.
 
     Attributes:
         counted: those that are here too, and that norms of all parameters count elsewhere.
+        divided: whether some rank holds parameters that another one does not.
     """
 
     def __init__(self) -> None:
-        self.names: dict[str, bool] = {}
+        self.names: dict[str, State] = {}
         self.counted: set[str] = set()
-        self._held: dict[str, tuple[bool, torch.dtype]] = {}
+        self.divided = False
+        self._known: dict[str, State] = {}  # of all parameters, as all ranks know it
+        self._digests: tuple[int, ...] = ()  # of what each rank told when it was told last
 
     def leave(self, root: nn.Module, names: set[str]) -> None:
         """Takes parameters out of the tree, the first time that some are elsewhere."""
-        held = dict(root.named_parameters(remove_duplicate=False))
+        held = self.own(root)
         for name in names & held.keys():
             path, _, attribute = name.rpartition(".")
             root.get_submodule(path)._parameters[attribute] = None
-            self.names[name] = held[name].requires_grad
-        self._held = {n: (p.requires_grad, p.dtype) for n, p in held.items() if n not in names}
+            self.names[name] = held[name]
+        if not self.divided:
+            self._known, self.divided = held, True
+
+    def own(self, root: nn.Module) -> dict[str, State]:
+        """Of the parameters that are here."""
+        return {n: State(p.requires_grad, p.dtype) for n, p in root.named_parameters(remove_duplicate=False)}
+
+    def to_tell(self, root: nn.Module) -> dict[str, State]:
+        """What other ranks are to know; nothing where each of them holds all parameters."""
+        return self.own(root) if self.divided else {}
+
+    def is_news(self, digests: tuple[int, ...]) -> bool:
+        """Whether some rank has told something else than before.
+
+        Args:
+            digests: of what each rank tells of its parameters now.
+        """
+        before, self._digests = self._digests, digests
+        return self.divided and digests != before
+
+    def hear(self, told: Sequence[Mapping[str, State]]) -> None:
+        """Takes what each rank has told of its parameters.
+
+        Raises:
+            FoldError: two ranks that hold a parameter differ in it.
+        """
+        known: dict[str, tuple[int, State]] = {}
+        for rank, theirs in enumerate(told):
+            for name, state in theirs.items():
+                first, other = known.setdefault(name, (rank, state))
+                if other != state:
+                    raise FoldError(
+                        f"Ranks {first} and {rank} hold {name}, and have done different things to it.",
+                        **{f"rank {first}": other, f"rank {rank}": state},
+                        valid="requires_grad_ and casts on every rank that holds a parameter",
+                    )
+        self._known = {name: state for name, (_, state) in known.items()}
+        self.names = {name: self._known[name] for name in self.names}
 
     def check(self, root: nn.Module) -> None:
-        """Raises for what was done to parameters here, and perhaps not on the other stages."""
-        for name, p in root.named_parameters(remove_duplicate=False) if self.names else ():
-            if name in self._held and self._held[name] != (p.requires_grad, p.dtype):
+        """Raises for what was done to parameters here, where ranks tell each other nothing."""
+        for name, state in self.to_tell(root).items():
+            if self._known[name] != state:
                 raise FoldError(
                     f"Parameter {name} was frozen, unfrozen or cast, and other pipeline stages do not know of it.",
-                    valid="the same on the model before parallelize",
+                    was=self._known[name],
+                    now=state,
+                    valid="parallelize(..., check_ranks=True); or the same on the model before parallelize",
                 )
+
+    @contextmanager
+    def on_meta(self, root: nn.Module, original: nn.Module) -> Iterator[set[int]]:
+        """A tree with parameters on meta in place of those that are elsewhere, inside this context. Gives their ids."""
+        new: dict[int, nn.Parameter] = {}  # what is tied stays tied
+        for name, state in self.names.items():
+            path, _, attribute = name.rpartition(".")
+            theirs = original.get_parameter(name)
+            if id(theirs) not in new:
+                like = torch.empty_like(theirs, dtype=state.dtype, device="meta", requires_grad=False)
+                new[id(theirs)] = nn.Parameter(like, requires_grad=state.trained)
+            root.get_submodule(path)._parameters[attribute] = new[id(theirs)]
+        try:
+            yield {id(p) for p in new.values()}
+        finally:
+            for name in self.names:
+                path, _, attribute = name.rpartition(".")
+                root.get_submodule(path)._parameters[attribute] = None
+
+
+def elsewhere(tree: nn.Module) -> Elsewhere:
+    """What other pipeline stages hold of a folded module."""
+    found: Elsewhere = vars(tree)["_elsewhere"]
+    return found
 
 
 _READS = ("get_", "num_", "is_", "has_")  # how methods are called that only read

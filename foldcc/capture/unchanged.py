@@ -61,8 +61,7 @@ def in_dtypes(model: nn.Module, other: nn.Module, device: torch.device) -> Itera
         for name, x in (*module._parameters.items(), *module._buffers.items()):
             if x is None:
                 continue
-            there = getattr(theirs, name)
-            wanted = x if there is None else there  # None where another pipeline stage holds it
+            wanted = getattr(theirs, name)
             moved = isinstance(x, nn.Parameter) and x.device.type != device.type
             if x.dtype == wanted.dtype and not moved:
                 continue

@@ -1,6 +1,6 @@
 """Whether ranks that should agree do: on the call that they make, on its samples, and on the weights that they start from.
 
-Every call of a folded module begins with one exchange of sixteen bytes, and every backward pass with one of eight, so that a
+Every call of a folded module begins with one exchange of 24 bytes, and every backward pass with one of eight, so that a
 rank that calls otherwise, or with other samples than it should, or that cannot call at all, is an error on all ranks instead of
 a wrong sum or a wait without end.
 """
@@ -29,14 +29,23 @@ T = TypeVar("T")
 
 
 def agree_on_call(
-    mesh: FoldedMesh, call: str, inputs: Mapping[str, Tensor] = MappingProxyType({}), error: BaseException | None = None
-) -> None:
+    mesh: FoldedMesh,
+    call: str,
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    own: str = "",
+    error: BaseException | None = None,
+) -> tuple[int, ...]:
     """Compares what every rank is about to run, and the samples of ranks that share them. Collective over the world.
 
     Args:
         call: shapes, dtypes and values of the call, as a person reads them.
         inputs: the tensors of the call.
+        own: what ranks may differ in.
         error: what this rank raises instead of making the call.
+
+    Returns:
+        A digest of `own` of each rank.
 
     Raises:
         FoldError: on the ranks without an error of their own: which ranks raised and what, or which ranks call otherwise.
@@ -46,15 +55,15 @@ def agree_on_call(
     for x in inputs.values():
         samples = 3 * samples + _hash(x).to(mesh.device_type)
     with _exchange(mesh, "the exchange that begins a call"):
-        told = _told(mesh, _RAISED if error is not None else _short(call), samples)
+        told = _told(mesh, _RAISED if error is not None else _short(call), samples, _short(own))
     if (told[:, 0] == told[0, 0]).all() and error is None:
-        if (told != told[list(_sharing(mesh))]).any():
+        if (told[:, 1] != told[list(_sharing(mesh)), 1]).any():
             agree_on_start(mesh, inputs, {})
-        return
+        return tuple(told[:, 2].tolist())
     said_by: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(said_by, (call, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
-        return  # the caller raises it
+        return ()  # the caller raises it
     raised = {rank: said for rank, (_, said) in enumerate(said_by) if said is not None}
     if raised:
         rank = min(raised)
@@ -66,6 +75,13 @@ def agree_on_call(
         **{"rank 0": first, f"rank {rank}": said_by[rank][0]},
         valid="the same shapes on every rank: drop the last batch, or pad it with labels that the loss ignores",
     )
+
+
+def told_by_all(mesh: FoldedMesh, mine: T) -> list[T]:
+    """What each rank tells. Collective over the world."""
+    told: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(told, mine)
+    return told
 
 
 def agree_on_gradients(mesh: FoldedMesh, outputs: str) -> None:

@@ -6,7 +6,7 @@ Modules initialise themselves, as they are written. What they draw into a parame
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -34,6 +34,7 @@ def initialise(
     layouts: Mapping[str, Layout],
     mesh: FoldedMesh,
     seed: int,
+    elsewhere: Collection[int],
 ) -> None:
     """Gives every parameter of a tree its initial values.
 
@@ -41,11 +42,12 @@ def initialise(
         original: of the same structure, whose classes say how.
         initialiser: initialises what a module holds itself; None for each module's `reset_parameters`.
         layouts: of parameters that are divided, by name.
+        elsewhere: the ids of those whose values are on other pipeline stages.
 
     Raises:
         FoldError: a parameter is initialised in a way that is no function of its positions, or by nothing.
     """
-    with torch.no_grad(), _Initial(tree, layouts, mesh, seed) as mode:
+    with torch.no_grad(), _Initial(tree, layouts, mesh, seed, elsewhere) as mode:
         for path, module in tree.named_modules():
             mode.path = path
             if initialiser is not None:
@@ -74,10 +76,10 @@ class _Initial(TorchDispatchMode):
     written: the parameters that have values, by name.
     """
 
-    def __init__(self, tree: nn.Module, layouts: Mapping[str, Layout], mesh: FoldedMesh, seed: int):
+    def __init__(self, tree: nn.Module, layouts: Mapping[str, Layout], mesh: FoldedMesh, seed: int, elsewhere: Collection[int]):
         super().__init__()
         self.names = {id(p): name for name, p in tree.named_parameters()}
-        self.layouts, self.mesh, self.seed = layouts, mesh, seed
+        self.layouts, self.mesh, self.seed, self.elsewhere = layouts, mesh, seed, elsewhere
         self.path = ""
         self.written: set[str] = set()
         self.draws: Counter[str] = Counter()
@@ -95,8 +97,9 @@ class _Initial(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in _CONSTANT and id(args[0]) in self.rows:
             _, parameter, place = self.rows[id(args[0])]
-            local, at = self._held(parameter)
-            local[at[0] == place] = args[1] if func is aten.fill_.Scalar else 0
+            if id(parameter) not in self.elsewhere:
+                local, at = self._held(parameter)
+                local[at[0] == place] = args[1] if func is aten.fill_.Scalar else 0
             return args[0]
         if not (func._schema.is_mutable and len(given) == 1 and id(given[0]) in self.names):
             raise FoldError(
@@ -112,6 +115,8 @@ class _Initial(TorchDispatchMode):
 
     def _draw(self, func: Any, operator: str, parameter: Tensor, given: dict[str, Any]) -> None:
         check_draw(func, given)
+        if id(parameter) in self.elsewhere:
+            return
         local, at = self._held(parameter)
         name = self.names[id(parameter)]
         told = f"{self.seed} {name} {self.draws[name]}".encode()

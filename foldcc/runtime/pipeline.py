@@ -127,7 +127,8 @@ class Pipelined(Executable):
             values: of all slots, for each micro-batch; None for a parameter that is elsewhere.
         """
         if self.trains:
-            outputs = list(_Steps.apply(self, others, values, *values[0]))
+            anchor = torch.empty((), requires_grad=True)  # a stage whose parameters are all frozen goes back as well
+            outputs = list(_Steps.apply(self, others, values, anchor, *values[0]))
         else:
             with torch.no_grad():
                 outputs = self.joined(Run(self, self.entered(values)).through(self.orders(late=False)).outputs)
@@ -277,7 +278,7 @@ class Pipelined(Executable):
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, executable: Pipelined, others: Others, values: Sequence[Sequence[Any]], *first: Any) -> Any:
+    def forward(ctx: Any, executable: Pipelined, others: Others, values: Sequence[Sequence[Any]], *_: Any) -> Any:
         entered = executable.entered(values)
         ctx.in_turns, ctx.programs, ctx.executable = executable.in_turns, others, executable
         if executable.in_turns:
@@ -302,7 +303,7 @@ class _Steps(torch.autograd.Function):
             executable, _ = ctx.programs(wanted)
             # Nothing else holds what is saved, so that it is freed as backward passes go.
             run = Run(executable, (), executable.tangents(given), *saved(ctx)).through(executable.orders(late=True))
-            return (None, None, None, *executable.gradients(run))
+            return (None, None, None, None, *executable.gradients(run))
         if wanted != ctx.executable.program.wanted:
             raise FoldError(
                 f"Schedule 1f1b went back from {told_outputs(ctx.executable.program.wanted)} inside the call, and the backward "
@@ -310,7 +311,7 @@ class _Steps(torch.autograd.Function):
                 valid="loss.backward() of the loss that the model returns; schedule='gpipe'",
             )
         ctx.programs(wanted)
-        return (None, None, None, *(None if x is None else x * given[0] for x in saved(ctx)))
+        return (None, None, None, None, *(None if x is None else x * given[0] for x in saved(ctx)))
 
 
 def _computed(program: Program) -> list[fx.Node]:

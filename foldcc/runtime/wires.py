@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from foldcc.ir.walk import module_of
 from foldcc.mesh import FoldedMesh
@@ -25,7 +24,7 @@ from foldcc.runtime.stages import like
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _EVERY = (1, False)  # a channel whose group, like that of each, is of all places
 _WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage
-_COUNTED_ELSEWHERE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that an earlier stage holds as well
+_COUNTED_ELSEWHERE = "_foldcc_counted_elsewhere"  # an attribute, for PyTorch swaps no parameter that has weak references
 
 
 def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None:
@@ -61,11 +60,11 @@ def over_places(x: Tensor, mesh: FoldedMesh, places: tuple[int, ...]) -> Tensor:
 
 def counted_elsewhere(parameter: Tensor) -> None:
     """Norms of all parameters count this one on another stage."""
-    _COUNTED_ELSEWHERE[parameter] = True
+    setattr(parameter, _COUNTED_ELSEWHERE, True)
 
 
 def is_counted_here(parameter: Tensor) -> bool:
-    return parameter not in _COUNTED_ELSEWHERE
+    return not hasattr(parameter, _COUNTED_ELSEWHERE)
 
 
 def whole_mesh(parameters: Iterable[Tensor]) -> FoldedMesh | None:
