@@ -226,6 +226,10 @@ class FoldedModule(Reports):
                 self._programs.keep_other(other, kept)
         return other.executable, accumulation
 
+    def take_any_structure(self) -> None:
+        """From now on calls need not have the structure of `example_inputs`; each other one is a program of its own."""
+        self._structure = None
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """As of `DistributedDataParallel`: backward passes in this context leave gradients unreduced, and the first one outside

@@ -53,12 +53,17 @@ def changed() -> list[dict[str, Any]]:
     plain = tiny("llama", tie_word_embeddings=True)
     with in_float64():
         model = foldcc.parallelize(plain, mesh, example_inputs=batch, micro_batches=2, schedule="1f1b", verify=False)
+        called: list[str] = []
+        for name, p in model.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: called.append(name))
         for part in PHASES:
+            called.clear()
             for name, p in model.named_parameters():
                 p.requires_grad_(part in name)
             loss = model(**batch).loss
             loss.backward()
             gradients = {n: p.grad if p.grad is None else whole(p.grad) for n, p in model.named_parameters()}
+            assert sorted(called) == sorted(n for n, g in gradients.items() if g is not None)
             found.append({"loss": loss.item(), "gradients": gradients})
             model.zero_grad()
     del loss  # its graph holds parameters, which PyTorch then does not cast in place

@@ -210,12 +210,10 @@ def test_what_a_trainer_cannot_train_is_refused_and_says_what_can(tmp_path: Path
     from foldcc.trainers.transformers import Trainer
 
     forget()
-    plain, folded = Words(), foldcc.parallelize(Words(), "dp=2")
-    stages = foldcc.parallelize(tiny_model("llama"), "pp=2")
+    folded = foldcc.parallelize(Words(), "dp=2")
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    for subject, message in ((plain, "Words is not folded"), (stages, "Pipeline stages hold different parameters")):
-        with pytest.raises(FoldError, match=message):
-            Trainer(model=subject, args=arguments, train_dataset=Sentences())
+    with pytest.raises(FoldError, match="Words is not folded"):
+        Trainer(model=Words(), args=arguments, train_dataset=Sentences())
     with pytest.raises(FoldError, match="model_init makes the model anew"):
         Trainer(args=arguments, model_init=lambda: folded)
     with pytest.raises(FoldError, match="has one rank cut batches for all"):
@@ -240,3 +238,66 @@ def test_a_trainer_knows_the_arguments_the_labels_and_the_library_s_names_of_a_f
     assert signature(pickle.loads(pickle.dumps(folded)).forward) == signature(original.forward)
     with pytest.raises(FoldError, match="generate is a method of LlamaForCausalLM"):
         folded.generate(torch.zeros(1, 4, dtype=torch.long))
+
+
+# --- pipeline stages
+
+
+def tied() -> nn.Module:
+    return tiny_model("llama", tie_word_embeddings=True)
+
+
+def in_stages(folder: Path, resume: str | None) -> dict[str, Any]:
+    """Trains what is left behind a checkpoint, all of it in a loop of Accelerate, and an adapter, which is stored."""
+    from foldcc.trainers.accelerate import Accelerator
+    from foldcc.trainers.transformers import Trainer
+
+    mesh, ids = foldcc.FoldedMesh.parse("pp=2", "cpu"), torch.zeros(4, 16, dtype=torch.int64)
+    options: dict[str, Any] = {"example_inputs": {"input_ids": ids, "labels": ids}, "micro_batches": 2, "verify": False}
+    found: dict[str, Any] = {"trained": train(Trainer, foldcc.parallelize(tied(), mesh, **options), folder / "again", 4)}
+    resumed = foldcc.parallelize(tied(), mesh, **options)
+    found["resumed"] = train(Trainer, resumed, folder / "again", 4, resume)
+    launched()
+    folded = foldcc.parallelize(tied(), mesh, schedule="1f1b", **options)
+    found |= accelerated(Accelerator(mesh, gradient_accumulation_steps=2), folded, 4, folder / "accelerated")
+    foldcc.parallelize(adapted(), mesh, **options).save_pretrained(folder / "adapter")
+    return found
+
+
+def adapted() -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_model("llama", num_hidden_layers=4), config)
+
+
+def test_a_trainer_and_a_loop_of_accelerate_train_pipeline_stages_as_one_process(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+    from transformers import Trainer as Transformers
+
+    from foldcc.trainers.transformers import Trainer
+
+    alone = tied()
+    wanted = train(Transformers, alone, tmp_path / "alone", 4)
+    forget()
+    loop = accelerated(accelerate.Accelerator(gradient_accumulation_steps=2), tied(), 4, tmp_path / "loop")
+    one = foldcc.parallelize(tied(), "dp=1", verify=False)
+    assert_the_same(train(Trainer, one, tmp_path / "one", 4), wanted)
+    ranks = run_distributed(in_stages, 2, tmp_path, str(tmp_path / "one" / "checkpoint-2"), timeout=400)
+    for rank in ranks:
+        assert_the_same(rank["trained"], wanted)
+        assert_the_same(rank["resumed"], wanted)
+        for name in ("losses", "norms", "rate", "items", "again"):
+            assert rank[name] == pytest.approx(loop[name], rel=TOLERANCE), name
+        torch.testing.assert_close(rank["logits"], loop["logits"], rtol=1e-3, atol=1e-4)
+    assert ranks[0]["weights"].keys() == loop["weights"].keys() and not ranks[1]["weights"]
+    for name, x in loop["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], x, rtol=1e-3, atol=1e-4)
+    back = foldcc.parallelize(tied(), "dp=2", verify=False)
+    assert_the_same(train(Trainer, back, tmp_path / "again", 4, str(tmp_path / "again" / "checkpoint-4")), wanted)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "again" / "checkpoint-5").state_dict()
+    for name, x in alone.state_dict().items():
+        torch.testing.assert_close(saved[name], x, rtol=1e-3, atol=1e-5)
+    peft, batch = pytest.importorskip("peft"), {n: x[None] for n, x in Sentences()[0].items() if n != "length"}
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=4), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(**batch).loss, adapted().eval()(**batch).loss)

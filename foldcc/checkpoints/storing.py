@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from foldcc.checkpoints.pieces import Piece, leaf, whole
 from foldcc.checkpoints.tensors import held, some, tensors
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
-from foldcc.runtime.agreement import together
+from foldcc.runtime.agreement import together, told_by_all
 from foldcc.runtime.placement import redistributed
+from foldcc.runtime.wires import on_all_places
 
 if TYPE_CHECKING:
     from foldcc.module import FoldedModule
@@ -37,23 +38,22 @@ def store(model: FoldedModule, folder: Path, *, most: int) -> None:
     mesh, original, beside = model.mesh, model._compiler.model, folder / ".incomplete"
     here = 0 if mesh.is_virtual else dist.get_rank()
     names, unread, now = {}, {}, _Gathered(model)
-    for all_names, own in tensors(original):
-        x = held(model, all_names)
+    for all_names, shape, dtype in _all(model):
         name = kept_name(original, all_names)
         names[name] = all_names
-        unread[name] = leaf(own.shape, own.dtype if x is None else x.dtype, name, now.reader(name))
+        unread[name] = leaf(shape, dtype, name, now.reader(name))
     outputs: dict[str, Any] = as_stored(original, unread)
-    plan = _planned(mesh, outputs, _homes(model, names), most)
-    if is_adapted(original):
-        plan = _as_adapter(plan)
+    adapted = is_adapted(original)
+    # PEFT reads one file, of all stages.
+    plan = {files.ADAPTER: (0, outputs)} if adapted else _planned(mesh, outputs, _homes(model, names), most)
     together(mesh, lambda: _writable(folder, lambda: _emptied(beside)) if here == 0 else None)
     failed: OSError | None = None
     for title, (writer, each) in plan.items():
-        if writer // mesh.stage.world_size != here // mesh.stage.world_size:
+        if not adapted and writer // mesh.stage.world_size != here // mesh.stage.world_size:
             continue
         file = files.Writer(beside / title, each) if writer == here else None
         for output, x in each.items():
-            now.gather(names, x.leaves)
+            now.gather(names, x.leaves, {name: unread[name] for name in x.leaves} if adapted else {})
             if file is not None:
                 file.write(output, whole(x))
         if file is not None:
@@ -94,18 +94,52 @@ class _Gathered(dict[str, Tensor]):
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], Tensor]:
         return lambda at: self[name][at] if at else self[name]
 
-    def gather(self, names: Names, wanted: tuple[str, ...]) -> None:
-        """Has these tensors, and no others. Collective over the ranks of a pipeline stage."""
+    def gather(self, names: Names, wanted: tuple[str, ...], like: Mapping[str, Piece]) -> None:
+        """Has these tensors, and no others. Collective over the ranks of a pipeline stage.
+
+        Args:
+            like: those that may be on another stage; then it is collective over the world.
+        """
         for name in self.keys() - set(wanted):
             del self[name]
         for name in wanted:
             if name not in self:
-                x = held(self.model, names[name])
+                x = _whole(self.model, names[name])
+                if name in like:
+                    x = _wherever(self.model, x, like[name].shape, like[name].dtype)
                 assert x is not None
-                with torch.no_grad():
-                    if isinstance(x, DTensor):
-                        x = redistributed(x, [Replicate()] * x.device_mesh.ndim).to_local()
-                    self[name] = x.detach().cpu()
+                self[name] = x.cpu()
+
+
+def whole_values(model: FoldedModule) -> Iterator[tuple[list[str], Tensor]]:
+    """Each tensor that checkpoints hold, on every rank, with its names, wherever it is. Collective over the world."""
+    for names, shape, dtype in _all(model):
+        yield names, _wherever(model, _whole(model, names), shape, dtype)
+
+
+def _all(model: FoldedModule) -> list[tuple[list[str], torch.Size, torch.dtype]]:
+    """The names, the shape and the dtype of each tensor. Collective over the world, where stages hold different ones."""
+    elsewhere, found = model._elsewhere, []
+    if elsewhere.divided:
+        elsewhere.hear(told_by_all(model.mesh, elsewhere.own(model)))  # they may have been cast
+    for names, own in tensors(model._compiler.model):
+        x = held(model, names)
+        found.append((names, own.shape, elsewhere.names[names[0]].dtype if x is None else x.dtype))
+    return found
+
+
+def _whole(model: FoldedModule, names: list[str]) -> Tensor | None:
+    """A tensor, if this rank's stage holds it. Collective over the ranks of the stage."""
+    x = held(model, names)
+    with torch.no_grad():
+        if isinstance(x, DTensor):
+            x = redistributed(x, [Replicate()] * x.device_mesh.ndim).to_local()
+        return None if x is None else x.detach()
+
+
+def _wherever(model: FoldedModule, x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What some stage holds, on every rank."""
+    return on_all_places(torch.empty(shape, dtype=dtype, device="meta") if x is None else x, model.mesh)
 
 
 def _planned(mesh: FoldedMesh, outputs: Mapping[str, Any], homes: Mapping[str, int], most: int) -> dict[str, Any]:
@@ -119,16 +153,6 @@ def _planned(mesh: FoldedMesh, outputs: Mapping[str, Any], homes: Mapping[str, i
     if len(plan) == 1:
         return {files.SINGLE: plan[0]}
     return {f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors": each for i, each in enumerate(plan)}
-
-
-def _as_adapter(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The one file that PEFT reads."""
-    if len(plan) > 1:
-        raise FoldError(
-            f"An adapter is one file, and it would be {len(plan)}: it is on several pipeline stages, or too large.",
-            valid="foldcc.save; pp=1, and a larger max_shard_size",
-        )
-    return {files.ADAPTER: next(iter(plan.values()))}
 
 
 def _homes(model: FoldedModule, names: Names) -> dict[str, int]:

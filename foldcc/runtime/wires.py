@@ -51,6 +51,16 @@ def from_place(x: Tensor, mesh: FoldedMesh, place: int) -> Tensor:
     return x
 
 
+def on_all_places(x: Tensor, mesh: FoldedMesh) -> Tensor:
+    """A value that some places of pp have, on all of them; elsewhere it is on meta. Collective over the world."""
+    if mesh.is_virtual or mesh.size("pp") == 1:
+        return x
+    create_wires(mesh)
+    here = torch.tensor(-1 if x.is_meta else mesh.coordinate(mesh.here, "pp"), device=mesh.device_type)
+    place = int(over_all_places(here, mesh, largest=True))
+    return from_place(torch.empty_like(x, device=mesh.device_type) if x.is_meta else x, mesh, place)
+
+
 def over_places(x: Tensor, mesh: FoldedMesh, places: tuple[int, ...]) -> Tensor:
     """The sum of what these places of pp have, one of which is this process's."""
     x = x.contiguous()

@@ -17,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from foldcc.changed import changed
+from foldcc.checkpoints.storing import whole_values
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.module import FoldedModule
 from foldcc.runtime.clip import clip_grad_norm_
+from foldcc.runtime.wires import on_all_places
 from foldcc.saving import load, save
 
 _ALONE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -109,8 +111,19 @@ class Accelerator(Accelerates):
             rows = x.unflatten(0, (self.num_processes, -1))
             return rows[list(self._samples)].flatten(0, 1)
 
-        whole = recursively_apply(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tensor)
-        return recursively_apply(each_once, super().gather(whole))
+        return recursively_apply(each_once, super().gather(self.whole(tensor)))
+
+    def whole(self, tensor: Any) -> Any:
+        """This rank's samples of what a model has returned, also where `tp` divides them or other pipeline stages have them."""
+
+        def one(x: Tensor) -> Tensor:
+            return on_all_places(x.full_tensor() if isinstance(x, DTensor) else x, self.mesh)
+
+        return recursively_apply(one, tensor)
+
+    def pad_across_processes(self, tensor: Any, *args: Any, **options: Any) -> Any:
+        """As of Accelerate, of this rank's samples."""
+        return super().pad_across_processes(self.whole(tensor), *args, **options)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """The sum or the mean over the `dp` coordinates."""
@@ -130,8 +143,14 @@ class Accelerator(Accelerates):
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """Whole values, on the first rank. Every rank calls it."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.unwrap_model(model), options=options)
+        options, folded = StateDictOptions(full_state_dict=True, cpu_offload=True), self.unwrap_model(model)
+        if self.mesh.is_virtual or self.mesh.size("pp") == 1:
+            return get_model_state_dict(folded, options=options)
+        found: dict[str, Any] = {}
+        for names, x in whole_values(folded):
+            if self.is_main_process:
+                found |= dict.fromkeys(names, x.cpu())
+        return found
 
     def save_state(self, output_dir: str | None = None, *args: Any, **options: Any) -> Any:
         """As of Accelerate; models and their optimizers are stored by `foldcc.save`, and loaded on any fold."""

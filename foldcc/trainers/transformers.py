@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from foldcc.changed import changed
@@ -38,12 +36,7 @@ class Trainer(transformers.Trainer):
             raise FoldError("model_init makes the model anew for each run.", valid="model=foldcc.parallelize(model, mesh)")
         if not isinstance(model, FoldedModule):
             raise FoldError(f"{type(model).__name__} is not folded.", valid="model=foldcc.parallelize(model, mesh)")
-        if model.mesh.size("pp") > 1:
-            raise FoldError(
-                "Pipeline stages hold different parameters, and a Trainer saves those of one model.",
-                mesh=str(model.mesh),
-                valid="a training loop of your own; pp=1",
-            )
+        model.take_any_structure()  # training calls with a number of items, and evaluation without
         super().__init__(model, *args, **options)
         if (self.compute_loss_func or self.label_smoother) and model.mesh.passed < model.mesh.data_parallel:
             raise FoldError(
@@ -75,7 +68,8 @@ class Trainer(transformers.Trainer):
         return False  # so that the accelerator clips, over both meshes
 
     def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
-        return pytree.tree_map_only(DTensor, lambda x: x.full_tensor(), super().prediction_step(*args, **options))
+        found: tuple[Tensor | None, Any, Any] = self.accelerator.whole(super().prediction_step(*args, **options))
+        return found
 
     # --- states ---
 
