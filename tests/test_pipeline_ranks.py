@@ -99,3 +99,52 @@ def test_parameters_are_frozen_unfrozen_and_cast_behind_parallelize() -> None:
     cast = copy.deepcopy(plain).bfloat16()(**batch).loss.item()
     for rank in ranks:
         assert rank[-1]["loss"] == pytest.approx(cast, rel=1e-2)
+
+
+BATCHES = [token_batch(4, length, seed=length) for length in (8, 12)]
+
+
+def with_options() -> dict[str, Any]:
+    """Losses, gradients and evaluations in bfloat16, with blocks computed again; and losses with dropout."""
+    mesh, found = foldcc.FoldedMesh.parse("pp=2", "cpu"), []
+    model = foldcc.parallelize(
+        tiny_model("llama"),
+        mesh,
+        example_inputs=BATCHES[0],
+        micro_batches=2,
+        schedule="1f1b",
+        precision=foldcc.Precision(compute="bfloat16", reduce="float32"),
+        recompute="blocks",
+        verify=False,
+    )
+    for batch in BATCHES:
+        loss = model.train()(**batch).loss
+        loss.backward()
+        with torch.no_grad():
+            evaluated = model.eval()(**batch).loss.item()
+        found.append((loss.item(), evaluated, {n: whole(p.grad) for n, p in model.named_parameters()}))
+        model.zero_grad()
+    return {"steps": found, "dropped": dropped(mesh)}
+
+
+def dropped(mesh: Any) -> list[float]:
+    plain = tiny_model("llama", attention_dropout=0.5)
+    model = foldcc.parallelize(plain, mesh, example_inputs=BATCHES[0], micro_batches=2, recompute="blocks", verify=False)
+    torch.manual_seed(3)
+    return [model(**BATCHES[0]).loss.item() for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_ranks_compute_in_bfloat16_again_and_with_dropout_as_one_process() -> None:
+    ranks, plain, draws = run_distributed(with_options, 2), tiny_model("llama"), dropped("dp=1")
+    assert draws[0] != draws[1]
+    for i, batch in enumerate(BATCHES):
+        plain.zero_grad()
+        wanted = accumulated(plain, batch, 1, 2)
+        for loss, evaluated, gradients in (rank["steps"][i] for rank in ranks):
+            assert loss == pytest.approx(wanted, rel=1e-2) and evaluated == pytest.approx(wanted, rel=1e-2)
+            for name, gradient in gradients.items():
+                assert gradient.dtype == torch.float32
+                assert relative_error(gradient, plain.get_parameter(name).grad) < 5e-2, name
+    for rank in ranks:
+        assert rank["dropped"] == pytest.approx(draws, rel=1e-5)
