@@ -16,7 +16,7 @@ from versions import joins_blocks
 from foldcc.testing import run_distributed
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TESTED = {"quickstart.py", "pretrain_moe.py", "finetune_hf.py"}
+TESTED = {"quickstart.py", "pretrain_moe.py", "finetune_hf.py", "your_own_model.py"}
 
 
 def run(name: str, arguments: list[str]) -> Any:
@@ -34,6 +34,21 @@ def test_every_example_is_tested_and_short() -> None:
 
 def test_the_quickstart_runs() -> None:
     runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--mesh=dp=2,tp=2", "--eager"], ["--mesh=dp=2,tp=2|ep=4", "--experts=4"]],
+)
+def test_a_model_of_ones_own_trains_as_in_one_process(arguments: list[str]) -> None:
+    folded, alone = run("your_own_model.py", arguments)
+    assert len(folded) == 4 and folded == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_trains_on_processes() -> None:
+    for folded, alone in run_distributed(run, 4, "your_own_model.py", ["--mesh=dp=2,tp=2|ep=4", "--experts=4"], timeout=200):
+        assert folded == pytest.approx(alone, rel=1e-5)
 
 
 @joins_blocks
