@@ -197,3 +197,13 @@ def test_randomness_has_no_meaning() -> None:
     x = random(8)
     with FieldMode(FIELD), pytest.raises(NoMeaning, match="is random"):
         F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("how", [(3, 2, 1), (3, 2, 1, False, False), (2, 2, 0, True)])
+def test_averages_over_windows_are_as_many_elements_over_their_number(how: tuple[int | bool, ...]) -> None:
+    x = torch.full((1, 2, 5, 5), 7.0, dtype=torch.float64)
+    divided = F.avg_pool2d(x, *how)  # type: ignore[arg-type]
+    size = 36  # which the sizes of windows divide
+    with FieldMode(FIELD):
+        found = F.avg_pool2d(x, *how)  # type: ignore[arg-type]
+    assert torch.equal(FIELD.times(found, float(size)), (divided * size).round())

@@ -174,3 +174,23 @@ def test_channels_of_their_own_are_divided_over_tp() -> None:
     model, x = Short(), torch.randn(4, 6, 8)
     assert foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,)).summary().flops_ratio == 1
     check_equivalence(model, "dp=2,tp=2", (x,))
+
+
+class Images(nn.Module):
+    """Convolutions, batch norms and poolings of images, in the three ways in which an average counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pools = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.AvgPool2d(3, 1, 1)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *pools)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.body(x).mean((2, 3))), y)
+
+
+def test_samples_of_images_are_divided_through_poolings_and_the_proof_follows() -> None:
+    model, batch = Images(), {"x": torch.randn(8, 3, 10, 9), "y": torch.randint(4, (8,))}
+    check_equivalence(model, "dp=2,tp=2", kwargs=batch)
+    folded = foldcc.parallelize(model, "dp=4", example_inputs=batch)
+    assert folded.summary().flops_ratio == 1 and foldcc.verify(folded).ok

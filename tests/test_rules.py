@@ -166,6 +166,8 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield from each("eq lt ge", "Tensor", lambda f, n: (f, ids(3, n(), b := n()), ids(3, b)))
     yield "aten.where", lambda n: (aten.where.self, ids(2, a := n(), 1).bool(), real(a, b := n()), real(b))
     yield "aten.masked_fill", lambda n: (aten.masked_fill.Scalar, real(a := n(), b := n()), ids(2, a, b).bool(), 2.0)
+    yield "aten.fill", lambda n: (aten.fill.Tensor, real(n(), n()), torch.tensor(2.0))
+    yield from each("max_pool2d avg_pool2d", "default", lambda f, n: (f, real(n(), n(), 5, 4), [3, 2], [2, 2], [1, 1]))
     yield "aten.clamp", lambda n: (aten.clamp.default, real(n(), n()), -0.5, 0.5)
     yield "aten.pow", lambda n: (aten.pow.Tensor_Scalar, real(n(), n()), 2)
     yield "aten.bitwise_not", lambda n: (aten.bitwise_not.default, ids(2, n(), n()).bool())

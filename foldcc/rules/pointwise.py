@@ -54,7 +54,7 @@ def _arange(node: Node, inputs: list[Shape | None], outputs: list[Shape | None])
 RULES: dict[str, Notation | Derived] = {
     "foldcc.share": notation("... -> ... ; linear 0"),
     **dict.fromkeys(
-        SAME | named("_to_copy copy dropout pow bitwise_not neg mul div floor_divide add sub where masked_fill"), pointwise
+        SAME | named("_to_copy copy dropout pow bitwise_not neg mul div floor_divide add sub where masked_fill fill"), pointwise
     ),
     **dict.fromkeys(EMPTY | set(FILLS), _fill),
     **dict.fromkeys(named("zeros_like ones_like full_like empty_like"), pointwise),

@@ -69,4 +69,5 @@ RULES: dict[str, Notation | Derived] = {
     "aten.linear": notation("... k, n k, n -> ... n ; linear 0 | 1 ; add 2"),
     "aten.matmul": _matmul,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(("aten.max_pool2d", "aten.avg_pool2d"), notation("... [h] [w] -> ... [y] [x]")),
 }

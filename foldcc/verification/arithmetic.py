@@ -219,6 +219,27 @@ def convolution_backward(
     return dx if mask[0] else None, dw if mask[1] else None, db
 
 
+@meaning("avg_pool2d")
+def avg_pool2d(field: Field, x: Tensor, *how: Any) -> Tensor:
+    """Sums over windows, of numbers far below 2**53, times what the operator itself divides each by."""
+    how, share = _windows(field, x, how)
+    return field.times(field.reduced(aten.avg_pool2d(x, *how)), share)
+
+
+@meaning("avg_pool2d_backward")
+def avg_pool2d_backward(field: Field, grad: Tensor, x: Tensor, *how: Any) -> Tensor:
+    how, share = _windows(field, x, how)
+    return field.reduced(aten.avg_pool2d_backward(field.times(grad, share.expand_as(grad)), x, *how))
+
+
+def _windows(field: Field, x: Tensor, how: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor]:
+    """The arguments that make an average a sum, and what the sum of each window is to be multiplied by."""
+    summing = (*how, *((), 0, False, True)[len(how) - 1 :])[:5] + (1,)
+    ones = torch.ones_like(x[..., :1, :, :])
+    sizes = (aten.avg_pool2d(ones, *summing) / aten.avg_pool2d(ones, *how)).round()
+    return summing, field.inverse(sizes)
+
+
 def _by_bits(field: Field, linear: Callable[[Tensor], Any], x: Tensor, count: int) -> list[Tensor]:
     """What a linear function, whose results are sums of at most so many products, makes of x."""
     bits = 53 - 31 - math.ceil(math.log2(max(2, count)))
