@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import gcd
 from types import ModuleType
@@ -35,6 +35,7 @@ from foldcc.passes.recompute import Recompute
 from foldcc.precision import Precision
 from foldcc.runtime.initial import initialise
 from foldcc.runtime.schedule import Pipelining
+from foldcc.varying import BATCH, SEQ
 from foldcc.wrappers import refuse_wrapped
 
 KERNELS = ("auto", "triton", "aten")
@@ -65,6 +66,7 @@ def parallelize(
     micro_batches: int = 1,
     schedule: str = "gpipe",
     stages_per_rank: int = 1,
+    dynamic: Collection[str] = (BATCH, SEQ),
     progress: Callable[[str], None] | None = None,
     **others: Any,
 ) -> FoldedModule:
@@ -78,7 +80,7 @@ def parallelize(
         example_inputs: keyword arguments as a dict, or positional ones as a tuple; tensors give only their shape, dtype
             and device. On a virtual mesh they hold the global batch, else this rank's samples. With them the model is
             compiled now and takes no other structure of inputs. Without them the model's `dummy_inputs` serve, and any
-            call with another structure or shape compiles a program of its own.
+            call with another structure compiles a program of its own.
         capture: "export" or "dynamo", the tracer.
         kernels: "triton" emits Triton kernels for what is between matrix products, and "aten" does not; "auto" does on
             CUDA. On CPU they run in Triton's interpreter, which is slow and for tests. Or kernels that were emitted and
@@ -116,6 +118,8 @@ def parallelize(
             passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well.
         stages_per_rank: pipeline stages that each place of `pp` has, every pp-th: with more of them, ranks wait less for each
             other, and send more.
+        dynamic: which sizes of inputs may vary in a program: "batch", that of samples, and "seq", any other. From the second
+            size on, one program is compiled for all that the mesh divides alike; what fits none is compiled for its shapes.
         progress: called with the name of each stage before it runs.
 
     Raises:
@@ -180,6 +184,7 @@ def parallelize(
         ),
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
         pipelining=pipelining if pipelining.stages * micro_batches > 1 else None,
+        dynamic=_dynamic(dynamic),
     )
     fixed = example_inputs is not None
     inputs = example_inputs if fixed else _dummy(model, mesh, micro_batches)
@@ -187,6 +192,12 @@ def parallelize(
         args, kwargs = _arguments(inputs)
         folded._compile(Call.of(model, args, kwargs), fixed=fixed)
     return folded
+
+
+def _dynamic(asked: Collection[str]) -> tuple[str, ...]:
+    if isinstance(asked, str) or not {*asked} <= {BATCH, SEQ}:
+        raise FoldError(f"dynamic={asked!r} is no tuple of sizes that may vary.", valid=f"{(BATCH, SEQ)}, ({SEQ!r},), ()")
+    return tuple(asked)
 
 
 def _check_attention(asked: str | None, given: Plan, mesh: FoldedMesh) -> None:

@@ -165,6 +165,12 @@ def _whole(name: str, x: Tensor, mesh: FoldedMesh, samples: int | None, device: 
     return torch.zeros(shape, dtype=x.dtype, device=device)
 
 
+def without_sizes(key: Key) -> Key:
+    """The key of a call, as if tensors of other sizes were the same."""
+    spec, told, *rest = key
+    return (spec, tuple((len(x[0]), x[1]) if isinstance(x[0], tuple) else x for x in told), *rest)
+
+
 def without_digits(key: Key, names: list[str], free: Collection[str]) -> Key:
     """The key of a call with these names, as if some of its numbers were inputs."""
     spec, told, *rest = key

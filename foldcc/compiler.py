@@ -22,6 +22,7 @@ from foldcc.capture.numbers import watched as watched_numbers
 from foldcc.capture.observe import Recorder
 from foldcc.capture.transformers import checkpoints
 from foldcc.capture.unchanged import in_dtypes, in_modes
+from foldcc.capture.varying import Varying
 from foldcc.codegen import Emit, kernels_of
 from foldcc.codegen.source import unusable
 from foldcc.errors import FoldError
@@ -40,6 +41,7 @@ from foldcc.runtime.schedule import Pipelining
 from foldcc.samples import refuse_attention_over_samples, sample_dims
 from foldcc.taps import with_results
 from foldcc.tree import elsewhere
+from foldcc.varying import shapes_of
 from foldcc.verification.origin import Origin
 
 
@@ -54,7 +56,7 @@ class Compiler:
         mesh: of one pipeline stage.
         own: passes of a user's own, after the pipeline.
         pipelining: how calls are cut; None where they are not, and nothing else is different.
-        batch_dims, tracer, kernels, plan, recompute, progress: see `parallelize`.
+        batch_dims, tracer, kernels, plan, recompute, progress, dynamic: see `parallelize`.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class Compiler:
     recompute: str | float | None = None
     own: tuple[Pass, ...] = ()
     pipelining: Pipelining | None = None
+    dynamic: tuple[str, ...] = ()
 
     def device(self, tree: nn.Module) -> torch.device:
         """Where programs run."""
@@ -127,7 +130,7 @@ class Compiler:
         self._check_autocast(tree)
         start = time.perf_counter()
         self.progress("capture")
-        program, blind = self._captured(call, tree, batch_dims)
+        program, blind = self.captured(call, tree, batch_dims)
         numbers = {n: x for n, x in call.items() if n in blind}
         program, free, other = self._over_numbers(call, tree, program, numbers, others)
         seconds = time.perf_counter() - start
@@ -145,6 +148,7 @@ class Compiler:
             {} if free else numbers,
             watches=watched(tree),
             origin=self._origin(call, tree),
+            shapes=shapes_of(call, self.mesh, batch_dims),
         )
         return made, other
 
@@ -159,7 +163,7 @@ class Compiler:
             with compiling():
                 return self._planned(program, in_micro_batches(passes, count), held, seconds)
         except Untold:
-            beside, _ = self._captured(whole, tree, self.sample_dims(whole))
+            beside, _ = self.captured(whole, tree, self.sample_dims(whole))
             with compiling():
                 return self._planned(program, in_micro_batches(passes, count, beside), held, seconds)
 
@@ -263,7 +267,9 @@ class Compiler:
                 valid=f"the model on {device.type} before parallelize, or parameters in the dtype that they are used in",
             )
 
-    def _captured(self, call: Call, tree: nn.Module, batch_dims: Mapping[str, int | None]) -> tuple[Program, set[str]]:
+    def captured(
+        self, call: Call, tree: nn.Module, batch_dims: Mapping[str, int | None], varying: Varying | None = None
+    ) -> tuple[Program, set[str]]:
         """The model's program for a call, and the numbers among its inputs that the model did not look at."""
         model = self.model
         kwargs = call.whole(self.mesh, batch_dims, self.there)
@@ -279,7 +285,9 @@ class Compiler:
             # torch.export copies its own specifications in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             device, recorder = self.device(tree), Recorder(watched(tree))
-            program = capture(model, (), kwargs, self.mesh, tracer=self.tracer, device=device, recorder=recorder)
+            program = capture(
+                model, (), kwargs, self.mesh, tracer=self.tracer, device=device, recorder=recorder, varying=varying
+            )
         program = with_results(program.with_gradients(call.given_gradients(tree)), recorder)
         program = replace(program, batch_dims=batch_dims)
         if self.pipelining is not None:
@@ -313,7 +321,7 @@ class Compiler:
         """
         far = {n: number + 1_000_003 + i for i, (n, number) in enumerate(numbers.items())}
         try:
-            other, blind = self._captured(call.with_numbers(far), tree, program.batch_dims)
+            other, blind = self.captured(call.with_numbers(far), tree, program.batch_dims)
         except Exception:  # whatever the model raises for such a number, it looks at it
             return False
         pairs = {n: (numbers[n], far[n]) for n in far}

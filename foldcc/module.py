@@ -28,6 +28,7 @@ from foldcc.mesh import FoldedMesh
 from foldcc.passes import Pass, Stages, check_types, run_passes
 from foldcc.programs import Kept, Programs
 from foldcc.reports import Reports
+from foldcc.resizing import resized
 from foldcc.runtime.accumulation import MAY_WAIT, Accumulation
 from foldcc.runtime.agreement import agree_on_call, agree_on_gradients, agree_on_start, on_one_rank, told_by_all
 from foldcc.runtime.checkpoint import as_laid_out, refuse_overwritten, store_boxes, watch_optimizers
@@ -89,6 +90,7 @@ class FoldedModule(Reports):
         plan: Plan | None = None,
         recompute: str | float | None = None,
         pipelining: Pipelining | None = None,
+        dynamic: tuple[str, ...] = (),
     ):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
@@ -105,6 +107,7 @@ class FoldedModule(Reports):
             plan=plan or Plan(),
             recompute=recompute,
             pipelining=pipelining,
+            dynamic=dynamic,
         )
         self._programs = Programs()
         self._places = Places(mesh.stage)
@@ -186,14 +189,17 @@ class FoldedModule(Reports):
 
     def _compile(self, call: Call, *, fixed: bool = False) -> None:
         with one_at_a_time():
-            made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
+            made, replaced = resized(self._compiler, self._programs, call, self), None
+            if made is None:
+                made, replaced = self._compiler.compile(call, self, self._places.plan, self._programs.kept.values())
+                with compiling():
+                    made = self._proved(self._compiler.chosen_alike(made))
             with compiling():
-                made = self._proved(self._compiler.chosen_alike(made))
                 self._places.take(self, made.executable.program)
                 if isinstance(made.executable, Pipelined) and not self.mesh.is_virtual:
                     made.executable.keep_own(self, self._elsewhere)
             self._programs.keep(made, replaced)
-        if (found := copies(self.stages)) is not None:
+        if not made.resized and (found := copies(self.stages)) is not None:
             self._programs.announce_copies(found)
         if fixed:
             self._structure = call.structure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldcc.call import Call, Key, Told
+from foldcc.call import Call, Key, Told, without_sizes
 from foldcc.errors import FoldError
 from foldcc.hooks import Watch, told
 from foldcc.ir.program import told_outputs
 from foldcc.passes import Stages
 from foldcc.runtime.executable import Executable
+from foldcc.varying import Shapes, Varied
 from foldcc.verification import Proof
 from foldcc.verification.origin import Origin
 
 KEPT = 16  # programs of a module
 _COPIES = 1.1  # FLOPs of all ranks over those of the model, above which it is said
 _ADVICE = {
-    "tensor": "A program is specialised to the shapes and dtypes of its inputs: pad them to few different shapes.",
+    "tensor": "A program is specialised to the dtypes of its inputs, and to their shapes where none is compiled for all.",
     "number": "A program is specialised to Python numbers: pass one that varies as a tensor without dimensions.",
     "flag": None,
 }
@@ -40,6 +42,8 @@ class Kept:
         origin: the module that it was captured from, and how it was called.
         proof: that was made when it was compiled, if one was.
         others: the programs of the same calls for the gradients of other outputs.
+        shapes: of the inputs, over all ranks.
+        resized: it was not compiled: another one was, for all calls that differ in sizes alone.
     """
 
     key: Key
@@ -52,6 +56,8 @@ class Kept:
     origin: Origin | None = None
     proof: Proof | None = None
     others: dict[tuple[bool, ...], Kept] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
+    resized: bool = False
 
     def values(self, call: Call, held: Mapping[str, Tensor], keys: Iterator[Tensor], device: torch.device) -> list[Any]:
         """The values of the program's slots in a call.
@@ -88,6 +94,8 @@ class Programs:
     """Programs by key, the least recently used first, and what was said about them."""
 
     kept: dict[Key, Kept] = field(default_factory=dict)
+    varied: dict[Key, list[Varied]] = field(default_factory=dict)  # by the key of a call without sizes
+    tried: Counter[Key] = field(default_factory=Counter)
     announced: set[str] = field(default_factory=set)
     _newest: Kept | None = None
 
@@ -96,11 +104,12 @@ class Programs:
 
     def __deepcopy__(self, memo: object) -> Programs:
         """The same programs: they are given parameters in each call."""
-        return replace(self, kept=dict(self.kept), announced=set(self.announced))
+        copies = {key: list(each) for key, each in self.varied.items()}
+        return replace(self, kept=dict(self.kept), varied=copies, tried=Counter(self.tried), announced=set(self.announced))
 
     def __getstate__(self) -> dict[str, Any]:
         """No program is pickled, for calls compile them again."""
-        return {"kept": {}, "announced": self.announced, "_newest": None}
+        return {"kept": {}, "varied": {}, "tried": Counter(), "announced": self.announced, "_newest": None}
 
     @property
     def newest(self) -> Kept:
@@ -113,7 +122,7 @@ class Programs:
         new = replace(
             self.newest, stages=stages, executable=executable or Executable(stages[-1].program), proof=None, others={}
         )
-        return replace(self, kept={new.key: new}, _newest=new)
+        return replace(self, kept={new.key: new}, varied={}, tried=Counter(), _newest=new)
 
     def find(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:
         """The program of a call, from now on the most recently used.
@@ -128,10 +137,18 @@ class Programs:
                 return self.kept[key]
         return None
 
+    def alike(self, key_of: Callable[[frozenset[str]], Key]) -> Kept | None:
+        """The newest program that was compiled for a call that differs from one in sizes alone."""
+        compiled = [k for k in reversed(self.kept.values()) if not k.resized]
+        return next((k for k in compiled if without_sizes(k.key) == without_sizes(key_of(k.free))), None)
+
     def keep(self, new: Kept, instead_of: Kept | None) -> None:
         """Stores a program, says once why there is another one, and evicts the least recently used."""
         if instead_of is not None:
             del self.kept[instead_of.key]
+        if new.resized:
+            self._hold(new)
+            return
         others = [k.told for k in self.kept.values() if k.told.keys() == new.told.keys()]
         changed = min(([n for n in new.told if new.told[n] != told[n]] for told in others), key=len, default=[])
         for name in changed[:1]:
@@ -146,15 +163,22 @@ class Programs:
                 f"Another program was compiled, for hooks{told(new.watches)}. Those are kept that are compiled already: "
                 "register hooks before parallelize, and leave them where they are.",
             )
-        self.kept[new.key] = new
-        self._newest = new
-        while len(self) > KEPT:
-            del self.kept[next(iter(self.kept))]
+        if self._hold(new):
             self._announce(
                 "eviction",
                 f"{KEPT} programs are kept, and another call was compiled: from now on, the least recently used is dropped, "
                 "and compiled again when it is needed. model.programs lists them.",
             )
+
+    def _hold(self, new: Kept) -> bool:
+        """Whether one that was compiled had to be dropped for it."""
+        self.kept[new.key] = self._newest = new
+        dropped = False
+        while len(self) > KEPT:
+            oldest = next((k for k in self.kept.values() if k.resized and k is not new), next(iter(self.kept.values())))
+            dropped = dropped or not oldest.resized
+            del self.kept[oldest.key]
+        return dropped
 
     def find_other(self, kept: Kept, wanted: tuple[bool, ...]) -> Kept | None:
         """The program of the same calls for the gradients of other outputs, from now on the most recently used."""
@@ -179,6 +203,13 @@ class Programs:
                 f"{KEPT} programs of one call are kept for the gradients of other outputs, and yet others were given: from "
                 "now on, the least recently used is dropped, and compiled again when it is needed.",
             )
+
+    def announce_sizes(self, why: str) -> None:
+        """Says once that calls of other sizes are compiled one by one."""
+        self._announce(
+            "sizes",
+            f"A program is compiled for each shape of the inputs, and none for all: {why}. Pad them to few different shapes.",
+        )
 
     def announce_copies(self, ratio: float) -> None:
         """Says once that ranks compute the same."""

@@ -24,6 +24,7 @@ from foldcc.capture.functional import functional
 from foldcc.capture.observe import Recorder, observing, remove_hooks
 from foldcc.capture.unchanged import unchanged
 from foldcc.capture.updates import return_updates
+from foldcc.capture.varying import Varying
 from foldcc.errors import FoldError
 from foldcc.hooks import told
 from foldcc.ir.program import Program, Slot
@@ -57,6 +58,7 @@ def capture(
     device: torch.device,
     tracer: str = "export",
     recorder: Recorder | None = None,
+    varying: Varying | None = None,
 ) -> Program:
     """Traces `model(*args, **kwargs)` into a Program over global shapes. The model is left as it was.
 
@@ -67,6 +69,7 @@ def capture(
         device: where the program will run; the model may be on `meta`.
         tracer: "export" for torch.export's non-strict tracer, "dynamo" for Dynamo.
         recorder: for the modules that hooks watch, whose marks the program returns last.
+        varying: sizes of inputs that are symbols while the model is traced.
 
     Raises:
         FoldError: the model's graph depends on the values in a tensor, or it changes what is no buffer of it.
@@ -92,7 +95,7 @@ def capture(
         stack.enter_context(transformers.adapted(model, kwargs))
         stack.enter_context(functions.adapted(model, tracer))
         stack.enter_context(observing(model, recorder or Recorder()))
-        exported = _exported(model, args, dict(kwargs), tracer)
+        exported = _exported(model, args, dict(kwargs), tracer, varying)
     sources = _sources(exported)
     _untie(model, exported)
     exported = functional(exported)
@@ -149,11 +152,14 @@ def as_exported(
     return tuple(kwargs[name] for name in first), {name: x for name, x in kwargs.items() if name not in first}
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str) -> torch.export.ExportedProgram:
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: str, varying: Varying | None = None
+) -> torch.export.ExportedProgram:
     raised: tuple[type[Exception], ...] = _RAISED_BY_DYNAMO if tracer == "dynamo" else _DATA_DEPENDENT
     try:
         with _use_lazy_graph_module(tracer == "export"):  # nothing runs its graphs, so their Python need not be written
-            return torch.export.export(model, args, kwargs, strict=tracer == "dynamo")
+            dims = varying.dims(kwargs) if varying is not None else None
+            exported = torch.export.export(model, args, kwargs, strict=tracer == "dynamo", dynamic_shapes=dims)
     except raised as error:
         if tracer == "dynamo":
             # Dynamo says that something was raised, not what. The other tracer runs the same code and raises it itself.
@@ -180,6 +186,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
             at=unseen[1] or None,
             valid="a forward that leaves parameters as they are; what changes them, such as a clamp, after optimizer.step()",
         ) from error
+    if varying is not None:
+        varying.written(exported, kwargs)
+    return exported
 
 
 def _first_line(error: Exception) -> str:

@@ -51,6 +51,11 @@ class Stage:
     program: Program
     by: Pass | None = None
 
+    @property
+    def emitted(self) -> bool:
+        """Whether kernels stand in the place of operators."""
+        return "emitted" in self.program.properties
+
     def __str__(self) -> str:
         from foldcc.ir.text import stage_text
 
@@ -93,7 +98,7 @@ class Stages(Sequence[Stage]):
     @property
     def lowered(self) -> Stages:
         """The stages whose nodes are operators; a stage after them has kernels in their place."""
-        return Stages([s for s in self if "emitted" not in s.program.properties])
+        return Stages([s for s in self if not s.emitted])
 
     def passes(self, *, after: str) -> list[Pass]:
         """The passes that ran after a stage."""

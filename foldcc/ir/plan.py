@@ -192,6 +192,10 @@ class Plan:
         parts: dict[str, Any] = {part: {names.get(n, n): x for n, x in getattr(self, part).items()} for part in _OF_PARAMETERS}
         return replace(self, **parts)
 
+    def without_sizes(self) -> Plan:
+        """The same choices for a program of other sizes."""
+        return self.parse("\n".join(line for line in str(self).splitlines() if not line.startswith("factors ")))
+
     def check_for(self, model: str, mesh: str) -> None:
         """That the plan is for this model on this mesh.
 

@@ -115,6 +115,11 @@ def choices_of_first(mesh: FoldedMesh, plan: str) -> str | None:
     return told[0]
 
 
+def alike(mesh: FoldedMesh, text: str) -> bool:
+    """Whether every rank has the same text. Collective over the world."""
+    return _alike(mesh, _short(text))
+
+
 def _exchange(mesh: FoldedMesh, what: str) -> AbstractContextManager[None]:
     return meeting(lambda error: Place(what, None, tuple(range(mesh.world_size))))
 
