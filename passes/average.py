@@ -28,6 +28,7 @@ from foldcc.ir.program import Program
 from foldcc.ir.rewrite import emit
 from foldcc.ops.share import share
 from foldcc.rules.aten import rule_of
+from foldcc.rules.kinds import CREATORS
 
 aten = torch.ops.aten
 ROWS, SUM, MEAN, SAME = "of samples", "a sum over samples", "a mean", "the same in all micro-batches"
@@ -95,6 +96,16 @@ class Average(Pass):
         return new
 
 
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose numbers a result depends on."""
+    return [] if name_of(node.target) in CREATORS else node.all_input_nodes
+
+
+def _told(node: fx.Node) -> list[Any]:
+    """The arguments that are no operands."""
+    return [x for x in node.args if not isinstance(x, fx.Node)]
+
+
 class _Kinds:
     """What becomes of values over micro-batches.
 
@@ -131,7 +142,7 @@ class _Kinds:
         if len(self.program.placeholders) > len(self.whole.placeholders) and self._named(node, self.program) is None:
             return 1, 1  # a number of the call, which is an input of the one and stands in the other
         both = self.own(node), self._alike_in_whole(node)
-        mine, whole = (next(x for x in n.args if not isinstance(x, fx.Node)) for n in both)
+        mine, whole = (_told(n)[0] for n in both)
         return mine, whole
 
     def _alike_in_whole(self, node: fx.Node) -> fx.Node:
@@ -189,7 +200,7 @@ class _Kinds:
             return ROWS
         if node.target is operator.getitem:
             return self.of(call, node.all_input_nodes[0])
-        kinds = {x: self.of(call, x) for x in node.all_input_nodes}
+        kinds = {x: self.of(call, x) for x in _read(node)}
         if ROWS in kinds.values():
             return self._reduced(node, kinds)
         if not {SUM, BOUND}.isdisjoint(kinds.values()):
@@ -277,8 +288,8 @@ class _Kinds:
                 value: Any = self.read.blocks[str(made.target)].graph.output_node().args[0]
                 left.append((made, value[index]))
             else:
-                left += [(call, n) for n in node.all_input_nodes]
-                if not node.all_input_nodes and self.own(node).args != self._alike_in_whole(node).args:
+                left += [(call, n) for n in _read(node)]
+                if not _read(node) and _told(self.own(node)) != _told(self._alike_in_whole(node)):
                     raise self.refusal(reader)
 
     def refusal(self, node: fx.Node) -> FoldError:

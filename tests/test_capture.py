@@ -205,11 +205,36 @@ def test_operators_without_a_rule_are_what_they_are_made_of() -> None:
     assert not any("index" in name for name in operators(captured(Places(), "export", x=activations())))
     check_equivalence(Places(), "dp=2,tp=2", (activations(),))
     drawn = Places()
-    drawn.forward = lambda x: x[torch.randperm(x.shape[0])]  # type: ignore[method-assign]
+    drawn.forward = lambda x: x * torch.poisson(x.abs())  # type: ignore[method-assign]
     state = torch.get_rng_state()
-    with pytest.raises(FoldError, match="randperm"):
+    with pytest.raises(FoldError, match="poisson"):
         foldcc.parallelize(drawn, "dp=2", example_inputs=(activations(),))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Counting(Places):
+    """Counts choices, and adds up what they weigh, by `bincount`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        chosen = y.argmax(-1).flatten() % 16
+        weights = y.detach().amax(-1).flatten()
+        return y * torch.bincount(chosen, weights, y.shape[-1]).to(y.dtype) + chosen.bincount(minlength=y.shape[-1])
+
+
+@pytest.mark.parametrize("tracer", ["export", "dynamo"])
+def test_bincount_is_a_sum_over_the_ranks_that_divide_what_is_counted(tracer: str) -> None:
+    check_equivalence(Counting(), "dp=2,tp=2", (activations(),), capture=tracer)
+
+
+def test_a_number_beyond_what_bincount_is_told_of_is_an_error() -> None:
+    model = nn.Embedding(16, 8)
+    model.forward = lambda x: model.weight[: x.shape[1]] * x.flatten().bincount(minlength=8)  # type: ignore[method-assign]
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    folded = foldcc.parallelize(model, "dp=2", example_inputs=(ids,))
+    torch.testing.assert_close(folded(ids + 7), model(ids + 7))
+    with pytest.raises(RuntimeError, match="index 8 is out of bounds"):
+        folded(ids + 8)
 
 
 class Chunked(Places):

@@ -366,7 +366,8 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
         (Of(lambda rows, mask, _: (rows * mask).sum().exp()), {}, "(?s)does not add up over micro-batches.*aten.exp"),
         (Of(lambda rows, mask, _: rows.sum() + 1), {}, "(?s)does not add up over micro-batches.*aten.add"),
         (Of(lambda rows, mask, _: rows.sum() / mask.float().mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
-        (Of(lambda rows, mask, _: rows.sum() / torch.full((), rows.shape[0])), {}, "(?s)does not add up.*aten.div"),
+        (Of(lambda rows, mask, _: rows.sum() / torch.full((1,), rows.shape[0])), {}, "(?s)does not add up.*aten.div"),
+        (Of(lambda rows, mask, _: rows.sum() / rows.new_full((1,), rows.shape[0])), {}, "(?s)does not add up.*aten.div"),
         (Of(lambda rows, mask, _: rows.mean() * torch.tensor(float(rows.shape[0]))), {}, "(?s)does not add up.*aten.mul"),
         (Of(lambda rows, mask, _: rows.sum() / torch.ones(rows.shape[0]).sum()), {}, "(?s)does not add up.*aten.div"),
         (Of(lambda rows, mask, _: mask.sum() / rows.mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
@@ -396,6 +397,10 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "a sum over one of its sizes": lambda rows, mask, _: rows.sum() / rows.shape[0],
     "a mean times the size": lambda rows, mask, _: rows.mean() * rows.shape[0],
     "a sum over a tensor of the model's own": lambda rows, mask, _: rows.sum() / torch.tensor(7.0),
+    "a sum over a tensor of its size": lambda rows, mask, _: rows.sum() / rows.new_full((), rows.shape[0]),
+    "a sum over tensors like samples": lambda rows, mask, _: (
+        rows.sum() * rows.new_full((1,), 0.25) / torch.full((), rows.shape[0])
+    ).sum(),
     "a sum over an input": lambda rows, mask, items: (rows * mask).sum() / items,
     "a sum and a mean": lambda rows, mask, _: (rows * mask).sum() / mask.sum() - 0.1 * rows.mean(),
     "a mean and a sum": lambda rows, mask, items: rows.mean() + (rows * mask).sum() / items,

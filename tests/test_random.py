@@ -66,6 +66,10 @@ class Everything(nn.Module):
         y = y + torch.empty_like(y).normal_(1, 2) + torch.empty_like(y).exponential_(3)
         y = y + torch.randint(3, (8,)) + torch.randint(2, 9, (8,)) + torch.randint_like(y, 5)
         y = self.rows(y) + self.alpha(y) + F.gumbel_softmax(y, dim=-1) + F.dropout(y, 1.0) + F.dropout(y, 0.0)
+        order, chosen = torch.randperm(8), torch.multinomial(y.exp().flatten(0, 1), 3).view(*y.shape[:-1], 3)
+        y = y[..., order] + y[torch.randperm(len(y))] + y[:, torch.randperm(y.shape[1])]
+        y = y + y.gather(-1, chosen).sum(-1, keepdim=True)
+        y = y * torch.multinomial(y.detach()[0, 0].exp(), 8, replacement=True)
         q = y.unflatten(-1, (4, 2)).transpose(1, 2)
         k, mask = q[:, ::2], torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
         a = F.scaled_dot_product_attention(q, k, k, dropout_p=0.1, is_causal=True, enable_gqa=True)
@@ -121,6 +125,24 @@ def test_bits_do_not_depend_on_how_many_are_made_at_once(monkeypatch: pytest.Mon
         for start in (1, 3) if len(shape) == 2 else ():  # a part of the columns
             own = [torch.arange(shape[0]), torch.arange(start, shape[1])]
             assert torch.equal(random_bits(torch.tensor(3), own), bits[:, start:])
+
+
+def test_orders_and_choices_are_as_likely_as_they_should_be() -> None:
+    chances, draws = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.3]), 20_000
+    torch.manual_seed(0)
+    with drawing_alike():
+        orders = torch.stack([torch.randperm(5) for _ in range(2000)])
+        alone, several = (torch.multinomial(chances.expand(draws, 5), 3, replacement) for replacement in (False, True))
+    assert torch.equal(orders.sort(-1).values, torch.arange(5).expand(2000, 5)) and alone.dtype == torch.int64
+    stands = torch.stack([(orders == i).double().mean(0) for i in range(5)])
+    assert float((stands - 0.2).abs().max()) < 5 * math.sqrt(0.16 / 2000)  # standard deviations
+    assert bool((alone.sort(-1).values.diff(dim=-1) > 0).all())  # none twice
+    second = sum(p * chances / (1 - p) * (torch.arange(5) != i) for i, p in enumerate(chances))  # what is left is chosen of
+    for found, wanted in [(alone[:, 0], chances), (alone[:, 1], second), *((several[:, i], chances) for i in range(3))]:
+        shares = torch.bincount(found, minlength=5) / draws
+        assert float((shares - wanted).abs().max()) < 5 * math.sqrt(0.25 / draws) and int(shares[2]) == 0
+    both = (several[:, 0] == 1) & (several[:, 1] == 1)
+    assert abs(float(both.double().mean()) - 0.16) < 5 * math.sqrt(0.16 / draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""What autograd does in a forward pass and a tracer does not keep: backward passes of functions, gradients of foreign tensors.
+"""What a tracer does not keep of a forward pass: backward passes of functions, gradients of foreign tensors, counts.
 
 A tracer keeps the forward pass alone of a function that has a backward pass of its own.
 Reentrant gradient checkpointing is one: its backward pass is that of the function that it runs, which is what is captured.
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
@@ -22,6 +23,31 @@ from foldcc.changed import changed
 from foldcc.errors import FoldError
 
 _DYNAMOS = type(torch.ops.higher_order.autograd_function_apply)  # what Dynamo makes of such a function
+
+
+class _Counted(TorchFunctionMode):
+    """Inside it, `bincount` makes as many counts as it is told to make at least, where else the largest number decides.
+
+    A number beyond them is an error when the program runs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_counts if func in (torch.bincount, Tensor.bincount) else func)(*args, **(kwargs or {}))
+
+
+def _counts(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    if minlength == 0:
+        raise FoldError(
+            "The largest number in a tensor decides how many counts torch.bincount makes, and a program has one shape of each.",
+            valid="minlength=, as many numbers as there are",
+        )
+    if weights is not None and weights.requires_grad:
+        raise FoldError("torch.bincount has no gradient for its weights, and these require one.", valid="weights.detach()")
+    if weights is None:
+        terms = torch.ones_like(input, dtype=torch.int64)
+    else:
+        terms = weights.to(weights.dtype if weights.dtype == torch.float32 else torch.float64)
+    return terms.new_zeros(minlength).scatter_add(0, input.long(), terms)
 
 
 class _Inlined:
@@ -46,7 +72,7 @@ def adapted(model: nn.Module, tracer: str) -> Iterator[None]:
     if tracer == "export":
         model.register_forward_hook(lambda module, args, returned: _refuse_foreign(module, returned))
     call = _DYNAMOS.__call__
-    with inlined(), marked() if tracer == "export" else nullcontext():
+    with inlined(), marked() if tracer == "export" else nullcontext(), _Counted():
         _DYNAMOS.__call__ = _refuse if torch.is_grad_enabled() else call
         try:
             yield

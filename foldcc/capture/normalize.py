@@ -19,7 +19,7 @@ from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit, replace_node
 from foldcc.ops.capacity import most, places
 from foldcc.ops.random import gain
-from foldcc.rules.kinds import RESHAPES, SAME
+from foldcc.rules.kinds import FILLS, RESHAPES, SAME, filled_with
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -112,6 +112,16 @@ def _copy(node: fx.Node) -> fx.Node:
     if source.meta["val"].shape != to.shape:
         source = emit(node, aten.expand.default, source, list(to.shape))
     return source
+
+
+def _scaled_by(node: fx.Node) -> fx.Node:
+    """A product with, or a quotient by, a tensor of one number that is known: with that number, which may go with sizes."""
+    x, by = node.args
+    filled = isinstance(by, fx.Node) and name_of(by.target) in FILLS and by.meta["val"].dim() == 0
+    number = filled_with(by) if filled else None
+    if not isinstance(x, fx.Node) or not isinstance(number, (int, float)) or node.meta["val"].dtype != x.meta["val"].dtype:
+        return node
+    return emit(node, node.target, x, torch.tensor(number, dtype=by.meta["val"].dtype, device="cpu").item())
 
 
 def _type_as(node: fx.Node) -> fx.Node:
@@ -212,6 +222,8 @@ REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.native_dropout.default: _dropout,
     aten.conv1d.default: causal,
     aten.copy.default: _copy,
+    aten.div.Tensor: _scaled_by,
+    aten.mul.Tensor: _scaled_by,
     aten.index.Tensor: _index,
     aten.histc.default: _histc,
     aten.repeat.default: _repeat,

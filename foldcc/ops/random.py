@@ -31,23 +31,24 @@ def _shifted(z: Tensor, by: int) -> Tensor:
     return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def _mixed(z: Tensor) -> Tensor:
+def mixed(z: Tensor) -> Tensor:
+    """A bijection of 64-bit integers, in which every bit of the result depends on every bit; in place."""
     for by, factor in _MIXER:
         z.bitwise_xor_(_shifted(z, by)).mul_(factor)
     return z.bitwise_xor_(_shifted(z, 31))
 
 
 def _bits(key: Tensor, at: Sequence[Tensor]) -> Tensor:
-    z = _mixed(key.clone())
+    z = mixed(key.clone())
     for positions in at[:-1]:
-        z = _mixed(z.unsqueeze(-1) + (positions + 1) * _GOLDEN)
+        z = mixed(z.unsqueeze(-1) + (positions + 1) * _GOLDEN)
     if not at:
         return _narrowed(z)
     columns = (at[-1] + 1) * _GOLDEN
     found = z.new_empty((z.numel(), len(columns)), dtype=torch.int32)
     step = max(1, _AT_ONCE // max(1, len(columns)))
     for rows, into in zip(z.view(-1, 1).split(step), found.split(step), strict=True):
-        into.copy_(_narrowed(_mixed(rows + columns)))
+        into.copy_(_narrowed(mixed(rows + columns)))
     return found.view(*z.shape, len(columns))
 
 
@@ -140,10 +141,31 @@ def _integers(key: Tensor, given: Options) -> Tensor:
     return (((random_bits(key, given["at"]).long() * (given["high"] - low)) >> BITS) + low).to(given["dtype"])
 
 
+def _order(key: Tensor, given: Options) -> Tensor:
+    """An order of all positions: by two numbers for each, of which hardly any are equal."""
+    first, second = random_bits(key, [*given["at"], *everywhere([2], key.device)]).long().unbind(-1)
+    return ((first << BITS) + second).argsort(stable=True).to(given["dtype"])
+
+
+def _choices(key: Tensor, given: Options) -> Tensor:
+    """Of numbers p, places with the chance of p each: where p / e is largest, with exponential e, and the next ones.
+
+    With replacement, each choice has numbers e of its own. None of them is zero, so that what has no chance is not chosen.
+    """
+    p, count = given["self"].detach(), given["num_samples"]
+    shape = [*p.shape[:-1], *([count] if given["replacement"] else []), p.shape[-1]]
+    bits = random_bits(key, everywhere(shape, key.device)).to(torch.float64)
+    waits = -torch.log1p((bits + 0.5) * -(2.0**-BITS))
+    ratios = (p.unsqueeze(-2) if given["replacement"] else p) / waits
+    return ratios.argmax(-1) if given["replacement"] else ratios.topk(count, -1).indices
+
+
 # By the operator's name, without the _ of one that writes into its operand.
 DRAWS: dict[str, Callable[[Tensor, Options], Tensor]] = {
     "bernoulli": _bernoulli,
     "exponential": _exponential,
+    "multinomial": _choices,
+    "randperm": _order,
     **dict.fromkeys(("normal", "normal_functional", "randn", "randn_like"), _normal),
     **dict.fromkeys(("rand", "rand_like", "uniform"), _uniform),
     **dict.fromkeys(("randint", "randint_like"), _integers),
@@ -171,5 +193,5 @@ def check_draw(target: Any, given: Options) -> None:
     if why:
         raise FoldError(
             f"The model draws random numbers with {target}, {why}.",
-            valid="dropout, rand, randn, randint, bernoulli, uniform_, normal_, exponential_; or model.eval()",
+            valid="dropout, rand, randn, randint, randperm, multinomial, bernoulli, uniform_, normal_, exponential_; eval()",
         )

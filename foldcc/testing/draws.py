@@ -24,7 +24,7 @@ def drawing_alike() -> Iterator[None]:
     folded model takes one for each draw that its program has. So both leave the generator in one state, and go on alike.
 
     Raises:
-        FoldError: an operator draws what no program does, such as `randperm`.
+        FoldError: an operator draws what no program does, such as `poisson`.
     """
     with sdpa_kernel(SDPBackend.MATH), Drawn():
         yield

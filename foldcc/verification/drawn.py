@@ -58,7 +58,10 @@ class Drawn(TorchDispatchMode):
 def _like(name: str, given: dict[str, Any]) -> Tensor:
     """What an operator's result is like."""
     told = {n: x for n in ("dtype", "device") if isinstance(x := given.get(n), (torch.dtype, torch.device))}
-    if given.get("size") is not None:
-        return torch.empty(given["size"], **({"dtype": torch.int64} if name == "randint" else {}) | told)
+    whole = {"dtype": torch.int64} if name in ("randint", "randperm", "multinomial") else {}
+    if name == "multinomial":
+        return torch.empty((*given["self"].shape[:-1], given["num_samples"]), **whole, device=given["self"].device)
+    if name == "randperm" or given.get("size") is not None:
+        return torch.empty([given["n"]] if name == "randperm" else given["size"], **whole | told)
     tensors = torch.broadcast_tensors(*(x for x in given.values() if isinstance(x, Tensor)))
     return torch.empty_like(tensors[0], **told)

@@ -34,7 +34,7 @@ _COPIES = frozenset(
     """_reshape_alias _unsafe_view cat clone contiguous expand flatten flip gather index index_select masked_select repeat
     reshape roll stack view""".split()
 )
-_RANDOM = {*DRAWS, "dropout", "multinomial", "native_dropout", "randperm"}
+_RANDOM = {*DRAWS, "dropout", "native_dropout"}
 
 
 class NoMeaning(FoldError):
