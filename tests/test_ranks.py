@@ -231,6 +231,9 @@ def disagree(random: int) -> dict[str, str]:
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(random))
     over = {axis: foldcc.init_folded_mesh("cpu", attention={axis: 2}) for axis in ("dp", "tp")}
     folded = foldcc.parallelize(Tokens(), over["dp"], example_inputs={"x": x})
+    equal = Tokens()
+    nn.init.constant_(equal.down.bias, rank)  # of numbers that are all the same
+    same = foldcc.parallelize(equal, over["dp"], example_inputs={"x": x})
     twice = foldcc.parallelize(Tokens(seed=rank), over["dp"], example_inputs={"x": x})
     shared = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x})
     later = foldcc.parallelize(Tokens(), over["tp"], example_inputs={"x": x})
@@ -241,6 +244,7 @@ def disagree(random: int) -> dict[str, str]:
         "even": said(lambda: folded(x=x + rank)),
         "one evaluates": said(lambda: folded.train(bool(rank))(x=x)),
         "weights": said(lambda: twice(x=x)),
+        "equal weights": said(lambda: same(x=x)),
         "samples": said(lambda: shared(x=x + rank)),
         "later": said(lambda: [later(x=x), later(x=x.roll(rank, 0))]),
         "unchecked": said(lambda: free(x=x + rank)),
@@ -255,6 +259,7 @@ def test_ranks_that_disagree_are_named_on_all_of_them():
     assert "Ranks 0 and 1 call the model with other shapes" in first["uneven"] and "[3, 8]" in first["uneven"]
     assert "evaluation" in first["one evaluates"]
     assert "Rank 1 has another up.weight than rank 0" in first["weights"]
+    assert "Rank 1 has another down.bias than rank 0" in first["equal weights"]
     for when in ("samples", "later"):
         assert "Rank 1 has other samples in ['x'] than rank 0" in first[when]
 

@@ -21,9 +21,11 @@ from torch import Tensor
 from foldcc.errors import FoldError, listed
 from foldcc.layout import Layout, Shard
 from foldcc.mesh import SAMPLES, FoldedMesh
+from foldcc.ops.random import mixed
 from foldcc.runtime.lost import Place, meeting
 
 _RAISED = -1
+_AT_ONCE = 1 << 20  # elements of which checksums are made at once, in 16 bytes each
 _AS_LONG = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers, by their bytes
 T = TypeVar("T")
 
@@ -237,12 +239,24 @@ def _digest(x: Tensor) -> int:
 
 
 def _checksum(x: Tensor) -> int:
-    return int(torch.hash_tensor(x.detach()).view(torch.int64)) if x.numel() else 0
+    """Of all elements and where each stands: the sum of their numbers under a key that the sum before is, stretch by stretch.
+
+    A sum of elements, or the exclusive or of their bits, is the same for tensors whose elements are equal in pairs.
+    """
+    found = torch.zeros((), dtype=torch.int64, device=x.device)
+    for part in _bits(x).split(_AT_ONCE):
+        keys = torch.arange(len(part), device=x.device)
+        found = mixed(mixed(keys.add_(found)).bitwise_xor_(part)).sum()
+    return int(found)
 
 
 def _hash(x: Tensor) -> Tensor:
     """A number that other elements, or others of their places, change; where the tensor is, and nothing waits for it."""
+    bits = _bits(x)
+    return (bits.long() * torch.arange(1, 2 * len(bits), 2, device=x.device)).sum()
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The elements as integers, in a row."""
     x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
-    bits = x.contiguous().view(_AS_LONG[x.element_size()]) if x.is_floating_point() else x
-    odd = torch.arange(1, 2 * x.numel(), 2, device=x.device)
-    return (bits.flatten().long() * odd).sum()
+    return (x.contiguous().view(_AS_LONG[x.element_size()]) if x.is_floating_point() else x).flatten()
