@@ -82,6 +82,23 @@ def test_autocast_around_the_call_casts_what_it_casts_in_one_process(family: str
     assert plainly.logits.dtype == torch.float32 and relative_error(plainly.logits, exact.logits) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_experts_in_one_process_are_under_autocast_what_folded_ones_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weights, up = torch.randn(12, 8), torch.rand(12, 2), torch.randn(4, 8, 8).requires_grad_()
+    ids = torch.stack([torch.arange(12) % 4, torch.arange(1, 13) % 4], 1)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        y = foldcc.ops.experts(x, ids, weights, up, up, activation_fn=torch.tanh)
+        return y, torch.autograd.grad(y.square().mean(), up)[0]
+
+    exact = step()
+    with torch.autocast("cpu", dtype):
+        narrow = step()
+    for found, wanted in zip(narrow, exact, strict=True):
+        assert found.dtype == torch.float32 and 0 < relative_error(found, wanted) < 8 * torch.finfo(dtype).eps
+
+
 def both_on_processes(wanted: dict[str, torch.Tensor]) -> None:
     mesh = foldcc.FoldedMesh.parse("dp=2|ep=2", device_type="cpu")
     own = {name: x.chunk(2)[dist.get_rank()] for name, x in BATCH.items()}

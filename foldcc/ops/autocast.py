@@ -6,7 +6,7 @@ and what runs later needs no autocast.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +25,28 @@ def computes_in_autocast_dtype(overload: Any, cast: Collection[str], *, returns:
         returns: the argument whose dtype the result is cast back to; None if it stays in autocast's.
     """
     names = [a.name for a in overload._schema.arguments]
+    narrowed, returned = [i for i, n in enumerate(names) if n in cast], None if returns is None else names.index(returns)
     for device in _DEVICES:
 
         def call(*args: Any, device: str = device) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            with torch._C._DisableAutocast():
-                named = zip(names, args, strict=False)  # a call may leave defaults out
-                given = [_cast(x, dtype) if name in cast else x for name, x in named]
-                result = overload(*given)
-                return result if returns is None else result.to(args[names.index(returns)].dtype)
+            return in_autocast_dtype(overload, args, device, narrowed, returned)
 
         LIBRARY.impl(overload._schema.name.split("::")[1], call, f"Autocast{device.upper()}")
+
+
+def in_autocast_dtype(
+    function: Callable[..., Any], args: Sequence[Any], device: str, cast: Collection[int], returned: int | None
+) -> Any:
+    """What a function makes of arguments of which some are cast to autocast's dtype, in that of another one if it is said.
+
+    Args:
+        cast: positions of the arguments that are cast; a call may leave defaults out.
+        returned: the position of the one whose dtype the result is cast back to.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    with torch._C._DisableAutocast():
+        result = function(*(_cast(x, dtype) if i in cast else x for i, x in enumerate(args)))
+        return result if returned is None else result.to(args[returned].dtype)
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

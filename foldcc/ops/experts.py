@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Tracer
 
 from foldcc.errors import FoldError
+from foldcc.ops.autocast import in_autocast_dtype
 from foldcc.ops.capacity import Capacity, limited
 from foldcc.ops.captured import captured
 from foldcc.ops.operator import Operator, operator
@@ -369,6 +370,9 @@ def experts(
         act = _text(activation_fn, None)
     if capacity is not None:
         weights = limited(ids, weights, w_up.shape[0], capacity)
+    given = (x, ids, weights, w_up, w_down, b_up, b_down, act, transposed, interleaved)
     if torch.compiler.is_exporting() or torch.compiler.is_compiling():
-        return experts_node(x, ids, weights, w_up, w_down, b_up, b_down, act, transposed, interleaved)
-    return _experts(x, ids, weights, w_up, w_down, b_up, b_down, act, transposed, interleaved)
+        return experts_node(*given)
+    if torch.is_autocast_enabled(x.device.type):  # which does not see what is inside
+        return cast(Tensor, in_autocast_dtype(_experts, given, x.device.type, (0, 3, 4, 5, 6), returned=0))
+    return _experts(*given)
