@@ -134,6 +134,11 @@ def parallelize(
         raise FoldError(f"There are no kernels {kernels!r}.", valid=f"{', '.join(KERNELS)}, or what load_kernels returns")
     for name in others:
         raise FoldError(f"parallelize takes no option {name!r}.", instead=_ELSEWHERE.get(name), valid=", ".join(_OPTIONS))
+    if any(isinstance(m, FoldedModule) for m in model.modules()):
+        raise FoldError(
+            f"{type(model).__name__} is folded already, or has a folded module inside.",
+            valid="the original model; a module around a folded one is trained as it is",
+        )
     refuse_wrapped(model)
     _check_parameters(model)
     if isinstance(mesh, str):

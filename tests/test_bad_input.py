@@ -190,6 +190,13 @@ def test_a_model_that_is_wrapped_already(wrap: Any, done: str, inside: str) -> N
         fold(layers, "dp=2", example_inputs=(activations(),))
 
 
+def test_a_model_that_is_folded_already() -> None:
+    folded = foldcc.parallelize(nn.Linear(16, 16), "dp=2")
+    for model in (folded, nn.Sequential(folded)):
+        with pytest.raises(FoldError, match="(?s)is folded already, or has a folded module inside.*the original model"):
+            foldcc.parallelize(model, "dp=2")
+
+
 def test_a_model_in_a_wrapper_of_processes() -> None:
     model = object.__new__(nn.parallel.DistributedDataParallel)  # which wants a process group
     nn.Module.__init__(model)
@@ -287,6 +294,29 @@ def test_the_eager_loop_of_a_library_says_what_to_do() -> None:
     model = Forward(_loop)
     with refused(model, "", at="test_bad_input.py", valid="foldcc.register_experts(cls, fn)"):
         fold(model, "dp=2", example_inputs=(activations(),))
+
+
+def test_a_token_that_no_rank_has_is_an_error_as_in_one_process() -> None:
+    model = tiny_model("llama")
+    folded = fold(model, "tp=2", example_inputs=token_batch(4))
+    for name in ("input_ids", "labels"):
+        for token in (-1, 128):
+            batch = token_batch(4)
+            batch[name][1, 3] = token
+            for called in (model, folded):
+                with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+                    called(**batch)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero_as_in_one_process(mesh: str) -> None:
+    model, batch = tiny_model("llama"), token_batch(4)
+    batch["labels"][:] = -100
+    folded = fold(model, mesh, example_inputs=batch)
+    for called in (model, folded):
+        loss = called(**batch).loss
+        loss.backward()
+        assert bool(loss.isnan()) and all(not p.grad.any() for p in called.parameters())
 
 
 class Unregistered(nn.Module):

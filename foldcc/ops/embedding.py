@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from foldcc.layout import Layout
 from foldcc.ops.captured import Captured, Division, Index, Site, registered
-from foldcc.ops.positions import within
+from foldcc.ops.positions import looked_up, within
 
 aten = torch.ops.aten
 
@@ -19,7 +19,8 @@ def _rows(at: Site, weight: Node, indices: Node, padding_idx: int, **rest: Any) 
     like: Layout = indices.meta["layout"]
     column, emit = replace(like, dims=(*like.dims, ())), at.emit
     mine, inside = within(emit, at.axes, weight.meta["layout"].shape[0], indices, like)
-    looked = at.local(weight=weight, indices=emit(aten.mul.Tensor, (mine, inside), like))
+    places = looked_up(emit, mine, inside, indices, weight.meta["layout"].global_shape[0], like)
+    looked = at.local(weight=weight, indices=places)
     if padding_idx >= 0:
         # The row of the padding token is read, and gets no gradient.
         told = emit(aten.unsqueeze.default, (emit(aten.ne.Scalar, (indices, padding_idx), like), -1), column)

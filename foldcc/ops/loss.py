@@ -11,7 +11,7 @@ from torch.fx import Node
 from foldcc.layout import INVARIANT, PARTIAL, VARYING, Layout
 from foldcc.ops.captured import Division, Index, Site, captured
 from foldcc.ops.collectives import all_reduce, all_reduce_max
-from foldcc.ops.positions import within
+from foldcc.ops.positions import looked_up, within
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def _in_pieces(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     shifted = wide - wide.detach().amax(-1, True)
     valid = target != ignore_index
     picked = shifted.gather(-1, torch.where(valid, target, 0).unsqueeze(-1)).squeeze(-1)
-    return ((shifted.exp().sum(-1).log() - picked) * valid).to(logits.dtype)
+    return (shifted.exp().sum(-1).log() - picked).masked_fill(~valid, 0).to(logits.dtype)
 
 
 def _vocabulary(at: Site, logits: Node, target: Node, ignore_index: int) -> Node:
@@ -43,14 +43,15 @@ def _vocabulary(at: Site, logits: Node, target: Node, ignore_index: int) -> Node
     powers = emit(aten.sum.dim_IntList, (emit(aten.exp.default, (shifted,), wide), [-1]), partial)
     total = emit(all_reduce, (powers, axes, INVARIANT), layout)
     mine, inside = within(emit, axes, wide.shape[1], target, layout)
-    index = emit(aten.unsqueeze.default, (emit(aten.mul.Tensor, (mine, inside), layout), -1), own)
+    places = looked_up(emit, mine, inside, target, wide.global_shape[1], layout, ignore_index)
+    index = emit(aten.unsqueeze.default, (places, -1), own)
     varying = replace(layout, states=own.states)
     picked = emit(aten.squeeze.dim, (emit(aten.gather.default, (shifted, -1, index), own), -1), varying)
     picked = emit(aten.mul.Tensor, (picked, inside), partial)
     picked = emit(all_reduce, (picked, axes, INVARIANT), layout)
     each = emit(aten.sub.Tensor, (emit(aten.log.default, (total,), layout), picked), layout)
-    valid = emit(aten.ne.Scalar, (target, ignore_index), layout)
-    return emit(aten.mul.Tensor, (each, valid), layout)
+    ignored = emit(aten.eq.Scalar, (target, ignore_index), layout)
+    return emit(aten.masked_fill.Scalar, (each, ignored, 0), layout)  # a product would be NaN where the mean is over none
 
 
 token_loss = captured(

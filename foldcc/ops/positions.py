@@ -26,6 +26,17 @@ def first(emit: Emit, axes: str, local: Any, like: Node) -> Node:
     return emit(aten.mul.Tensor, (emit(axis_index, (axes, like.meta["val"].device), one), local), one)
 
 
+def looked_up(emit: Emit, mine: Node, inside: Node, ids: Node, whole: Any, like: Layout, ignored: int | None = None) -> Node:
+    """Where a rank looks for positions of a table of `whole` rows that ranks divide: at its first, for those that others have.
+
+    A position that no rank has stays what it is, which is none here either: it raises, as in one process.
+    """
+    known = emit(aten.eq.Tensor, (emit(aten.clamp.default, (ids, 0, whole - 1), like), ids), like)
+    if ignored is not None:
+        known = emit(aten.logical_or.default, (known, emit(aten.eq.Scalar, (ids, ignored), like)), like)
+    return emit(aten.where.self, (known, emit(aten.mul.Tensor, (mine, inside), like), ids), like)
+
+
 def within(emit: Emit, axes: str, local: Any, ids: Node, like: Layout) -> tuple[Node, Node]:
     """Positions counted from the first that a rank has, and whether it has them."""
     mine = emit(aten.sub.Tensor, (ids, first(emit, axes, local, ids)), like)
