@@ -69,5 +69,6 @@ RULES: dict[str, Notation | Derived] = {
     "aten.linear": notation("... k, n k, n -> ... n ; linear 0 | 1 ; add 2"),
     "aten.matmul": _matmul,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **dict.fromkeys(("aten.max_pool2d", "aten.avg_pool2d"), notation("... [h] [w] -> ... [y] [x]")),
+    "aten.max_pool2d": notation("... [h] [w] -> ... [y] [x]"),
+    "aten.avg_pool2d": notation("... [h] [w] -> ... [y] [x] ; linear 0"),
 }
