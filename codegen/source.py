@@ -72,11 +72,11 @@ def write(name: str, text: str) -> Path:
     return path
 
 
-def put(path: Path, text: str) -> None:
+def put(path: Path, found: str | bytes) -> None:
     """Makes a file, of which nobody sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(found if isinstance(found, bytes) else found.encode())
     os.replace(file.name, path)
 
 

@@ -68,6 +68,7 @@ def parallelize(
     stages_per_rank: int = 1,
     dynamic: Collection[str] = (BATCH, SEQ),
     progress: Callable[[str], None] | None = None,
+    cache: bool | None = None,
     **others: Any,
 ) -> FoldedModule:
     """The same model, running in parallel on a folded mesh.
@@ -121,6 +122,9 @@ def parallelize(
         dynamic: which sizes of inputs may vary in a program: "batch", that of samples, and "seq", any other. From the second
             size on, one program is compiled for all that the mesh divides alike; what fits none is compiled for its shapes.
         progress: called with the name of each stage before it runs.
+        cache: compiled programs are kept on disk, under a hash of all that decides them, and read when the same model is
+            compiled again: see docs/models.md. False compiles anew; unless said otherwise, so does FOLDCC_PROGRAMS=0 in the
+            environment.
 
     Raises:
         FoldError: the model, the mesh and the inputs do not fit together, with the arithmetic and the valid values; or
@@ -190,6 +194,7 @@ def parallelize(
         recompute=None if recompute is None else Recompute(policy=recompute).policy,
         pipelining=pipelining if pipelining.stages * micro_batches > 1 else None,
         dynamic=_dynamic(dynamic),
+        cache=os.environ.get("FOLDCC_PROGRAMS") != "0" if cache is None else cache,
     )
     fixed = example_inputs is not None
     inputs = example_inputs if fixed else _dummy(model, mesh, micro_batches)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldcc.cache import run_or_read
 from foldcc.call import Call, Told, without_digits
 from foldcc.capture import capture
 from foldcc.capture.counts import refuse_in_micro_batches, with_counts
@@ -56,7 +57,7 @@ class Compiler:
         mesh: of one pipeline stage.
         own: passes of a user's own, after the pipeline.
         pipelining: how calls are cut; None where they are not, and nothing else is different.
-        batch_dims, tracer, kernels, plan, recompute, progress, dynamic: see `parallelize`.
+        batch_dims, tracer, kernels, plan, recompute, progress, dynamic, cache: see `parallelize`.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Compiler:
     own: tuple[Pass, ...] = ()
     pipelining: Pipelining | None = None
     dynamic: tuple[str, ...] = ()
+    cache: bool = False
 
     def device(self, tree: nn.Module) -> torch.device:
         """Where programs run."""
@@ -115,6 +117,11 @@ class Compiler:
         if self.kernels == "auto" and (why := unusable()) is not None:
             return (), (f"{why}, so the program runs as ATen.",)
         return (Emit(edited=self.kernels if isinstance(self.kernels, ModuleType) else None),), ()
+
+    @property
+    def run(self) -> Callable[..., Stages]:
+        """What runs passes."""
+        return run_or_read if self.cache else run_passes
 
     def compile(self, whole: Call, tree: nn.Module, held: Plan, others: Iterable[Kept]) -> tuple[Kept, Kept | None]:
         """A program for a call, and the one whose place it takes: it has inputs for the numbers in which they differ.
@@ -175,7 +182,7 @@ class Compiler:
         self.plan.check_for(program.name, str(self.mesh))
         held = Plan().with_parameters(held, {s.names[0] for s in program.slots})
         plan = self.plan.with_names({name: s.names[0] for s in program.slots for name in s.names}).with_parameters(held)
-        run = partial(run_passes, passes=passes, seconds=seconds, check=check_types, progress=self.progress)
+        run = partial(self.run, passes=passes, seconds=seconds, check=check_types, progress=self.progress)
         try:
             stages = run(replace(program, plan=plan))
             plan.check_made(stages[-1].program.plan)
@@ -195,8 +202,8 @@ class Compiler:
         start = [replace(s, program=replace(s.program, wanted=wanted)) for s in before]
         with compiling():
             named = [replace(p, known=known) if isinstance(p, Emit) else p for p in passes]
-            later = run_passes(start[-1].program, named, check=check_types, progress=self.progress)
-        stages = Stages([*start, *list(later)[1:]])
+            later = self.run(start[-1].program, named, check=check_types, progress=self.progress)
+        stages = Stages([*start, *later[1:]], later.told)
         return replace(kept, executable=self.executable(stages[-1].program), stages=stages, proof=None, others={})
 
     def chosen_alike(self, made: Kept) -> Kept:

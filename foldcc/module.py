@@ -91,6 +91,7 @@ class FoldedModule(Reports):
         recompute: str | float | None = None,
         pipelining: Pipelining | None = None,
         dynamic: tuple[str, ...] = (),
+        cache: bool = False,
     ):
         super().__init__()
         vars(self).update(mesh=mesh, training=model.training)
@@ -108,6 +109,7 @@ class FoldedModule(Reports):
             recompute=recompute,
             pipelining=pipelining,
             dynamic=dynamic,
+            cache=cache,
         )
         self._programs = Programs()
         self._places = Places(mesh.stage)

@@ -99,7 +99,7 @@ def _compiled(
         passes = [replace(p, whole=beside) if isinstance(p, Average) else p for p in passes]
     plan = stages[-1].program.plan.without_sizes()
     with compiling():
-        made = run_passes(replace(program, plan=plan), passes, check=check_types, progress=compiler.progress)
+        made = compiler.run(replace(program, plan=plan), passes, check=check_types, progress=compiler.progress)
     sizes = {name: n for name, n in sizes_of(varying.names, earlier.shapes).items() if name in varying.marked}
     between = Between(stages, made, sizes, varying.marked)
     between.check()

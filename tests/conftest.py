@@ -5,6 +5,8 @@ import os
 
 # Programs are proved where a test is about proofs; a proof of every program that tests compile would double their time.
 os.environ.setdefault("FOLDCC_VERIFY", "0")
+# No test depends on what earlier ones left on disk.
+os.environ.setdefault("FOLDCC_PROGRAMS", "0")
 # Graphs are many small objects, and most of them live as long as a test.
 gc.set_threshold(100_000, 10, 20)
 

@@ -23,6 +23,7 @@ FLOORS = (
     ("call", "plan", "checkpoints"),
     ("types", "taps", "varying"),
     ("passes",),
+    ("cache",),
     ("verification",),
     ("programs",),
     ("compiler",),

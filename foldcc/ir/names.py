@@ -19,7 +19,7 @@ from torch import fx
 from foldcc.ops.experts import activate
 from foldcc.ops.layout import cross_fold, reshard
 
-_FUNCTIONS = {f.__name__: f for f in (operator.getitem, reshard, cross_fold, activate)}
+FUNCTIONS = {f.__name__: f for f in (operator.getitem, reshard, cross_fold, activate)}
 _ARITHMETIC = {"aten::add", "aten::sub", "aten::mul", "aten::div"}
 _KINDS: dict[str, Any] = {
     "number": (int, float, complex),
@@ -49,8 +49,8 @@ def named(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     Raises:
         KeyError: nothing has this name.
     """
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
     space, *rest = name.split(".") if "." in name else ("foldcc", name)
     found: Any = getattr(getattr(torch.ops, space), rest[0], None)
     if found is None:

@@ -76,10 +76,14 @@ class Stage:
 
 
 class Stages(Sequence[Stage]):
-    """The stages of a compilation, by position or by name; printing them gives a table."""
+    """The stages of a compilation, by position or by name; printing them gives a table.
 
-    def __init__(self, stages: Sequence[Stage]):
-        self._stages = tuple(stages)
+    Attributes:
+        told: whether they were read from disk, or are kept there, and where; empty if that was not asked for.
+    """
+
+    def __init__(self, stages: Sequence[Stage], told: str = ""):
+        self._stages, self.told = tuple(stages), told
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
@@ -98,7 +102,7 @@ class Stages(Sequence[Stage]):
     @property
     def lowered(self) -> Stages:
         """The stages whose nodes are operators; a stage after them has kernels in their place."""
-        return Stages([s for s in self if not s.emitted])
+        return Stages([s for s in self if not s.emitted], self.told)
 
     def passes(self, *, after: str) -> list[Pass]:
         """The passes that ran after a stage."""
@@ -124,7 +128,7 @@ class Stages(Sequence[Stage]):
     def __str__(self) -> str:
         from foldcc.ir.text import stages_table
 
-        return stages_table(self)
+        return "\n".join([stages_table(self), *([self.told] if self.told else [])])
 
 
 def check_contracts(passes: Sequence[Pass], properties: frozenset[str]) -> None:

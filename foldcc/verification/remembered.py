@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import foldcc
+from foldcc.cache import code
 from foldcc.codegen.source import directory, put
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.program import Program
@@ -44,7 +43,7 @@ def _path(key: str) -> Path:
 
 def fingerprint(stages: Stages, buffers: Mapping[str, Tensor], *how: Any) -> str:
     """A hash of every stage, the values of buffers, and the code that proves."""
-    found = sha256(_code())
+    found = sha256(code())
     for line in (*map(str, how), *(line for stage in stages for line in _lines(stage.program))):
         found.update(line.encode() + b"\n")
     for name, x in (*sorted(buffers.items()), *stages["capture"].program.constants.items()):
@@ -52,16 +51,6 @@ def fingerprint(stages: Stages, buffers: Mapping[str, Tensor], *how: Any) -> str
         if x.device.type != "meta":
             found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
     return found.hexdigest()
-
-
-@cache
-def _code() -> bytes:
-    """A hash of this package, as it is installed, and of PyTorch's version."""
-    found = sha256(f"torch {torch.__version__}".encode())
-    for root in sorted({path for package in (foldcc, foldcc.passes, foldcc.codegen) for path in package.__path__}):
-        for file in sorted(Path(root).rglob("*.py")):
-            found.update(file.read_bytes())
-    return found.digest()
 
 
 def _lines(program: Program) -> Iterator[str]:
