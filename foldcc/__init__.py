@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foldcc import inspect as inspect
     from foldcc import mesh as mesh
     from foldcc import ops as ops
     from foldcc.api import init_parameters, parallelize, set_capacity
@@ -73,7 +74,7 @@ _HOMES = {  # imported on first use: `import foldcc` costs nothing
 }
 
 
-_MODULES = ("mesh", "ops")  # so that `foldcc.ops.experts` needs no import of its own
+_MODULES = ("inspect", "mesh", "ops")  # so that `foldcc.ops.experts` needs no import of its own
 
 
 def __getattr__(name: str) -> Any:

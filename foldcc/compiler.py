@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -166,13 +166,11 @@ class Compiler:
             with compiling():
                 return self._planned(program, passes, held, seconds)
         count = self.pipelining.micro_batches
-        try:
-            with compiling():
-                return self._planned(program, in_micro_batches(passes, count), held, seconds)
-        except Untold:
-            beside, _ = self.captured(whole, tree, self.sample_dims(whole))
-            with compiling():
-                return self._planned(program, in_micro_batches(passes, count, beside), held, seconds)
+        with suppress(Untold), compiling():  # by one micro-batch, and all samples need not be captured
+            return self._planned(program, in_micro_batches(passes, count), held, seconds)
+        beside, _ = self.captured(whole, tree, self.sample_dims(whole))
+        with compiling():
+            return self._planned(program, in_micro_batches(passes, count, beside), held, seconds)
 
     def _planned(self, program: Program, passes: Sequence[Pass], held: Plan, seconds: float) -> Stages:
         """The stages of a captured program with the choices of the plan, and those that are made of parameters already.

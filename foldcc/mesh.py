@@ -11,7 +11,7 @@ This is arithmetic on rank numbers; process groups appear only in `FoldedMesh.at
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -114,6 +114,11 @@ class FoldedMesh:
         """
         return self if self.size("pp") == 1 else FoldedMesh(self.device_type, (1, *self.sizes[1:]))
 
+    @cached_property
+    def ranks(self) -> FoldedMesh:
+        """The same ranks without a device: what is remembered for it holds no process groups."""
+        return self if self.is_virtual else FoldedMesh(VIRTUAL, self.sizes)
+
     @property
     def is_virtual(self) -> bool:
         """Whether all ranks live in this process."""
@@ -140,7 +145,7 @@ class FoldedMesh:
         `("dp", "tp")` and over `("tp", "dp")` differ in their order only. Groups are ordered by their lowest rank.
         Over no axes, every rank is a group.
         """
-        return _groups(self, self._one_view(axes))
+        return _groups(self.ranks, self._one_view(axes))
 
     def group_of(self, rank: int, axes: Axes) -> tuple[int, ...]:
         """The group of `groups(axes)` that a rank is in."""
@@ -315,26 +320,6 @@ def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Map
     if not mesh.is_virtual:
         _check_world(mesh)
     return mesh
-
-
-def rank_table(mesh: FoldedMesh) -> str:
-    """The coordinates of every rank in both views, side by side, on the axes of several ranks."""
-    views = {view: [axis for axis in axes if mesh.size(axis) > 1] for view, axes in _VIEWS.items()}
-
-    def row(rank: object, cells: Mapping[View, Sequence[object]]) -> str:
-        left, right = (
-            " ".join(f"{cell:>{width(axis)}}" for axis, cell in zip(axes, cells[view], strict=True))
-            for view, axes in views.items()
-        )
-        return f"{rank:>4}   {left} | {right}"
-
-    def width(axis: str) -> int:
-        return max(len(axis), len(str(mesh.size(axis) - 1)))
-
-    def coordinates(rank: int) -> dict[View, list[object]]:
-        return {view: [mesh.coordinate(rank, axis) for axis in axes] for view, axes in views.items()}
-
-    return "\n".join([row("rank", views), *(row(rank, coordinates(rank)) for rank in range(mesh.world_size))])
 
 
 _EXAMPLE = "axis=size,axis=size|axis=size, as in dp=2,cp=2,tp=2|ep=8"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -32,11 +33,11 @@ from foldcc.errors import FoldError, divides
 from foldcc.ir.node import argument, operands
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program, where
-from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, State
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.experts import activate, expert_of_row
 from foldcc.ops.layout import cross_fold, reshard
+from foldcc.plan.local import Inserting
 
 aten = torch.ops.aten
 
@@ -82,7 +83,9 @@ class _Dispatcher:
         self.sizes = program.sizes
         self.ranks = {a: self.mesh.size(a) for a in self.mesh.axes("moe") if self.mesh.size(a) > 1}
         self.hidden = node.meta["dims"][1]
+        self.device = node.meta["val"].device
         self.tokens = self._tokens()
+        self.emit = partial(Inserting(self.mesh).before, node)
 
     def _tokens(self) -> sympy.Symbol:
         """The factor of all tokens, which the ranks share out among them, in the attention side's order."""
@@ -98,29 +101,15 @@ class _Dispatcher:
         other: State = Shard(0, 0, 1) if dims and self.tokens in dims[0] else VARYING
         return Layout(dims, self.sizes, {a: states.get(a, other) for a in self.ranks}, self.ranks, "moe")
 
-    def emit(self, target: Any, args: tuple[Any, ...], layout: Layout | None, dtype: torch.dtype | None = None) -> fx.Node:
-        new = self.graph.call_function(target, args)
-        new.meta = provenance(self.node)
-        new.meta |= {"layout": layout, "dtype": dtype or self.node.meta["val"].dtype, "grad": dtype is None}
-        if target in (cross_fold, reshard) and "val" in args[0].meta:
-            new.meta["val"] = args[0].meta["val"]  # of the same global shape
-        if layout is not None:
-            new.meta["dims"] = layout.dims
-        return new
-
     def run(self) -> None:
-        with self.graph.inserting_before(self.node):
-            y = self._dispatched()
+        y = self._dispatched()
         self.node.replace_all_uses_with(y)
         self.graph.erase_node(self.node)
 
-    def _fold(self, x: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+    def _fold(self, x: fx.Node) -> fx.Node:
         """A value with one row per token, on the MoE side of the mesh."""
         layout = self.layout(((self.tokens,), *x.meta["dims"][1:]))
-        folded = self.emit(cross_fold, (x, layout), layout, dtype)
-        # Routers keep float32 where experts are narrower: the other side of the mesh changes no dtype.
-        folded.meta["dtype"] = x.meta["dtype"] if "dtype" in x.meta else x.meta["val"].dtype
-        return folded
+        return self.emit(cross_fold, (x, layout), layout)
 
     def _weight(self, name: str) -> fx.Node | None:
         """An expert weight, each letter that the experts' record places divided over its axis."""
@@ -152,8 +141,7 @@ class _Dispatcher:
         if used != layout and w.meta["grad"]:
             w = self.emit(reshard, (w, used), used)
         for cast in casts:
-            w = self.emit(cast.target, (w,), w.meta["layout"], cast.meta["val"].dtype)
-            w.kwargs, w.meta["grad"] = cast.kwargs, cast.meta["grad"]
+            w = self.emit(cast.target, (w,), w.meta["layout"], **cast.kwargs)
         return w
 
     def _only_here(self, source: fx.Node) -> bool:
@@ -189,7 +177,7 @@ class _Dispatcher:
         raise FoldError(f"Weight {w.name} has no dimension {letter}.", at=where(self.node))
 
     def _dispatched(self) -> fx.Node:
-        node, ints = self.node, torch.int64
+        node = self.node
         ep, etp = self.mesh.size("ep"), self.mesh.size("etp")
         x, ids, weights = (argument(node, name) for name in ("x", "ids", "weights"))
         held: Any = [self._weight(name) for name in ("w_up", "w_down", "b_up", "b_down")]
@@ -198,12 +186,11 @@ class _Dispatcher:
         for f in experts:
             expert_count *= self.sizes[f]
 
-        x, ids, weights = self._fold(x), self._fold(ids, ints), self._fold(weights)
+        x, ids, weights = self._fold(x), self._fold(ids), self._fold(weights)
         choices = (x.meta["dims"][0] + ids.meta["dims"][1],)
-        flat = self.emit(aten.reshape.default, (ids, [-1]), self.layout(choices), ints)
-        order = self.emit(aten.argsort.stable, (flat,), self.layout(choices), ints)
-        order.kwargs = {"stable": True}
-        rows = self.emit(ops.permute.overload, (x, order, self._choices()), self.layout((*choices, self.hidden)))
+        flat = self.emit(aten.reshape.default, (ids, [-1]), self.layout(choices))
+        order = self.emit(aten.argsort.stable, (flat,), self.layout(choices), stable=True)
+        rows = self.emit(ops.permute, (x, order, self._choices()), self.layout((*choices, self.hidden)))
 
         counts = self._counts(ids, experts, expert_count)
         present, absent = choices[0], argument(node, "absent")
@@ -227,46 +214,45 @@ class _Dispatcher:
                 here = present
             if etp > 1:
                 args = (rows, sources, "etp")
-                rows = self.emit(ops.all_gather_v.overload, args, self.layout((gathered, self.hidden), etp=REPLICATED))
+                rows = self.emit(ops.all_gather_v, args, self.layout((gathered, self.hidden), etp=REPLICATED))
             else:
                 gathered = here
             local = expert_count // ep
             tail = {"etp": REPLICATED} if etp > 1 else {}
-            pair = self.emit(ops.by_expert.overload, (rows, chunks, local), None, ints)
-            by_expert = self.emit(operator.getitem, (pair, 0), self.layout((gathered,), **tail), ints)
+            pair = self.emit(ops.by_expert, (rows, chunks, local), None)
+            by_expert = self.emit(operator.getitem, (pair, 0), self.layout((gathered,), **tail))
             mine: dict[str, State] = {"ep": self._divided(experts)} if ep > 1 else {}
-            each = self.emit(operator.getitem, (pair, 1), self.layout((experts,), **mine, **tail), ints)
+            each = self.emit(operator.getitem, (pair, 1), self.layout((experts,), **mine, **tail))
             layout = self.layout((gathered, self.hidden), **tail)
-            rows = self.emit(ops.permute.overload, (rows, by_expert, 1), layout)
+            rows = self.emit(ops.permute, (rows, by_expert, 1), layout)
             rows = self._experts(rows, each, held, gathered)
             layout = rows.meta["layout"]
-            rows = self.emit(ops.gather_rows.overload, (rows, by_expert, 1), layout)
+            rows = self.emit(ops.gather_rows, (rows, by_expert, 1), layout)
             if etp > 1:
                 args = (rows, sources, "etp")
-                rows = self.emit(ops.reduce_scatter_v.overload, args, self.layout((here, self.hidden)))
+                rows = self.emit(ops.reduce_scatter_v, args, self.layout((here, self.hidden)))
             if ep > 1:
                 rows = self._exchange(rows, received, sent, present)
         if absent and not argument(node, "most"):
-            rows = self.emit(ops.extended.overload, (rows, chosen, whole.shape[0]), whole)
+            rows = self.emit(ops.extended, (rows, chosen, whole.shape[0]), whole)
         dtype = node.meta["val"].dtype
         if weights.meta["dtype"] != dtype:
-            weights = self.emit(aten._to_copy.default, (weights,), weights.meta["layout"])
-            weights.kwargs = {"dtype": dtype}
-        y = self.emit(ops.unpermute.overload, (rows, order, weights), self.layout(((self.tokens,), self.hidden)))
+            weights = self.emit(aten._to_copy.default, (weights,), weights.meta["layout"], dtype=dtype)
+        y = self.emit(ops.unpermute, (rows, order, weights), self.layout(((self.tokens,), self.hidden)))
         return self.emit(cross_fold, (y, node.meta["layout"]), node.meta["layout"])
 
     def _counts(self, ids: fx.Node, experts: tuple[Any, ...], number: int) -> fx.Node:
         """How many choices fell on each expert; those that fell on none are counted last, and left out."""
-        layout, ints = self.layout((experts,)), torch.int64
+        layout = self.layout((experts,))
         if not argument(self.node, "absent"):
-            return self.emit(ops.count.overload, (ids, number), layout, ints)
-        counts = self.emit(ops.count.overload, (ids, number + 1), self.layout((self._rows("n"),)), ints)
-        return self.emit(aten.slice.Tensor, (counts, 0, 0, number), layout, ints)
+            return self.emit(ops.count, (ids, number), layout)
+        counts = self.emit(ops.count, (ids, number + 1), self.layout((self._rows("n"),)))
+        return self.emit(aten.slice.Tensor, (counts, 0, 0, number), layout)
 
     def _present(self, rows: fx.Node, counts: fx.Node) -> tuple[fx.Node, tuple[sympy.Symbol]]:
         """The rows that go to an expert: they stand first. The others are sent nowhere."""
         present = self._rows("c")
-        return self.emit(ops.leading.overload, (rows, counts), self.layout((present, self.hidden))), present
+        return self.emit(ops.leading, (rows, counts), self.layout((present, self.hidden))), present
 
     def _padded(self, rows: fx.Node, counts: fx.Node, number: int, held: list[Any], whole: Layout) -> fx.Node:
         """As many rows of each expert from each rank, zeros among them: every size is known, and all exchanges are even."""
@@ -282,25 +268,25 @@ class _Dispatcher:
             rows = self.emit(aten.transpose.int, (rows, 0, 1), flat)
             return self.emit(aten.reshape.default, (rows, [second, first * each, hidden]), flat)
 
-        rows = self.emit(ops.spread.overload, (rows, counts, each), flat)
+        rows = self.emit(ops.spread, (rows, counts, each), flat)
         if ep > 1:
-            rows = self.emit(ops.all_to_all.overload, (rows, "ep"), flat)
+            rows = self.emit(ops.all_to_all, (rows, "ep"), flat)
         rows = swapped(rows, ep, local)
         if etp > 1:
             args = (rows, 1, 1, "etp", REPLICATED)
-            rows = self.emit(ops.all_gather.overload, args, self.layout(flat.dims, **tail))
+            rows = self.emit(ops.all_gather, args, self.layout(flat.dims, **tail))
         rows = self.emit(aten.reshape.default, (rows, [-1, hidden]), self.layout((many, self.hidden), **tail))
-        taken = self.emit(aten.full.default, ([local], etp * ep * each), self.layout((experts,), **mine, **tail), torch.int64)
-        taken.kwargs = {"dtype": torch.int64, "device": argument(self.node, "x").meta["val"].device}
+        like = self.layout((experts,), **mine, **tail)
+        taken = self.emit(aten.full.default, ([local], etp * ep * each), like, dtype=torch.int64, device=self.device)
         rows = self._experts(rows, taken, held, many)
         rows = self.emit(aten.reshape.default, (rows, [local, -1, hidden]), rows.meta["layout"])
         if etp > 1:
-            rows = self.emit(ops.reduce_scatter.overload, (rows, 1, 1, "etp"), flat)
+            rows = self.emit(ops.reduce_scatter, (rows, 1, 1, "etp"), flat)
         rows = swapped(rows, local, ep)
         rows = self.emit(aten.reshape.default, (rows, [-1, hidden]), flat)
         if ep > 1:
-            rows = self.emit(ops.all_to_all.overload, (rows, "ep"), flat)
-        return self.emit(ops.collected.overload, (rows, counts, whole.shape[0]), whole)
+            rows = self.emit(ops.all_to_all, (rows, "ep"), flat)
+        return self.emit(ops.collected, (rows, counts, whole.shape[0]), whole)
 
     def _most(self) -> int:
         """The most rows that an expert is sent by a rank: what it takes of each group of which the rank has a part."""
@@ -325,28 +311,25 @@ class _Dispatcher:
 
     def _splits(self, counts: fx.Node, experts: tuple[Any, ...], ep: int, etp: int) -> list[fx.Node]:
         """The counts exchange: the one small collective that the sizes of the others need."""
-        ints, axes = torch.int64, ",".join(a for a in ("ep", "etp") if self.mesh.size(a) > 1)
+        axes = ",".join(a for a in ("ep", "etp") if self.mesh.size(a) > 1)
         layout = self.layout((experts,))
         repeated = counts
         if etp > 1:
             # Every rank of an etp group holds the same experts, so each is told.
-            repeated = self.emit(aten.reshape.default, (counts, [ep, 1, -1]), None, ints)
-            repeated = self.emit(aten.expand.default, (repeated, [ep, etp, -1]), None, ints)
-            repeated = self.emit(aten.reshape.default, (repeated, [-1]), None, ints)
-        arriving = self.emit(ops.all_to_all.overload, (repeated, axes), None if etp > 1 else layout, ints)
-        device = argument(self.node, "x").meta["val"].device
-        place: fx.Node
+            repeated = self.emit(aten.reshape.default, (counts, [ep, 1, -1]), None)
+            repeated = self.emit(aten.expand.default, (repeated, [ep, etp, -1]), None)
+            repeated = self.emit(aten.reshape.default, (repeated, [-1]), None)
+        arriving = self.emit(ops.all_to_all, (repeated, axes), None if etp > 1 else layout)
         if etp > 1:
-            place = self.emit(ops.axis_index.overload, ("etp", device), None, ints)
+            place = self.emit(ops.axis_index, ("etp", self.device), None)
         else:
-            place = self.emit(aten.zeros.default, ([],), None, ints)
-            place.kwargs = {"dtype": torch.int64, "device": device}
-        four = self.emit(ops.splits.overload, (counts, arriving, ep, etp, place), None, ints)
-        return [self.emit(operator.getitem, (four, i), None, ints) for i in range(4)]
+            place = self.emit(aten.zeros.default, ([],), None, dtype=torch.int64, device=self.device)
+        four = self.emit(ops.splits, (counts, arriving, ep, etp, place), None)
+        return [self.emit(operator.getitem, (four, i), None) for i in range(4)]
 
     def _exchange(self, rows: fx.Node, send: fx.Node, receive: fx.Node, into: Any) -> fx.Node:
         args = (rows, send, receive, "ep")
-        return self.emit(ops.all_to_all_v.overload, args, self.layout((into, self.hidden)))
+        return self.emit(ops.all_to_all_v, args, self.layout((into, self.hidden)))
 
     def _experts(
         self,
@@ -369,15 +352,15 @@ class _Dispatcher:
         partial: dict[str, State] = {"etp": PARTIAL} if etp > 1 else {}
         which = None
         if b_up is not None or b_down is not None:
-            which = self.emit(expert_of_row.overload, (rows, counts), None, torch.int64)
+            which = self.emit(expert_of_row, (rows, counts), None)
         args = (rows, w_up, counts, transposed)
-        hidden = self.emit(ops.grouped_linear.overload, args, self.layout((count, wide), **split))
+        hidden = self.emit(ops.grouped_linear, args, self.layout((count, wide), **split))
         if b_up is not None:
             bias = self.emit(aten.index_select.default, (b_up, 0, which), hidden.meta["layout"])
             hidden = self.emit(aten.add.Tensor, (hidden, bias), hidden.meta["layout"])
         hidden = self.emit(activate, (hidden, act), self.layout((count, width), **narrow))
         args = (hidden, w_down, counts, transposed)
-        y = self.emit(ops.grouped_linear.overload, args, self.layout((count, self.hidden), **partial))
+        y = self.emit(ops.grouped_linear, args, self.layout((count, self.hidden), **partial))
         if b_down is None:
             return y
         replicated: dict[str, State] = {"etp": REPLICATED} if etp > 1 else {}

@@ -22,14 +22,13 @@ from foldcc import ops
 from foldcc.ir.node import argument, argument_or, name_of
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
-from foldcc.ir.rewrite import provenance
 from foldcc.layout import INVARIANT, PARTIAL, REPLICATED, VARYING, Layout, Shard, letter
-from foldcc.ops import record
-from foldcc.ops.captured import Captured, captured_record
+from foldcc.ops.captured import Captured, Emit, captured_record
 from foldcc.ops.groups import active
 from foldcc.ops.layout import cross_fold, reshard
 from foldcc.ops.moves import IN_TWO, MOVES, ORDER
 from foldcc.ops.operator import positional
+from foldcc.plan.local import Inserting
 from foldcc.plan.strategies import divided
 from foldcc.rules.kinds import shape_argument
 
@@ -42,10 +41,11 @@ class Localize(Pass):
     provides = frozenset({"localized"})
 
     def run(self, program: Program) -> Program:
+        inserting = Inserting(program.mesh)
         for block in program.blocks.values():
             for node in list(block.graph.nodes):
                 if node.op == "call_function":
-                    _localize(node)
+                    _localize(node, _emitter(inserting, node))
             block.graph.eliminate_dead_code()
             block.recompile()
             with active(program.mesh):
@@ -71,49 +71,37 @@ def _settle(block: fx.GraphModule) -> None:
             node.meta["val"] = values[node]
 
 
-def _localize(node: fx.Node) -> None:
-    if node.target is cross_fold:
-        node.args = node.args[:1]
-    elif node.target is reshard:
-        _replace(node, lambda emit: _moved(emit, node))
-    elif (known := captured_record(node.target)).local is not None:
-        _become(node, known)
-    elif node.target in LOWERINGS:
-        LOWERINGS[node.target](node)
-    elif "rule" in node.meta and (position := shape_argument(node.target)) is not None:
-        node.args = (*node.args[:position], list(node.meta["layout"].shape), *node.args[position + 1 :])
-
-
-def emitter(node: fx.Node) -> Callable[..., fx.Node]:
-    """A function that inserts calls before a node, each with a layout and the node's provenance."""
-
+def _emitter(inserting: Inserting, node: fx.Node) -> Emit:
     def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
-        target = getattr(target, "overload", target)
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(target, args, kwargs)
-        new.meta = (
-            {k: node.meta[k] for k in ("val", "grad", "dtype", "dims") if k in node.meta}
-            | provenance(node)
-            | {"layout": layout}
-        )
-        known = record(target)
-        stops = target is aten.detach.default or (known is not None and known.transpose is None)
-        new.meta["grad"] = not stops and any(x.meta.get("grad") for x in new.all_input_nodes)
+        new = inserting.before(node, target, args, layout, **kwargs)
+        new.meta["val"] = inserting.values[new]
         return new
 
     return emit
 
 
-def _replace(node: fx.Node, build: Callable[[Callable[..., fx.Node]], fx.Node]) -> None:
-    new = build(emitter(node))
+def _localize(node: fx.Node, emit: Emit) -> None:
+    if node.target is cross_fold:
+        node.args = node.args[:1]
+    elif node.target is reshard:
+        _replace(node, _moved(emit, node))
+    elif (known := captured_record(node.target)).local is not None:
+        _become(node, emit, known)
+    elif node.target in LOWERINGS:
+        LOWERINGS[node.target](node, emit)
+    elif "rule" in node.meta and (position := shape_argument(node.target)) is not None:
+        node.args = (*node.args[:position], list(node.meta["layout"].shape), *node.args[position + 1 :])
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
     new.meta["layout"] = node.meta["layout"]
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
-def _become(node: fx.Node, known: Captured) -> None:
+def _become(node: fx.Node, emit: Emit, known: Captured) -> None:
     """What stands in a captured node's place, on this rank, under its name."""
-    new = known.lowered(emitter(node), node, divided(node))
+    new = known.lowered(emit, node, divided(node))
     if new is None:
         node.target = known.local
         return
@@ -125,7 +113,7 @@ def _become(node: fx.Node, known: Captured) -> None:
 # --- changes of layout -------------------------------------------------------------------------------------------------
 
 
-def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
+def _moved(emit: Emit, node: fx.Node) -> fx.Node:
     """The collectives that bring a value from its layout to the wanted one: make whole, change types, divide."""
     x: fx.Node = node.args[0]
     now, wanted = x.meta["layout"], node.args[1]
@@ -158,7 +146,7 @@ def _moved(emit: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
     return x
 
 
-def _exchanged(emit: Callable[..., fx.Node], x: fx.Node, wanted: Layout, axes: list[str]) -> fx.Node:
+def _exchanged(emit: Emit, x: fx.Node, wanted: Layout, axes: list[str]) -> fx.Node:
     """A value that is divided in other dimensions, or in another order of axes: one step for all of them."""
 
     def cuts(layout: Layout) -> tuple[list[int], list[int]]:
@@ -198,7 +186,7 @@ def _axes_of(layout: Layout, dim: int) -> list[str]:
     return [a for a, s in layout.states.items() if isinstance(s, Shard) and s.dim == dim]
 
 
-def _mean(node: fx.Node) -> None:
+def _mean(node: fx.Node, emit: Emit) -> None:
     """The mean of a divided dimension is the sum of what each rank has, over the global count."""
     x: fx.Node = node.args[0]
     layout: Layout = node.meta["layout"]
@@ -207,17 +195,14 @@ def _mean(node: fx.Node) -> None:
     count = x.meta["val"].numel() // max(1, node.meta["val"].numel())
     dim, keep = argument_or(node, "dim"), argument_or(node, "keepdim") or False
 
-    def build(emit: Callable[..., fx.Node]) -> fx.Node:
-        if dim:
-            total = emit(aten.sum.dim_IntList, (x, dim, keep), layout)
-        else:
-            total = emit(aten.sum.default, (x,), layout)
-        return emit(aten.div.Tensor, (total, count), layout)
-
-    _replace(node, build)
+    if dim:
+        total = emit(aten.sum.dim_IntList, (x, dim, keep), layout)
+    else:
+        total = emit(aten.sum.default, (x,), layout)
+    _replace(node, emit(aten.div.Tensor, (total, count), layout))
 
 
-def _slice(node: fx.Node) -> None:
+def _slice(node: fx.Node, emit: Emit) -> None:
     """A piece of a product of pieces, when the piece is divided."""
     x: fx.Node = node.args[0]
     dim = argument(node, "dim") % len(x.meta["layout"].dims)
@@ -231,7 +216,7 @@ def _slice(node: fx.Node) -> None:
     node.kwargs = {}
 
 
-def _split(node: fx.Node) -> None:
+def _split(node: fx.Node, emit: Emit) -> None:
     x: fx.Node = node.args[0]
     dim = argument(node, "dim") % len(x.meta["layout"].dims)
     whole, local = x.meta["layout"].global_shape[dim], x.meta["layout"].shape[dim]
@@ -244,7 +229,7 @@ def _split(node: fx.Node) -> None:
     node.kwargs = {}
 
 
-LOWERINGS: dict[Any, Callable[[fx.Node], None]] = {
+LOWERINGS: dict[Any, Callable[[fx.Node, Emit], None]] = {
     aten.mean.dim: _mean,
     aten.mean.default: _mean,
     aten.slice.Tensor: _slice,

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from foldcc.errors import FoldError, divisors
-from foldcc.mesh import ATTENTION, MOE, FoldedMesh, init_folded_mesh, rank_table
+from foldcc.inspect.ranks import rank_table
+from foldcc.mesh import ATTENTION, MOE, FoldedMesh, init_folded_mesh
 
 
 @st.composite

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -198,3 +198,24 @@ def test_processes_end_with_the_interpreter_and_print_in_time(tmp_path: Path) ->
     first, second, returned, pid, other, third = done.stdout.split()
     assert (first, second, returned, third) == ("running", "running", "returned", "running")
     assert not alive(int(pid)) and not alive(int(other))
+
+
+def _folded(attention: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
+    folded = foldcc.parallelize(model, foldcc.init_folded_mesh("cpu", attention=attention), example_inputs=(torch.randn(4, 8),))
+    folded(torch.randn(4, 8)).sum().backward()
+    foldcc.clip_grad_norm_(folded.parameters(), 1.0)
+
+
+def _threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+def test_groups_of_a_folded_model_go_with_it() -> None:
+    counts = []
+    for _ in range(3):
+        run_distributed(_folded, 2, {"dp": 2})
+        counts.append(run_distributed(_threads, 2))
+    assert counts[1] == counts[2]  # each group has three threads

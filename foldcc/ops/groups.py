@@ -17,7 +17,8 @@ from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 
 _ACTIVE: ContextVar[FoldedMesh | None] = ContextVar("foldcc_mesh", default=None)
-# By the world's process group: the groups of one that was destroyed are of no use to the next.
+# By the world's process group, since the groups of one that was destroyed are of no use to the next, and by ranks alone: a mesh
+# with its DeviceMeshes refers to the world's group, which would then never go, and each of its groups has three threads.
 _GROUPS: WeakKeyDictionary[Any, dict[tuple[FoldedMesh, str], Any]] = WeakKeyDictionary()
 
 
@@ -63,9 +64,9 @@ def create_groups(mesh: FoldedMesh, all_axes: list[str]) -> None:
 
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     for axes in sorted(set(all_axes)):
-        if (mesh, axes) not in known:
+        if (mesh.ranks, axes) not in known:
             groups = [[first + r for r in group] for first in firsts for group in mesh.groups(tuple(axes.split(",")))]
-            known[mesh, axes], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
+            known[mesh.ranks, axes], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
 
 
 def patience(mesh: FoldedMesh) -> timedelta:
@@ -83,4 +84,4 @@ def process_group(axes: str) -> Any:
     """The process group of this rank over `axes`; `create_groups` has made it."""
     import torch.distributed as dist
 
-    return _GROUPS[dist.group.WORLD][current(), axes]
+    return _GROUPS[dist.group.WORLD][current().ranks, axes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,11 +20,11 @@ from foldcc.runtime.lost import Place, meeting
 from foldcc.runtime.schedule import RECEIVES, SENDS, Action, Channel, channel
 from foldcc.runtime.stages import like
 
-# By the world's process group and the mesh: a group over pp for each channel that a place sends on, so that what goes one way
+# By the world's process group and the ranks: a group over pp for each channel that a place sends on, so that what goes one way
 # waits for nothing that comes the other way. And by the places that hold a parameter, a group over them.
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _EVERY = (1, False)  # a channel whose group, like that of each, is of all places
-_WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage
+_WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage; holds it not
 _COUNTED_ELSEWHERE = "_foldcc_counted_elsewhere"  # an attribute, for PyTorch swaps no parameter that has weak references
 
 
@@ -34,14 +35,14 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
         held: places of pp that hold the same parameter, for each one that several hold.
     """
     known = _GROUPS.setdefault(dist.group.WORLD, {})
-    _WHOLE.update(dict.fromkeys(mesh.stage.of_tensors.values(), mesh))
+    _WHOLE.update(dict.fromkeys(mesh.stage.of_tensors.values(), replace(mesh)))
     every = tuple(range(mesh.size("pp")))
     wires = [((step, around), every) for step in (1, -1) for around in (False, True)]
     for key, places in wires + [(places, places) for places in sorted(set(held))]:
-        if (mesh, key) not in known:
+        if (mesh.ranks, key) not in known:
             size = mesh.stage.world_size
             groups = [[place * size + r for place in places] for r in range(size)]
-            known[mesh, key], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
+            known[mesh.ranks, key], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
 
 
 def from_place(x: Tensor, mesh: FoldedMesh, place: int) -> Tensor:
@@ -90,7 +91,7 @@ def over_all_places(x: Tensor, mesh: FoldedMesh, *, largest: bool) -> Tensor:
 
 
 def _group(mesh: FoldedMesh, key: Any) -> Any:
-    return _GROUPS[dist.group.WORLD][mesh, key]
+    return _GROUPS[dist.group.WORLD][mesh.ranks, key]
 
 
 class Wires:

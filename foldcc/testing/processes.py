@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -187,3 +188,4 @@ def _forget() -> None:
     _clear_sharding_prop_cache()  # it holds the meshes of DTensors
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code holds names of groups
+    gc.collect()  # a folded model is in a circle, and each of its process groups has threads

@@ -24,7 +24,8 @@ from rich.table import Table
 
 import foldcc
 from foldcc.errors import FoldError, divides
-from foldcc.mesh import FoldedMesh, rank_table
+from foldcc.inspect.ranks import rank_table
+from foldcc.mesh import FoldedMesh
 from foldcc.testing import run_distributed
 
 LEARNING_RATE, CLIP = 1e-3, 1.0

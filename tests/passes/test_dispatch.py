@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foldcc.errors import FoldError
+from foldcc.ops.experts import activation
 from foldcc.ops.layout import reshard
 from foldcc.passes.dispatch import Dispatch
 from foldcc.testing import assert_rewrites, program
@@ -18,16 +19,17 @@ ARGUMENTS = """
     %up      : f32[{up}, hidden]{on} = parameter up
     %down    : f32[{down}]{on} = parameter down
 """
+ACTIVATION = activation(lambda x: x.chunk(2, -1)[0])
 EXPERTS = """
-    %y : f32[(batch@dp seq@tp), hidden] = experts(%x, %ids, %weights, %up, %down, None, None, 'silu=silu(x)', False, False)
+    %y : f32[(batch@dp seq@tp), hidden] = experts(%x, %ids, %weights, %up, %down, None, None, 'half', False, False)
     return [%y]
-"""
+""".replace("half", ACTIVATION)
 WHOLE = {"on": "", "up": "experts, (gates width)", "down": "experts, hidden, width"}
 
 
 def rewrites(after: str, mesh: str, *, told: str = "", **divided: str) -> None:
     before = FACTORS + ARGUMENTS.format(**WHOLE) + EXPERTS.replace("False, False)", f"False, False{told})")
-    assert_rewrites(Dispatch(), before, AFTER + ARGUMENTS.format(**divided) + after, mesh=mesh)
+    assert_rewrites(Dispatch(), before, AFTER + ARGUMENTS.format(**divided) + after.replace("half", ACTIVATION), mesh=mesh)
 
 
 def test_tokens_go_there_and_back_over_ep_and_etp() -> None:
@@ -45,19 +47,19 @@ def test_tokens_go_there_and_back_over_ep_and_etp() -> None:
         %told   : i64 = aten.reshape(%many, [-1])
         %arrive : i64 = all_to_all(%told, ep,etp)
         %place  : i64 = axis_index(etp, cpu)
-        %four   : i64 = splits(%counts, %arrive, 2, 2, %place)
+        %four = splits(%counts, %arrive, 2, 2, %place)
         %sent   : i64 = getitem(%four, 0)
         %got    : i64 = getitem(%four, 1)
         %where   : i64 = getitem(%four, 2)
         %chunks : i64 = getitem(%four, 3)
         %here   : f32[u1, hidden] V(ep,etp)         = all_to_all_v(%rows, %sent, %got, ep)
         %every    : f32[g1, hidden] R(etp) V(ep)      = all_gather_v(%here, %where, etp)
-        %pair   : i64 = by_expert(%every, %chunks, 2)
+        %pair = by_expert(%every, %chunks, 2)
         %sorted : i64[g1] R(etp) V(ep)              = getitem(%pair, 0)
         %mine   : i64[experts@ep] R(etp)            = getitem(%pair, 1)
         %ready  : f32[g1, hidden] R(etp) V(ep)      = permute(%every, %sorted, 1)
         %wide   : f32[g1, (gates width@etp)] V(ep)  = grouped_linear(%ready, %up, %mine, False)
-        %acted  : f32[g1, width@etp] V(ep)          = activate(%wide, 'silu=silu(x)')
+        %acted  : f32[g1, width@etp] V(ep)          = activate(%wide, 'half')
         %terms  : f32[g1, hidden] P(etp) V(ep)      = grouped_linear(%acted, %down, %mine, False)
         %back   : f32[g1, hidden] P(etp) V(ep)      = gather_rows(%terms, %sorted, 1)
         %summed : f32[u1, hidden] V(ep,etp)         = reduce_scatter_v(%back, %where, etp)
@@ -86,7 +88,7 @@ def test_where_every_rank_has_all_experts_nothing_is_sent_and_weights_are_used_a
         %rows   : f32[(tokens@edp k), hidden] = permute(%xm, %order, 2)
         %counts : i64[experts] V(edp)         = count(%im, 4)
         %wide   : f32[(tokens@edp k), (gates width)] = grouped_linear(%rows, %ups, %counts, False)
-        %acted  : f32[(tokens@edp k), width]  = activate(%wide, 'silu=silu(x)')
+        %acted  : f32[(tokens@edp k), width]  = activate(%wide, 'half')
         %found  : f32[(tokens@edp k), hidden] = grouped_linear(%acted, %downs, %counts, False)
         %ym     : f32[tokens@edp, hidden]     = unpermute(%found, %order, %wm)
         %y      : f32[(batch@dp seq@tp), hidden] = cross_fold(%ym)
@@ -112,18 +114,18 @@ def test_choices_of_no_expert_stand_last_and_are_sent_nowhere() -> None:
         %counts : i64[experts] V(ep)         = aten.slice(%more, 0, 0, 4)
         %arrive : i64[experts] V(ep)         = all_to_all(%counts, ep)
         %place  : i64 = aten.zeros([], dtype=int64, device=cpu)
-        %four   : i64 = splits(%counts, %arrive, 4, 1, %place)
+        %four = splits(%counts, %arrive, 4, 1, %place)
         %sent   : i64 = getitem(%four, 0)
         %got    : i64 = getitem(%four, 1)
         %chunks : i64 = getitem(%four, 3)
         %rows   : f32[c1, hidden] V(ep)      = leading(%all, %sent)
         %here   : f32[u1, hidden] V(ep)      = all_to_all_v(%rows, %sent, %got, ep)
-        %pair   : i64 = by_expert(%here, %chunks, 1)
+        %pair = by_expert(%here, %chunks, 1)
         %sorted : i64[u1] V(ep)              = getitem(%pair, 0)
         %mine   : i64[experts@ep]            = getitem(%pair, 1)
         %ready  : f32[u1, hidden] V(ep)      = permute(%here, %sorted, 1)
         %wide   : f32[u1, (gates width)] V(ep) = grouped_linear(%ready, %up, %mine, False)
-        %acted  : f32[u1, width] V(ep)       = activate(%wide, 'silu=silu(x)')
+        %acted  : f32[u1, width] V(ep)       = activate(%wide, 'half')
         %found  : f32[u1, hidden] V(ep)      = grouped_linear(%acted, %down, %mine, False)
         %back   : f32[u1, hidden] V(ep)      = gather_rows(%found, %sorted, 1)
         %home   : f32[c1, hidden] V(ep)      = all_to_all_v(%back, %got, %sent, ep)
@@ -161,7 +163,7 @@ def test_padded_experts_are_sent_what_a_rank_may_have_for_them() -> None:
         %ready  : f32[g1, hidden] R(etp) V(ep)   = aten.reshape(%every, [-1, 8])
         %taken  : i64[experts@ep] R(etp)         = aten.full([2], 8, dtype=int64, device=cpu)
         %wide   : f32[g1, (gates width@etp)] V(ep) = grouped_linear(%ready, %up, %taken, False)
-        %acted  : f32[g1, width@etp] V(ep)       = activate(%wide, 'silu=silu(x)')
+        %acted  : f32[g1, width@etp] V(ep)       = activate(%wide, 'half')
         %terms  : f32[g1, hidden] P(etp) V(ep)   = grouped_linear(%acted, %down, %taken, False)
         %blocks : f32[g1, hidden] P(etp) V(ep)   = aten.reshape(%terms, [2, -1, 8])
         %summed : f32[p1, hidden] V(ep,etp)      = reduce_scatter(%blocks, 1, 1, etp)
