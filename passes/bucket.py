@@ -62,7 +62,7 @@ class Bucket(Pass):
                 key = name if main is program.backward else f"{name}_{FORWARD}"
                 alike = _alike(block.graph, unshards=unshards(name))
                 groups = _said(key, alike, said[key]) if key in said else self._small(alike)
-                if groups or main is program.backward:
+                if groups or main is program.backward or unshards(name):  # of a smaller program too, that none are joined
                     together[key] = tuple(tuple(n.name for n in nodes) for nodes in groups)
                 with active(program.mesh):
                     for nodes in groups:

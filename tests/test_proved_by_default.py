@@ -137,6 +137,34 @@ def test_a_large_program_is_proved_on_fewer_ranks_and_says_so(monkeypatch: pytes
 
 
 @pytest.mark.filterwarnings("ignore::foldcc.passes.annotate.UnknownOperator")
+class Large(nn.Module):
+    """A head that is too large to travel with the norm before it, and would not be in a smaller program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.RMSNorm(64), nn.Linear(64, 65_536, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x) * x).square().mean()
+
+
+def test_what_is_too_large_to_be_gathered_together_is_proved() -> None:
+    with torch.device("meta"):
+        model, x = Large(), torch.empty(16, 64)
+    folded = foldcc.parallelize(model, "dp=2,tp=2", example_inputs=(x,), zero=1)
+    assert folded.plan.together["unshard0_forward"] == ()
+    assert folded.proof is not None and folded.proof.ok and "smaller sizes" in " ".join(folded.proof.assumed)
+
+
+def test_a_mistake_in_a_large_program_is_found_at_the_stage_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = [p.name for p in PIPELINE].index("shard") + 1
+    monkeypatch.setattr("foldcc.api.PIPELINE", (*PIPELINE[:after], Confuse(), *PIPELINE[after:]))
+    with torch.device("meta"):
+        model, x = Large(), torch.empty(16, 64)
+    with pytest.raises(FoldError, match="stage confuse"):
+        foldcc.parallelize(model, "dp=4", example_inputs=(x,), precision=foldcc.Precision())
+
+
 def test_a_program_that_cannot_be_proved_says_why_and_runs() -> None:
     class Odd(Small):
         def forward(self, x: Tensor) -> Tensor:

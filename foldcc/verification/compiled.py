@@ -20,7 +20,7 @@ from foldcc.verification.fewer_ranks import fewer_ranks
 from foldcc.verification.field import MERSENNE, Field
 from foldcc.verification.origin import Origin, against_a_copy, against_the_module
 from foldcc.verification.proof import Proof
-from foldcc.verification.prove import prove, prove_reduced, too_large
+from foldcc.verification.prove import from_shard, prove, prove_reduced, too_large
 from foldcc.verification.remembered import fingerprint, recall, remember
 from foldcc.verification.same import first_unlike
 
@@ -101,7 +101,7 @@ def _smaller(stages: Stages, name: str) -> Stages | None:
             small = reduce.reduced(stages, fewer)
         except FoldError:  # a size that fewer ranks do not divide as these do
             small = None
-        if small is not None and first_unlike(stages, small, name) is None:
+        if small is not None and first_unlike(stages, small, from_shard(stages, name)) is None:
             return small
     try:
         return reduce.reduced(stages)

@@ -84,9 +84,7 @@ def too_large(stages: Stages) -> bool:
 
 def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], name: str, fields: Sequence[Field]) -> Proof:
     """`verify` of a program over smaller sizes, and that it is the same program; `small` may be on a mesh of fewer ranks."""
-    order = [s.name for s in stages]
-    if order.index(name) < order.index("shard"):
-        name = "shard"  # until then there is nothing but the captured graph
+    name = from_shard(stages, name)
     stages, small = _cut(stages, name), _cut(small, name)
     operators, ranks = small[-1].after, small[-1].program.mesh.world_size
     if operators * ranks > _MOST:
@@ -117,6 +115,12 @@ def prove_reduced(stages: Stages, small: Stages, buffers: Mapping[str, Tensor], 
         "each operator does the same at every size of a factor, as its factor rule says",
     )
     return replace(proof, mesh=str(mesh), assumed=argument)
+
+
+def from_shard(stages: Stages, name: str) -> str:
+    """A stage of a reduced program: until `shard` there is nothing but the captured graph."""
+    order = [s.name for s in stages]
+    return max(name, "shard", key=order.index)
 
 
 def prove(stages: Stages, buffers: Mapping[str, Tensor], *, stage: str, fields: Sequence[Field]) -> Proof:
