@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from foldcc.errors import FoldError
 from foldcc.runtime.full_states import take_whole_values
 from foldcc.runtime.placement import redistributed
-from foldcc.runtime.reductions import complete_reductions
+from foldcc.runtime.reductions import complete_reductions, tell_all_ranks_of_infinities
 
 _meshes: WeakSet[DeviceMesh] = WeakSet()  # of folded models; what others lay out in blocks is theirs
 _watching: list[Any] = []
@@ -55,12 +55,13 @@ def refuse_overwritten(module: nn.Module, state: dict[str, Any], prefix: str) ->
 def watch_optimizers(*meshes: DeviceMesh) -> None:
     """From its first step on, an optimizer of parameters on these meshes stores boxes too, and takes them.
 
-    What it reduces of them is complete when it gets it.
+    What it reduces of them is complete when it gets it, and what a scaler of losses finds infinite is so on all ranks.
     """
     _meshes.update(meshes)
     if not _watching:
         take_whole_values(_in_blocks)
         complete_reductions(lambda x: x.device_mesh in _meshes)
+        tell_all_ranks_of_infinities(lambda x: x.device_mesh in _meshes)
         _watching.append(register_optimizer_step_pre_hook(_before_step))
 
 
