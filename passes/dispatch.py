@@ -85,7 +85,7 @@ class _Dispatcher:
         self.hidden = node.meta["dims"][1]
         self.device = node.meta["val"].device
         self.tokens = self._tokens()
-        self.emit = partial(Inserting(self.mesh).before, node)
+        self.emit = partial(Inserting(self.mesh, self.device).before, node)
 
     def _tokens(self) -> sympy.Symbol:
         """The factor of all tokens, which the ranks share out among them, in the attention side's order."""

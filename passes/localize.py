@@ -41,7 +41,7 @@ class Localize(Pass):
     provides = frozenset({"localized"})
 
     def run(self, program: Program) -> Program:
-        inserting = Inserting(program.mesh)
+        inserting = Inserting(program.mesh, program.placeholders[0].meta["val"].device)
         for block in program.blocks.values():
             for node in list(block.graph.nodes):
                 if node.op == "call_function":

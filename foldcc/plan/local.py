@@ -25,10 +25,12 @@ class Inserting:
 
     Attributes:
         mesh: the one that the axes of calls are of.
+        device: of what was inserted before and has a dtype only.
         values: of each value that was read or inserted, what one rank holds: a fake tensor.
     """
 
     mesh: FoldedMesh
+    device: torch.device
     values: dict[fx.Node, Any] = field(default_factory=dict)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
 
@@ -55,7 +57,9 @@ class Inserting:
 
     def _held(self, node: fx.Node) -> Any:
         if node not in self.values:
-            layout, value = node.meta.get("layout"), node.meta.get("val")
+            layout, value, dtype = (node.meta.get(key) for key in ("layout", "val", "dtype"))
+            if value is None and dtype is not None:
+                value = torch.empty((), dtype=dtype, device=self.device)
             self.values[node] = self._of(layout, value) if isinstance(value, torch.Tensor) else value
         return self.values[node]
 
