@@ -101,8 +101,10 @@ def _compiled(
     with compiling():
         made = compiler.run(replace(program, plan=plan), passes, check=check_types, progress=compiler.progress)
     sizes = {name: n for name, n in sizes_of(varying.names, earlier.shapes).items() if name in varying.marked}
+    varying.granted.check(sizes)
     between = Between(stages, made, sizes, varying.marked)
     between.check()
+    odd = {name: x for name, x in odd.items() if name in varying.marked}
     return Varied(varying.names, varying.granted, between, earlier.shapes, compiler.mesh.data_parallel, odd)
 
 

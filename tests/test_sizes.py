@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from models import tiny_model, token_batch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import foldcc
 from foldcc import FoldError
@@ -122,6 +124,31 @@ def test_odd_lengths_do_not_take_the_place_of_even_ones() -> None:
         for length in (17, 19, 16):
             compared(model, folded, token_batch(4, length))
     assert not folded._programs.newest.resized, "the program of odd lengths divides none"
+
+
+class Padded(nn.Module):
+    """Positions are added, as many as a length decides: in the language of sizes, `max(24 - seq, 0)` or `-seq % 8`."""
+
+    def __init__(self, how: Callable[[Any], Any]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.how = nn.Linear(16, 16), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(functional.pad(x, (0, 0, 0, self.how(x.shape[1]))))
+        return y
+
+
+@pytest.mark.parametrize("how", [lambda n: max(24 - n, 0), lambda n: -n % 8, lambda n: min(n - 8, 8)])
+@pytest.mark.filterwarnings("ignore:(A|Another) program")
+def test_a_size_that_takes_a_turn_is_another_program_behind_it(how: Callable[[Any], Any]) -> None:
+    model, resized = Padded(how), 0
+    folded = foldcc.parallelize(model, "cp=2,tp=2", verify=False)
+    for length in (32, 64, 8, 12, 20, 28):
+        x = torch.randn(4, length, 16)
+        torch.testing.assert_close(folded(x), model(x))
+        resized += folded._programs.newest.resized
+    assert resized, "where the same turn is taken, it is one program"
 
 
 def test_without_dynamic_sizes_each_shape_is_compiled() -> None:

@@ -4,12 +4,13 @@
     view(x, [sym_size(input_ids, 0), s1, -1, 8])  ->   view(x, [262148, 524312, -1, 8])
 
 The tracer notes what it took for granted of the symbols (`s1 == s2`, `s1 <= 64`). For sizes for which that holds, the model
-does the same, and only for them.
+does the same, and only for them. A size such as `max(24 - s1, 0)` or `-s1 % 8` it writes down as it stands: that it is what it
+is for the sizes that are written, here 0, is taken for granted as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from foldcc.capture import regions
 from foldcc.ir.resize import Sizes, Unlike
@@ -86,9 +88,12 @@ class Varying:
         self.marked = {name: n for name, n in self.marked.items() if name in symbols.values()}
         self.granted = Granted(tuple((g.expr.xreplace(fixed), str(g.sloc).strip("()")) for g in env.guards), symbols)
         known = {symbol: sympy.Integer(self.marked[name]) for symbol, name in symbols.items()}
+        turns: dict[sympy.Basic, str] = {}
         for graph in regions.parts(exported.graph_module):
             for node in list(graph.graph.nodes):
-                _write(node, known)
+                _write(node, known, turns)
+        laws = ((law.xreplace(fixed), where) for law, where in turns.items())
+        self.granted = Granted((*self.granted.laws, *laws), symbols)
         exported.range_constraints.clear()
 
     def _symbols(
@@ -123,10 +128,30 @@ def _environment(exported: ExportedProgram) -> ShapeEnv | None:
     return None if mode is None else mode.shape_env
 
 
-def _write(node: fx.Node, known: Mapping[sympy.Symbol, sympy.Integer]) -> None:
+def _turns(size: sympy.Expr, known: Mapping[sympy.Symbol, sympy.Integer]) -> Iterator[sympy.Basic]:
+    """What holds where a size is the sum of products of symbols that it is for the known ones.
+
+    Raises:
+        Unlike: it is made by something else.
+    """
+    for x in sympy.preorder_traversal(size):
+        there = x.xreplace(known)
+        if isinstance(x, (Max, Min, sympy.Max, sympy.Min)):
+            yield sympy.Eq(x, next(y for y in x.args if y.xreplace(known) == there), evaluate=False)
+        elif isinstance(x, (Mod, PythonMod, sympy.Mod)):
+            yield sympy.Eq(x, there, evaluate=False)
+        elif isinstance(x, FloorDiv):
+            rest = PythonMod(*x.args)
+            yield sympy.Eq(rest, rest.xreplace(known), evaluate=False)
+        elif not (x.is_Symbol or x.is_Rational or isinstance(x, (sympy.Add, sympy.Mul, sympy.Pow))):
+            raise Unlike(f"a size is {size}")
+
+
+def _write(node: fx.Node, known: Mapping[sympy.Symbol, sympy.Integer], turns: dict[sympy.Basic, str]) -> None:
     def number(x: Any) -> Any:
         if not isinstance(x, torch.SymInt):
             return x
+        turns.update(dict.fromkeys(_turns(x.node.expr, known), node.name))
         found = x.node.expr.xreplace(known)
         if not found.is_Integer:
             raise Unlike(f"a size of {node.name} is {x}")
