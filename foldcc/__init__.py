@@ -6,6 +6,7 @@ with attention and experts each laid out in the way that is best for them, over 
 
 from importlib import import_module
 from pathlib import Path
+from time import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from foldcc.verification import verify
 
 __version__ = "0.1.0"
+IMPORTED = time()  # when this process began to read the package
 
 __all__ = [
     "Capacity",

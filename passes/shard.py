@@ -12,8 +12,8 @@ share their choices, and so do the values that the main graph passes between blo
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -43,23 +43,20 @@ class ShardPass(Pass):
             if node.op == "call_function" and node.target is not operator.getitem:
                 find_letters(node, program.sizes)
         plan = filled(program, program.plan)
-        _warn_of_unknown(program, plan)
         _apply(program, plan)
         return replace(program, plan=plan)
 
-
-def _warn_of_unknown(program: Program, plan: Plan) -> None:
-    """Names each operator without a rule once, with the axes on whose ranks it runs whole."""
-    whole: dict[str, dict[str, None]] = defaultdict(dict)
-    for block, node in program.nodes():
-        if node.meta.get("unknown"):
-            left = [x for x in plan.blocks[block][node.name].results if x is not None]
-            axes = [a for a in program.mesh.axes("attention") if program.mesh.size(a) > 1]
-            whole[str(node.target)].update(dict.fromkeys(a for a in axes if not any(a in x.axes(VARYING) for x in left)))
-    for name, found in whole.items():
-        if found:
-            text = f"{name} has no factor rule; its operands are replicated on {', '.join(found)}."
-            warnings.warn(text, UnknownOperator, stacklevel=2)
+    def warned(self, program: Program) -> Iterator[Warning]:
+        """Names each operator without a rule once, with the axes on whose ranks it runs whole."""
+        whole: dict[str, dict[str, None]] = defaultdict(dict)
+        for block, node in program.nodes():
+            if node.meta.get("unknown"):
+                left = [x for x in program.plan.blocks[block][node.name].results if x is not None]
+                axes = [a for a in program.mesh.axes("attention") if program.mesh.size(a) > 1]
+                whole[str(node.target)].update(dict.fromkeys(a for a in axes if not any(a in x.axes(VARYING) for x in left)))
+        for name, found in whole.items():
+            if found:
+                yield UnknownOperator(f"{name} has no factor rule; its operands are replicated on {', '.join(found)}.")
 
 
 def _apply(program: Program, plan: Plan) -> None:

@@ -22,6 +22,7 @@ from foldcc import Precision
 from foldcc.cache import files, key
 from foldcc.ir.program import Program
 from foldcc.passes import Pass
+from foldcc.passes.annotate import UnknownOperator
 from foldcc.testing import run_distributed
 from foldcc.testing.equivalence import relative_error
 
@@ -217,3 +218,41 @@ def test_another_process_reads_it_and_several_write_at_once(folder: Path) -> Non
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(_in_a_process, range(2), chunksize=1)
         assert all(pool.map(_in_a_process, range(2), chunksize=1))
+
+
+class Rolled(nn.Module):
+    """With an operator that no rule is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).roll(1, 0)
+
+
+def test_a_warning_is_said_of_a_program_that_is_read_too() -> None:
+    for _ in range(2):
+        with pytest.warns(UnknownOperator, match="roll"):
+            made = folded(Rolled(), "dp=2")
+    assert was_read(made)
+
+
+def test_code_that_was_edited_since_it_was_imported_keeps_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(foldcc.__file__)
+    monkeypatch.setattr(foldcc, "IMPORTED", file.stat().st_ctime - 1)
+    key.code.cache_clear()
+    for _ in range(2):
+        made = foldcc.parallelize(Scaled(), "dp=2", example_inputs={"x": torch.zeros(4, 8, 16)}, cache=True, verify=True)
+        assert "is newer than this process" in made.stages.told
+        assert made.proof is not None and made.proof.ok
+    assert not folder.exists() and not (folder.parent / "proofs").exists()
+
+
+def test_the_key_is_of_the_package_and_not_of_what_else_is_in_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (seen.append(path), read(path))[1])
+    key.code.cache_clear()
+    key.code()
+    assert seen and not [path for path in seen if {"tests", "benchmarks", "examples"} & set(path.parts)]
+    assert {"shard.py", "emit.py", "key.py"} <= {path.name for path in seen}

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch._functorch import config as functorch
 from torch._subclasses import FakeTensor
 
+import foldcc
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ops import captured_record, record
@@ -56,12 +57,18 @@ def key_of(program: Program, passes: Sequence[Pass]) -> str:
 
 @cache
 def code() -> bytes:
-    """A hash of this package, as it is installed, and of PyTorch's version."""
+    """A hash of this package, as this process runs it, and of PyTorch's version.
+
+    Raises:
+        Unkept: it was edited since, so that files are not what runs.
+    """
     found = sha256(f"torch {torch.__version__}".encode())
-    packages = [sys.modules[name] for name in ("foldcc", "foldcc.passes", "foldcc.codegen")]
-    for root in sorted({path for package in packages for path in package.__path__}):
-        for file in sorted(Path(root).rglob("*.py")):
-            found.update(file.read_bytes())
+    for name in ("foldcc", "foldcc.passes", "foldcc.codegen"):  # in a checkout, the last two stand beside the first
+        root = Path(sys.modules[name].__path__[0])
+        for file in sorted(root.rglob("*.py")):
+            if file.stat().st_ctime > foldcc.IMPORTED:
+                raise Unkept(f"{file} is newer than this process, which runs other code")
+            found.update(f"{name} {file.relative_to(root)}".encode() + file.read_bytes())
     return found.digest()
 
 

@@ -10,7 +10,7 @@ from foldcc.cache import files
 from foldcc.cache.key import Unkept, key_of
 from foldcc.cache.packed import pack, unpack
 from foldcc.codegen import Emit
-from foldcc.ir.pipeline import Pass, Stage, Stages, check_contracts, run_passes
+from foldcc.ir.pipeline import Pass, Stage, Stages, check_contracts, run_passes, warn_of
 from foldcc.ir.program import Program
 
 
@@ -53,6 +53,8 @@ def _read(key: str, program: Program, passes: Sequence[Pass], seconds: float) ->
     except Exception as error:  # whatever comes of a file that other code wrote, it is said, and compiled
         files.damaged(key, f"{type(error).__name__}: {error}")
         return None
+    for stage in rest:
+        warn_of(stage.by, stage.program)
     took = f"{1000 * (time.perf_counter() - start):.0f} ms"
     told = f"read from disk in {took}, and compiled in the times above: {files.path_of(key)}"
     return Stages([Stage("capture", seconds, 0, program.node_count(), program), *rest], told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -31,6 +32,10 @@ class Pass:
 
     def run(self, program: Program) -> Program:
         raise NotImplementedError(f"{type(self).__name__} defines no run")
+
+    def warned(self, program: Program) -> Iterator[Warning]:
+        """What there is to be warned of in a program that the pass made, whether now or when it was written to disk."""
+        yield from ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,6 +148,12 @@ def check_contracts(passes: Sequence[Pass], properties: frozenset[str]) -> None:
         properties = properties | p.provides
 
 
+def warn_of(p: Pass, program: Program) -> None:
+    """Says what there is to be warned of in a program that a pass made."""
+    for warning in p.warned(program):
+        warnings.warn(warning, stacklevel=3)
+
+
 def run_passes(
     program: Program,
     passes: Sequence[Pass],
@@ -165,6 +176,7 @@ def run_passes(
         start = time.perf_counter()
         result = p.run(program.copied() if p.in_place else program).with_property(*p.provides)
         check(result)
+        warn_of(p, result)
         before, after = program.node_count(), result.node_count()
         stages.append(Stage(p.name, time.perf_counter() - start, before, after, result, p))
         program = result

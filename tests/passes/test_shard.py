@@ -9,6 +9,7 @@ import pytest
 
 from foldcc.ir.plan import Plan
 from foldcc.ops.layout import reshard
+from foldcc.passes import run_passes
 from foldcc.passes.annotate import UnknownOperator
 from foldcc.passes.shard import ShardPass
 from foldcc.testing import assert_rewrites, program
@@ -116,7 +117,7 @@ def test_an_operator_without_a_rule_runs_whole_and_is_named() -> None:
     with pytest.warns(
         UnknownOperator, match="aten.linalg_matrix_exp.default has no factor rule; its operands are replicated on dp"
     ):
-        ShardPass().run(program(text, stage="annotate", mesh="dp=2"))
+        run_passes(program(text, stage="annotate", mesh="dp=2"), [ShardPass()], check=lambda _: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ShardPass().run(program(FACTORS + MLP, stage="annotate", mesh="dp=2"))
+        run_passes(program(FACTORS + MLP, stage="annotate", mesh="dp=2"), [ShardPass()], check=lambda _: None)
