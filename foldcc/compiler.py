@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foldcc.cache import run_or_read
 from foldcc.call import Call, Told, without_digits
 from foldcc.capture import capture
-from foldcc.capture.counts import refuse_in_micro_batches, with_counts
+from foldcc.capture.counts import with_counts
 from foldcc.capture.numbers import as_inputs
 from foldcc.capture.numbers import watched as watched_numbers
 from foldcc.capture.observe import Recorder
@@ -296,7 +296,6 @@ class Compiler:
         program = with_results(program.with_gradients(call.given_gradients(tree)), recorder)
         program = replace(program, batch_dims=batch_dims)
         if self.pipelining is not None:
-            refuse_in_micro_batches(program)
             program = with_counts(program)
         return program, blind
 

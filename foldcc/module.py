@@ -153,14 +153,14 @@ class FoldedModule(Reports):
         others = partial(self._for_gradients, kept)
         for name in self._elsewhere.counted:  # of this module's own parameters, which may have been copied or replaced
             counted_elsewhere(self.get_parameter(name))
-        if isinstance(executable, Pipelined):
-            return program.returned(executable.in_micro_batches(values, others))
-        after = partial(call_backward, self, program.observed, executable.no_gradient) if program.observed else None
-        outputs = executable(values[0], others, after)
+        seen_ahead, seen_back = executable.events
+        after = partial(call_backward, self, seen_back, executable.no_gradient) if program.observed else None
+        outputs, seen = executable.in_micro_batches(values, others, after)
         with torch.no_grad():
             for i, buffer in state.items():
                 buffer.copy_(outputs[i])
-        call_forward(self, program.observed, outputs)
+        for each in seen:
+            call_forward(self, seen_ahead, each)
         return program.returned(outputs)
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

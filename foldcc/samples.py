@@ -1,11 +1,11 @@
-"""Which dimension of each input is samples: as it was said, or the first, and refused where that is ambiguous."""
+"""Which dimension of each input, and output, is samples: as it was said, or the first, and refused where that is ambiguous."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from foldcc.errors import FoldError, listed
 from foldcc.ir.node import argument
@@ -74,3 +74,33 @@ def refuse_attention_over_samples(program: Program) -> None:
                     at=node.meta.get("source"),
                     valid='parallelize(..., batch_dims={"name of an input": its dimension of samples})',
                 )
+
+
+def samples_of_output(program: Program, i: int, node: fx.Node) -> int | None:
+    """Which dimension of an output is samples; None for what all of them have together, such as a loss.
+
+    Raises:
+        FoldError: it is neither.
+    """
+    dims: Any = node.meta["layout"].dims
+    value = node.meta["val"]
+    if i >= program.own or (not dims and value.is_floating_point()):
+        return None
+    for slot, entering in zip(program.slots, program.placeholders, strict=True):
+        dim = program.batch_dim(entering) if slot.kind == "input" else None
+        if dim is None:
+            continue
+        batch, *rest = entering.meta["layout"].dims[dim:]
+        # One sample has no factor: it stands alone in a dimension, or in front of what comes behind it in the input.
+        starts = [batch] if batch else [(), *(product[:1] for product in rest[:1])]
+        for start in starts:
+            alike = [d for d, product in enumerate(dims) if (product[: len(start)] == start if start else not product)]
+            if alike:
+                return dim if dim in alike else alike[0]
+    if value.is_floating_point():
+        return None
+    raise FoldError(
+        f"{program.told_output(i)} has no dimension of samples, and whole numbers of micro-batches have no mean.",
+        shape=list(value.shape),
+        valid="a model that does not return it; micro_batches=1 and pp=1",
+    )

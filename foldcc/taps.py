@@ -72,8 +72,7 @@ def without_results(program: Program) -> Program:
         return program
     program = program.copied()
     returned: Any = program.output.args[0]
-    own = program.out_spec.num_leaves - len(program.literals) + len(program.updates)
-    program.output.args = (tuple(returned[:own]),)
+    program.output.args = (tuple(returned[: program.own + len(program.updates)]),)
     slots = tuple(replace(s, grad=s.grad and s.kind != "tap") for s in program.slots)
     return replace(program, slots=slots, observed=())
 

@@ -59,7 +59,7 @@ class Average(Pass):
 
     def run(self, program: Program) -> Program:
         kinds = _Kinds(program, self)
-        for i, output in enumerate(program.outputs):
+        for i, output in enumerate(program.outputs[: program.own]):
             kind = kinds.of(None, kinds.read.outputs[i])
             if kind != ROWS and output.meta["val"].is_floating_point():
                 if output.op == "placeholder" or len([c for c in program.calls if c.target == output.args[0].target]) > 1:
@@ -72,10 +72,16 @@ class Average(Pass):
                 if kind != SUM:
                     returned = program.blocks[str(call.target)].graph.output_node()
                     values = list(returned.args[0])
-                    values[index] = self._share(returned, values[index])
-                    returned.args = (tuple(values),)
+                    shared = self._share(returned, values[index])
+                    if alone := len(output.users) == 1 and program.outputs.count(output) == 1:
+                        values[index] = shared
+                    returned.args = (tuple(values if alone else (*values, shared)),)
+                    if not alone:  # the model goes on with it, or a hook sees it
+                        _return(program, i, call, len(values))
         for node, position in dict.fromkeys(kinds.mixed):
             node.update_arg(position, self._share(node, node.args[position]))
+        for i in program.updates:
+            _check_update(program, i)
         program.graph.recompile()
         return program
 
@@ -94,6 +100,50 @@ class Average(Pass):
         new = emit(before, share.overload, x, about=x)
         new.meta["dims"], new.meta["rule"] = x.meta["dims"], rule_of(new)
         return new
+
+
+def _return(program: Program, i: int, call: fx.Node, index: int) -> None:
+    """Has the main graph return another result of a call."""
+    old, outputs = program.outputs[i], list(program.outputs)
+    with program.graph.graph.inserting_before(program.output):
+        outputs[i] = program.graph.graph.call_function(operator.getitem, (call, index))
+    outputs[i].meta = dict(old.meta)
+    call.meta["val"] = (*call.meta["val"], old.meta["val"])
+    program.output.args = (tuple(outputs),)
+
+
+def _check_update(program: Program, i: int) -> None:
+    """Raises if the new value of a buffer is computed of what is another number in a micro-batch than in a call of its own."""
+    left: list[tuple[fx.Node | None, fx.Node]] = [(None, program.outputs[i])]
+    seen = set(left)
+    while left:
+        call, node = left.pop()
+        if node.meta.get("count") or node.target is share.overload:
+            raise FoldError(
+                f"{program.told_output(i)} is computed of a loss, or of a term of one, whose value is that of the whole call: "
+                "a micro-batch has its part of it.",
+                at=node.meta.get("source"),
+                valid="an update that is computed of samples, or of a mean of its own; micro_batches=1",
+            )
+        new = [x for x in _behind(program, call, node) if x not in seen]
+        seen.update(new)
+        left += new
+
+
+def _behind(program: Program, call: fx.Node | None, node: fx.Node) -> list[tuple[fx.Node | None, fx.Node]]:
+    """What a value is computed of, one step back: values of blocks with their call, and of the main graph with none."""
+    if node.op == "placeholder" and call is None:
+        return []
+    if node.op == "placeholder":
+        formals = list(program.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
+        actual: Any = call.args[formals.index(node)]
+        return [(None, actual)]
+    if call is None:
+        made, index = node.args
+        assert isinstance(made, fx.Node)
+        value: Any = program.blocks[str(made.target)].graph.output_node().args[0]
+        return [(made, value[index])]
+    return [(call, x) for x in _read(node)]
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
@@ -274,22 +324,13 @@ class _Kinds:
             if (call, node) in seen or node.meta.get("count"):
                 continue
             seen.add((call, node))
-            if node.op == "placeholder" and call is not None:
-                formals = list(self.read.blocks[str(call.target)].graph.find_nodes(op="placeholder"))
-                left.append((None, call.args[formals.index(node)]))
-            elif node.op == "placeholder":
-                if self.read.slot(node.name).kind == "constant":
-                    mine, whole = (p.constants.get(node.name) for p in (self.program, self.whole))
-                    if mine is None or whole is None or not torch.equal(mine, whole):
-                        raise self.refusal(reader)
-            elif call is None:
-                made, index = node.args
-                assert isinstance(made, fx.Node)
-                value: Any = self.read.blocks[str(made.target)].graph.output_node().args[0]
-                left.append((made, value[index]))
-            else:
-                left += [(call, n) for n in _read(node)]
-                if not _read(node) and _told(self.own(node)) != _told(self._alike_in_whole(node)):
+            left += _behind(self.read, call, node)
+            if node.op == "placeholder" and call is None and self.read.slot(node.name).kind == "constant":
+                mine, whole = (p.constants.get(node.name) for p in (self.program, self.whole))
+                if mine is None or whole is None or not torch.equal(mine, whole):
+                    raise self.refusal(reader)
+            elif node.op == "call_function" and call is not None and not _read(node):
+                if _told(self.own(node)) != _told(self._alike_in_whole(node)):
                     raise self.refusal(reader)
 
     def refusal(self, node: fx.Node) -> FoldError:

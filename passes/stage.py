@@ -46,6 +46,7 @@ class StagePass(Pass):
             call.meta["stage"] = place
             for name in parameters:
                 there[name] = tuple(dict.fromkeys((*there.get(name, ()), place)))
+        _check_updates(program)
         unused = {name: (0,) for name in names.values() if name not in there}
         stages = {**unused, **there, **said} if self.stages > 1 else {}
         return replace(program, plan=replace(program.plan, stages=stages))
@@ -82,6 +83,20 @@ def _check(said: Mapping[str, tuple[int, ...]], stages: int) -> None:
             raise UnfitPlan(
                 f"The plan has {name} on the stages {' '.join(map(str, places))}, and there are {stages}.",
                 valid=f"0 to {stages - 1}",
+            )
+
+
+def _check_updates(program: Program) -> None:
+    """A micro-batch reads of a buffer what the one before has left: on the stage that makes it, where they run in turn."""
+    for i, name in program.updates.items():
+        made, held = program.outputs[i], next(n for n in program.placeholders if n.name == name)
+        by = made.args[0].meta.get("stage") if made.op == "call_function" else None
+        read = [c.meta["stage"] for c in held.users if "stage" in c.meta]
+        if any(stage != by for stage in read):
+            raise FoldError(
+                f"{program.told_output(i)} is updated on pipeline stage {by} and read on {listed(dict.fromkeys(read))}: of the "
+                "next micro-batch, before this one has left what is to be read.",
+                valid="a buffer of its own for each layer; a plan whose stages are cut elsewhere; pp=1",
             )
 
 

@@ -133,3 +133,14 @@ def test_a_send_waits_for_what_was_sent_before() -> None:
     last = (Action(RECEIVE, 0, 1), Action(FORWARD, 0, 1), Action(RECEIVE_GRADIENT, 0, 1))
     with pytest.raises(FoldError, match="(?s)wait for each other.*pp 0 +send 2"):
         prove_orders([first, last, ()], 3, stages=3, backward=True)
+
+
+def test_a_later_micro_batch_that_comes_first_everywhere_is_found() -> None:
+    """All of it would fit, and of buffers that are updated it would read what is not there yet."""
+    swapped = {0: 1, 1: 0}
+    orders = [
+        tuple(replace(a, micro_batch=swapped.get(a.micro_batch, a.micro_batch)) for a in order)
+        for order in Pipelining(2, 4, "1f1b").orders(backward=True)
+    ]
+    with pytest.raises(FoldError, match="Place 0 of pp does forward 1.* without forward of the one before it"):
+        prove_orders(orders, 4, stages=2, backward=True)

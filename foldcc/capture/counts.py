@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from foldcc.errors import FoldError
 from foldcc.ir.program import Program
 from foldcc.rules.kinds import is_view
 
@@ -52,7 +51,7 @@ def with_counts(program: Program) -> Program:
 def _scaled(program: Program) -> Iterator[fx.Node]:
     """The products and quotients on the linear way to a loss of a captured program."""
     _, counted, of_samples = _of_inputs(program)
-    left, seen = [n for n in program.outputs if n.meta["val"].is_floating_point()], set[fx.Node]()
+    left, seen = [n for n in program.outputs[: program.own] if n.meta["val"].is_floating_point()], set[fx.Node]()
     while left:
         node = left.pop()
         if node in seen or not (node.target in _LINEAR or (node.op == "call_function" and is_view(node.target))):
@@ -64,23 +63,6 @@ def _scaled(program: Program) -> Iterator[fx.Node]:
         elif len(inputs) == 1 and (node.target is not aten.div.Tensor or node.args[0] in inputs):
             left += inputs
             yield node
-
-
-def refuse_in_micro_batches(program: Program) -> None:
-    """Raises for what a call does once, and would be done for each micro-batch."""
-    for i in program.updates:
-        raise FoldError(
-            f"{program.told_output(i)} is updated in each forward pass, and micro-batches would not see each other's.",
-            valid="micro_batches=1 and pp=1",
-        )
-    if program.observed:
-        raise FoldError("Hooks see whole calls, and a call in micro-batches is none.", valid="micro_batches=1 and pp=1")
-    for slot in program.slots:
-        if slot.kind == "input" and slot.grad:
-            raise FoldError(
-                f"Input {slot.names[0]} requires a gradient, which calls in micro-batches do not give.",
-                valid="micro_batches=1 and pp=1",
-            )
 
 
 def _of_inputs(program: Program) -> tuple[dict[fx.Node, bool], set[fx.Node], set[fx.Node]]:

@@ -118,6 +118,11 @@ class Program:
         return found
 
     @property
+    def own(self) -> int:
+        """How many outputs the model returns; updates of buffers, and what is for hooks, come behind."""
+        return self.out_spec.num_leaves - len(self.literals)
+
+    @property
     def objectives(self) -> list[fx.Node]:
         """The outputs whose gradients a backward pass is given."""
         assert self.wanted is not None

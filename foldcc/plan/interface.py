@@ -57,7 +57,7 @@ def losses(program: Program) -> tuple[bool, ...]:
     computed from it: a sum of losses is one, and its terms are not.
     """
     outputs, flowing = program.outputs, differentiated(program)
-    own = outputs[: program.out_spec.num_leaves - len(program.literals)]  # updates of buffers, and those for hooks, come behind
+    own = outputs[: program.own]
     scalars = {n for n in own if n in flowing and n.meta["val"].dim() == 0}
     parts: set[fx.Node] = set()
     for node in reversed(program.graph.graph.nodes):

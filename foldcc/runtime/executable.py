@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
+from foldcc.hooks import Events
 from foldcc.ir.program import Program
 from foldcc.ir.walk import follow
 from foldcc.layout import Layout
@@ -62,6 +63,18 @@ class Executable:
         else:
             outputs = list(_Step.apply(self, others, after, *values))
         return [self.own(x, n) for x, n in zip(outputs, self.outputs, strict=True)]
+
+    @property
+    def events(self) -> tuple[Events, Events]:
+        """Of which this process calls the forward hooks, and the backward hooks."""
+        return self.program.observed, self.program.observed
+
+    def in_micro_batches(
+        self, values: Sequence[Sequence[Any]], others: Others, after: After | None = None
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The outputs of a call, and for each micro-batch what hooks see: here there is one, which is all."""
+        outputs = self(values[0], others, after)
+        return outputs, [outputs]
 
     def own(self, x: Tensor, node: fx.Node) -> Tensor:
         return x if self.virtual else own_samples(x, node.meta["layout"], self.program.mesh)

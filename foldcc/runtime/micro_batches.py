@@ -27,6 +27,7 @@ class Run:
         tangents: of the outputs that are wanted, for each micro-batch.
         saved: what forward passes have left for backward passes.
         outputs: of each micro-batch.
+        apart: of each micro-batch, the gradients of slots that are its own, by name.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Run:
         tangents: Sequence[Sequence[Any]] = (),
         saved: Mapping[tuple[int, int], dict[int, Any]] | None = None,
     ):
-        self.executable, self.values, self.tangents = executable, values, tangents
+        self.executable, self.values, self.tangents = executable, [list(row) for row in values], tangents
         self.saved: Saved = dict(saved or {})
         self.wires = Wires(executable.whole)
         self.outputs: list[list[Any]] = [[None] * len(executable.outputs) for _ in values]
+        self.apart: list[dict[str, Any]] = [{} for _ in range(executable.pipelining.micro_batches)]
         self._shared = self._counts() if values else []
         self._entering: dict[tuple[int, int], list[Any]] = {}
         self._leaving: dict[tuple[int, int], list[Any]] = {}
@@ -87,6 +89,8 @@ class Run:
         for k, x in zip(piece.results, made, strict=True):
             if k < count:
                 self.outputs[i][k] = x
+                if k in self.executable.updates and i + 1 < len(self.values):
+                    self.values[i + 1][self.executable.updates[k]] = x
             else:
                 self.saved[place][k - count] = x
 
@@ -100,6 +104,10 @@ class Run:
         made, self._leaving[place] = self.executable.piece(piece, given)
         sums, run = self._sums[stage], self.executable
         for k, x in zip(piece.results, made, strict=True):
+            if k in run.apart:
+                of, name = self.apart[i], run.apart[k]
+                of[name] = x if name not in of else run.each(torch.add, of[name], x)
+                continue
             self._dtypes[k] = (x[0] if run.virtual else x).dtype
             wide = run.each(_wide, x) if run.adds_up(k) else x
             sums[k] = run.each(torch.add, sums[k], wide) if k in sums and run.adds_up(k) else wide

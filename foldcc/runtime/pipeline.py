@@ -19,17 +19,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from foldcc.errors import FoldError
+from foldcc.hooks import Events
 from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Layout, Shard, Symbol
 from foldcc.mesh import SAMPLES, FoldedMesh
 from foldcc.ops.share import micro_batches
 from foldcc.runtime.accumulation import Phases
-from foldcc.runtime.executable import Executable, Others, refuse_second_order, save, saved
+from foldcc.runtime.executable import After, Executable, Others, refuse_second_order, save, saved
 from foldcc.runtime.micro_batches import Run
+from foldcc.runtime.observing import Observing
 from foldcc.runtime.placement import own_samples
 from foldcc.runtime.schedule import Order, Pipelining, is_late
 from foldcc.runtime.stages import Piece, Pieces, apart, cut, like
-from foldcc.runtime.wires import create_wires, from_place, over_places
+from foldcc.runtime.wires import create_wires, from_place, over_all_places, over_places
+from foldcc.samples import samples_of_output
 from foldcc.tree import Elsewhere
 
 
@@ -40,6 +43,8 @@ class Pipelined(Executable):
     Attributes:
         whole: the mesh with its pipeline stages.
         samples: of each output, which dimension is samples; None for what all of them have together, such as a loss.
+        updates: by the position of an output, that of the slot of the buffer whose new value it is.
+        count: of the outputs that a call has; those behind are each micro-batch's own, for hooks.
     """
 
     whole: FoldedMesh
@@ -47,7 +52,10 @@ class Pipelined(Executable):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.samples = [_samples(self.program, i, n) for i, n in enumerate(self.outputs)]
+        self.samples = [samples_of_output(self.program, i, n) for i, n in enumerate(self.outputs)]
+        names = [s.name for s in self.program.slots]
+        self.updates = {i: names.index(name) for i, name in self.program.updates.items()}
+        self.count = self.program.own + len(self.updates)
         for piece in (*self.ahead.stages, *(self.back.stages if self.trains else ())):
             for node in piece.sent:
                 like(node)
@@ -63,10 +71,15 @@ class Pipelined(Executable):
                 "Schedule 1f1b goes back from a gradient of one, which is too small in float16, before a scaler can raise it.",
                 valid="bfloat16; schedule='gpipe'",
             )
+        self.observing = Observing(self) if self.program.observed else None
 
     @property
     def trains(self) -> bool:
         return self.program.backward is not None
+
+    @property
+    def events(self) -> tuple[Events, Events]:
+        return ((), ()) if self.observing is None else (self.observing.ahead, self.observing.back)
 
     @property
     def in_turns(self) -> bool:
@@ -108,9 +121,15 @@ class Pipelined(Executable):
         """The slot of each gradient that backward pieces leave: one for each stage that adds to it."""
         return self._phases[1]
 
+    @cached_property
+    def apart(self) -> dict[int, str]:
+        """By position, what backward pieces leave that is of one micro-batch: gradients of inputs and of taps, by slot."""
+        own = {s.name for s in self.program.slots if s.kind in ("input", "tap")}
+        return {k: name for k, name in enumerate(self.terms) if name in own}
+
     def adds_up(self, result: int) -> bool:
         """Whether what backward pieces leave is a gradient, or else what its reduction reads besides."""
-        return result < len(self.terms) or result - len(self.terms) in self._phases[0].terms
+        return (result < len(self.terms) and result not in self.apart) or result - len(self.terms) in self._phases[0].terms
 
     @cached_property
     def saves(self) -> int:
@@ -118,21 +137,36 @@ class Pipelined(Executable):
         placeholders = self._phases[0].first.graph.find_nodes(op="placeholder")
         return len(placeholders) - len(self.program.objectives)
 
-    def in_micro_batches(self, values: Sequence[Sequence[Any]], others: Others) -> list[Tensor]:
-        """The outputs of all micro-batches together, differentiable with respect to parameters.
+    def in_micro_batches(
+        self, values: Sequence[Sequence[Any]], others: Others, after: After | None = None
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The outputs of all micro-batches together, differentiable with respect to parameters and inputs.
 
         On a real mesh losses are on every rank, and what else there is on the stage that makes it; elsewhere it is on meta.
 
         Args:
             values: of all slots, for each micro-batch; None for a parameter that is elsewhere.
+            after: called behind each backward pass for each micro-batch with the gradients of taps by name.
+
+        Returns:
+            The outputs, and what forward hooks see of each micro-batch.
         """
+        made: list[list[Any]] = []
         if self.trains:
             anchor = torch.empty((), requires_grad=True)  # a stage whose parameters are all frozen goes back as well
-            outputs = list(_Steps.apply(self, others, values, anchor, *values[0]))
+            later = [row[k] for row in values[1:] for k in self.inputs]
+            outputs = list(_Steps.apply(self, others, values, after, made, anchor, *values[0], *later))
         else:
             with torch.no_grad():
-                outputs = self.joined(Run(self, self.entered(values)).through(self.orders(late=False)).outputs)
-        return [x if self.virtual or x.is_meta else self._own(x, i) for i, x in enumerate(outputs)]
+                made += Run(self, self.entered(values)).through(self.orders(late=False)).outputs
+                outputs = self.joined(made)
+        seen = [self.observing.outputs(x) for x in made] if self.observing is not None else []
+        return [x if self.virtual or x.is_meta else self._own(x, i) for i, x in enumerate(outputs)], seen
+
+    @property
+    def inputs(self) -> list[int]:
+        """The positions of inputs that are given gradients."""
+        return [k for k, slot in enumerate(self.program.slots) if slot.kind == "input" and slot.name in self.shared]
 
     def orders(self, *, late: bool | None = None) -> list[Order]:
         """What each stage does; what comes before its first backward pass alone, or what comes from then on."""
@@ -160,7 +194,8 @@ class Pipelined(Executable):
     def joined(self, outputs: Sequence[Sequence[Any]]) -> list[Tensor]:
         """The outputs of the call, of those of its micro-batches."""
         found = []
-        for i, several in enumerate(zip(*outputs, strict=True)):
+        for i, several in enumerate(zip(*(x[: self.count] for x in outputs), strict=True)):
+            several = several[-1:] if i in self.updates else several
             value, layout, maker = self.outputs[i].meta["val"], self.outputs[i].meta["layout"], self.ahead.maker(i)
             if maker in self.here:
                 count = len(several)
@@ -252,6 +287,20 @@ class Pipelined(Executable):
             found += self.leave([total], [node.meta["layout"]], [what])
         return found
 
+    def of_inputs(self, run: Run) -> list[list[Tensor]]:
+        """For each micro-batch the gradients of its inputs, which all stages have."""
+        found: list[list[Tensor]] = [[] for _ in run.apart]
+        for k in self.inputs:
+            name, node = self.program.slots[k].name, self.program.placeholders[k]
+            each = [of.get(name) for of in run.apart]
+            if not self.virtual and self.whole.size("pp") > 1:
+                terms = torch.stack([self.zeros(node) if x is None else x for x in each])
+                each = list(over_all_places(terms, self.whole, largest=False))
+            what = f"The gradient of {self.program.slots[k].names[0]}"
+            for row, x in zip(found, each, strict=True):
+                row += self.leave([x], [node.meta["layout"]], [what])
+        return found
+
     @cached_property
     def shared(self) -> dict[str, tuple[int, ...]]:
         """By slot, the stages that add to its gradient."""
@@ -278,72 +327,65 @@ class Pipelined(Executable):
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, executable: Pipelined, others: Others, values: Sequence[Sequence[Any]], *_: Any) -> Any:
+    def forward(
+        ctx: Any,
+        executable: Pipelined,
+        others: Others,
+        values: Sequence[Sequence[Any]],
+        after: After | None,
+        made: list[list[Any]],
+        *_: Any,
+    ) -> Any:
         entered = executable.entered(values)
-        ctx.in_turns, ctx.programs, ctx.executable = executable.in_turns, others, executable
+        ctx.in_turns, ctx.programs, ctx.executable, ctx.after = executable.in_turns, others, executable, after
         if executable.in_turns:
             node = executable.program.objectives[0]
             one = torch.ones((), dtype=node.meta["val"].dtype, device=node.meta["val"].device)
             run = Run(executable, entered, executable.tangents([one])).through(executable.orders())
-            save(ctx, executable.gradients(run))
+            save(ctx, [executable.gradients(run), executable.of_inputs(run), run.apart])
         else:
             run = Run(executable, entered).through(executable.orders(late=False))
             save(ctx, [run.saved])
+        made += run.outputs
         outputs = executable.joined(run.outputs)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, n in zip(outputs, executable.outputs, strict=True) if not n.meta["grad"]))
+        nodes = executable.outputs[: executable.count]
+        ctx.mark_non_differentiable(*(o for o, n in zip(outputs, nodes, strict=True) if not n.meta["grad"]))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         refuse_second_order()
-        wanted = tuple(g is not None for g in gradients)
+        executable: Pipelined = ctx.executable
+        seen = len(executable.outputs) - len(gradients)
+        wanted = (*(g is not None for g in gradients), *[False] * seen)
         given = [g for g in gradients if g is not None]
+        factor = None
         if not ctx.in_turns:
             executable, _ = ctx.programs(wanted)
             # Nothing else holds what is saved, so that it is freed as backward passes go.
             run = Run(executable, (), executable.tangents(given), *saved(ctx)).through(executable.orders(late=True))
-            return (None, None, None, None, *executable.gradients(run))
-        if wanted != ctx.executable.program.wanted:
+            of_slots, of_inputs, apart = executable.gradients(run), executable.of_inputs(run), run.apart
+        elif wanted != executable.program.wanted:
             raise FoldError(
-                f"Schedule 1f1b went back from {told_outputs(ctx.executable.program.wanted)} inside the call, and the backward "
-                f"pass is given the gradients of {told_outputs(wanted)}.",
+                f"Schedule 1f1b went back from {told_outputs(executable.program.wanted or ())} inside the call, and the "
+                f"backward pass is given the gradients of {told_outputs(wanted)}.",
                 valid="loss.backward() of the loss that the model returns; schedule='gpipe'",
             )
-        ctx.programs(wanted)
-        return (None, None, None, None, *(None if x is None else x * given[0] for x in saved(ctx)))
+        else:
+            ctx.programs(wanted)
+            (factor,) = given
+            of_slots, of_inputs, apart = saved(ctx)
+            of_slots = [None if x is None else x * factor for x in of_slots]
+            of_inputs = [[x * factor for x in row] for row in of_inputs]
+        if ctx.after is not None and executable.observing is not None:
+            for taps in apart:
+                ctx.after(executable.observing.gradients(taps, factor))
+        for k, x in zip(executable.inputs, of_inputs[0], strict=True):
+            of_slots[k] = x
+        return (*[None] * 6, *of_slots, *(x for row in of_inputs[1:] for x in row))
 
 
 def _computed(program: Program) -> list[fx.Node]:
     """What blocks compute, as tensors."""
     return [n for _, n in program.nodes() if isinstance(n.meta.get("val"), Tensor)]
-
-
-def _samples(program: Program, i: int, node: fx.Node) -> int | None:
-    """Which dimension of an output is samples; None for what all of them have together, such as a loss.
-
-    Raises:
-        FoldError: it is neither.
-    """
-    dims: Any = node.meta["layout"].dims
-    value = node.meta["val"]
-    if not dims and value.is_floating_point():
-        return None
-    for slot, entering in zip(program.slots, program.placeholders, strict=True):
-        dim = program.batch_dim(entering) if slot.kind == "input" else None
-        if dim is None:
-            continue
-        batch, *rest = entering.meta["layout"].dims[dim:]
-        # One sample has no factor: it stands alone in a dimension, or in front of what comes behind it in the input.
-        starts = [batch] if batch else [(), *(product[:1] for product in rest[:1])]
-        for start in starts:
-            alike = [d for d, product in enumerate(dims) if (product[: len(start)] == start if start else not product)]
-            if alike:
-                return dim if dim in alike else alike[0]
-    if value.is_floating_point():
-        return None
-    raise FoldError(
-        f"{program.told_output(i)} has no dimension of samples, and whole numbers of micro-batches have no mean.",
-        shape=list(value.shape),
-        valid="a model that does not return it; micro_batches=1 and pp=1",
-    )

@@ -1,10 +1,11 @@
 """The proof of a schedule: arithmetic on lists of actions, whatever the stages compute.
 
 The order of each place is held against what its actions read: what a stage works on has been received, and comes from the
-stage and the micro-batch that it is meant for; it is sent on before it is freed, and freed once, behind its last use; and
-places do not wait for each other in a circle, though a send waits until what was sent before has been received. All ranks of
-a place have one order, so that their collectives start alike; and what two places send each other starts alike on both, for
-each direction has a channel of its own.
+stage and the micro-batch that it is meant for; a stage takes micro-batches in their order, since each may read what the one
+before has left in a buffer; what it makes is sent on before it is freed, and freed once, behind its last use; and places do not
+wait for each other in a circle, though a send waits until what was sent before has been received. All ranks of a place have one
+order, so that their collectives start alike; and what two places send each other starts alike on both, for each direction has a
+channel of its own.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def prove_orders(orders: Sequence[Order], micro_batches: int, *, stages: int, ba
             why = f"without {missing[0]} before it" if missing else "a second time" if kind in before else "after it was freed"
             why = why if there else f"of {micro_batches} micro-batches and {stages} stages"
             raise FoldError(f"Place {place} of pp does {action} {why}.", order=" · ".join(map(str, orders[place])))
+        if kind == FORWARD and action.micro_batch and FORWARD not in done[stage, action.micro_batch - 1]:
+            raise FoldError(
+                f"Place {place} of pp does {action} without {FORWARD} of the one before it, whose buffers it may read.",
+                order=" · ".join(map(str, orders[place])),
+            )
         if kind in SENDS:
             under_way[channel(action, len(orders))].append(action)
         if kind in RECEIVES:
