@@ -116,7 +116,9 @@ def parallelize(
             `gradient_checkpointing_enable()` was called, else what kernels compute as they read, else nothing.
         micro_batches: a call is cut into as many, along its samples, and its losses are those of all: see docs/pipelines.md.
         schedule: in which order pipeline stages work on micro-batches: "gpipe", all forward passes and then all backward
-            passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well.
+            passes; or "1f1b", in turns, which keeps less between them: the call then runs backward passes as well; or
+            "zero-bubble", which makes gradients of parameters while a stage would wait; or "zbv" or "dualpipev", which do so
+            with two stages on each rank, one down the ranks and one up again.
         stages_per_rank: pipeline stages that each place of `pp` has, every pp-th: with more of them, ranks wait less for each
             other, and send more.
         dynamic: which sizes of inputs may vary in a program: "batch", that of samples, and "seq", any other. From the second

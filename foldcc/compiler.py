@@ -219,7 +219,7 @@ class Compiler:
         """What these stages would end with, lowered, under another storage and each of some policies of what is kept."""
         lowered = stages.lowered
         start = lowered["dispatch"].program
-        start = replace(start, plan=replace(start.plan, zero=zero, stored={}, kept={}, together={}))
+        start = replace(start, plan=replace(start.plan, zero=zero, stored={}, kept={}, together={}, waits={}))
         passes = recomputing(lowered.passes(after="dispatch"), policies[0])
         with compiling():
             first = run_passes(start, passes, check=check_types)
@@ -242,7 +242,7 @@ class Compiler:
         emission, _ = self.emission(tree)
         pipeline = for_kernels(self.pipeline) if emission else self.pipeline
         if self.pipelining is not None:
-            pipeline = in_stages(pipeline, self.pipelining.stages)
+            pipeline = in_stages(pipeline, self.pipelining.stages, in_two=self.pipelining.in_two)
         policy = "blocks" if self.recompute is None and tree.training and checkpoints(self.model) else self.recompute
         if policy is not None:
             pipeline = recomputing(pipeline, policy)

@@ -23,6 +23,7 @@ from foldcc.passes.split import Split
 from foldcc.passes.stage import StagePass
 from foldcc.passes.store import Store
 from foldcc.passes.travel import Travel
+from foldcc.passes.weights import Weights
 from foldcc.types.check import check_types
 
 PIPELINE: tuple[Pass, ...] = (
@@ -60,12 +61,12 @@ def recomputing(pipeline: Sequence[Pass], policy: str | float) -> tuple[Pass, ..
     return tuple(found)
 
 
-def in_stages(pipeline: Sequence[Pass], stages: int) -> tuple[Pass, ...]:
-    """The pipeline of a program whose calls run on pipeline stages."""
+def in_stages(pipeline: Sequence[Pass], stages: int, *, in_two: bool) -> tuple[Pass, ...]:
+    """The pipeline of a program whose calls run on pipeline stages, and whose backward passes may be in two."""
     found: list[Pass] = []
     for p in pipeline:
         found += [StagePass(stages=stages), p] if isinstance(p, Dispatch) else [p]
-    return tuple(found)
+    return (*found, Weights()) if in_two else tuple(found)
 
 
 def in_micro_batches(pipeline: Sequence[Pass], micro_batches: int, whole: Program | None = None) -> tuple[Pass, ...]:

@@ -162,8 +162,10 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def _is_view(node: fx.Node) -> bool:
+    if node.op != "call_function":  # a saved value may be called getitem
+        return False
     source: Any = node.args[0] if "getitem" in str(node.target) else node
-    return node.op == "call_function" and (is_view(source.target) or source.target is ops.retype.overload)
+    return is_view(source.target) or source.target is ops.retype.overload
 
 
 def _is_pointwise(node: fx.Node) -> bool:

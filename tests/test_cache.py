@@ -63,7 +63,10 @@ def was_read(model: Any) -> bool:
         pytest.param("gpt_oss", "cp=2,tp=2|ep=4", {"recompute": "blocks"}, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "dp=2,tp=2|ep=2,etp=2", {"recompute": 0.9}, marks=pytest.mark.slow),
         pytest.param(
-            "qwen3", "pp=2,dp=2", {"micro_batches": 2, "precision": Precision(compute="bfloat16")}, marks=pytest.mark.slow
+            "qwen3",
+            "pp=2,dp=2",
+            {"micro_batches": 2, "schedule": "zero-bubble", "precision": Precision(compute="bfloat16")},
+            marks=pytest.mark.slow,
         ),
     ],
 )

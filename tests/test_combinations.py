@@ -114,7 +114,7 @@ def test_a_model_is_itself_with_sequences_stages_and_capacities(data: st.DataObj
         "zero": data.draw(st.sampled_from([0, 1, 3])),
         "recompute": data.draw(st.sampled_from([None, "blocks", 0.9])),
         "attention": data.draw(st.sampled_from([None, *FOLDS[text]])),
-        "schedule": data.draw(st.sampled_from(["gpipe", "1f1b"])),
+        "schedule": data.draw(st.sampled_from(["gpipe", "1f1b", "zero-bubble"])),
     }
     batch = token_batch(dp * parts, 24)
     with in_float64():

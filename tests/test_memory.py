@@ -76,7 +76,13 @@ def measured_on_stages(family: str, mesh: str, cuts: list[dict[str, Any]]) -> No
 
 def test_a_step_on_pipeline_stages_takes_what_is_said_of_each() -> None:
     turns = {"micro_batches": 4, "schedule": "1f1b"}
-    run_distributed(measured_on_stages, 2, "llama", "pp=2", [{"micro_batches": 2}, {**turns, "stages_per_rank": 2}])
+    run_distributed(
+        measured_on_stages,
+        2,
+        "llama",
+        "pp=2",
+        [{"micro_batches": 2}, {**turns, "stages_per_rank": 2}, {**turns, "schedule": "zero-bubble"}],
+    )
 
 
 @pytest.mark.slow

@@ -58,6 +58,28 @@ CASES = [
     ("llama", "pp=3,dp=2", 4, "1f1b", {"tie_word_embeddings": True}, {"zero": 1}),
     ("mixtral", "pp=2,dp=2|ep=2", 2, "gpipe", {}, {"zero": 3}),
     ("llama", "pp=2,dp=2", 4, "1f1b", {"layers": 4, "tie_word_embeddings": True}, {"stages_per_rank": 2}),
+    ("llama", "pp=3,dp=2", 4, "zero-bubble", {"tie_word_embeddings": True}, {"zero": 1}),
+    ("mixtral", "pp=2,dp=2|ep=2", 4, "zbv", {"layers": 4}, {"stages_per_rank": 2, "zero": 3}),
+    pytest.param(
+        "llama",
+        "pp=2",
+        4,
+        "dualpipev",
+        {"layers": 4, "tie_word_embeddings": True},
+        {"stages_per_rank": 2, "recompute": 0.5},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "mixtral",
+        "pp=2,dp=2|ep=2",
+        4,
+        "zero-bubble",
+        {"layers": 4},
+        {"stages_per_rank": 2, "zero": 3, "recompute": "blocks"},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("deepseek_v3", "pp=2,dp=2|ep=2", 4, "zero-bubble", {"layers": 3}, {}, marks=pytest.mark.slow),
+    pytest.param("llama", "pp=2,cp=2", 4, "zero-bubble", {"layers": 3}, {"kernels": "triton"}, marks=pytest.mark.slow),
     pytest.param("mixtral", "pp=2,dp=2|ep=2", 4, "gpipe", {"layers": 4}, {"stages_per_rank": 2}, marks=pytest.mark.slow),
     pytest.param(
         "mixtral", "pp=2,tp=2|ep=2", 4, "1f1b", {"layers": 6}, {"stages_per_rank": 3, "zero": 3}, marks=pytest.mark.slow
@@ -215,7 +237,7 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(schedule: str, zero: int, each: int, folder: str) -> dict[str, Any]:
+def train(schedule: str, zero: int, each: int, count: int, folder: str) -> dict[str, Any]:
     """Two steps on real stages, and a checkpoint after them."""
     mesh = foldcc.FoldedMesh.parse("pp=2,dp=2|ep=2", "cpu")
     batch = {name: x.chunk(2)[mesh.coordinate(dist.get_rank(), "dp")] for name, x in token_batch(8, 8).items()}
@@ -225,7 +247,7 @@ def train(schedule: str, zero: int, each: int, folder: str) -> dict[str, Any]:
             plain,
             mesh,
             example_inputs=batch,
-            micro_batches=2,
+            micro_batches=count,
             schedule=schedule,
             stages_per_rank=each,
             zero=zero,
@@ -258,16 +280,23 @@ def train(schedule: str, zero: int, each: int, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "zero", "each"), [("1f1b", 1, 2), *(pytest.param(s, 3, 1, marks=pytest.mark.slow) for s in ("gpipe", "1f1b"))]
+    ("schedule", "zero", "each", "count"),
+    [
+        ("zero-bubble", 1, 2, 2),
+        pytest.param("1f1b", 1, 2, 2, marks=pytest.mark.slow),
+        pytest.param("zbv", 3, 2, 4, marks=pytest.mark.slow),
+        pytest.param("dualpipev", 1, 2, 4, marks=pytest.mark.slow),
+        *(pytest.param(s, 3, 1, 2, marks=pytest.mark.slow) for s in ("gpipe", "1f1b", "zero-bubble")),
+    ],
 )
 def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stages_use(
-    schedule: str, zero: int, each: int
+    schedule: str, zero: int, each: int, count: int
 ) -> None:
     plain, batch = tiny("mixtral", tie_word_embeddings=True, layers=2 * each), token_batch(8, 8)
     optimizer, losses, norms, gradients = torch.optim.AdamW(plain.parameters(), lr=1e-2), [], [], {}
     with in_float64():
         for _ in range(2):
-            losses.append(accumulated(plain, batch, 2, 2))
+            losses.append(accumulated(plain, batch, 2, count))
             gradients = gradients or {n: p.grad.clone() for n, p in plain.named_parameters()}
             norms.append(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
             optimizer.step()
@@ -275,17 +304,20 @@ def test_ranks_train_as_one_process_that_accumulates_and_hold_what_their_stages_
         with torch.no_grad():
             logits = plain(**batch).logits
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_distributed(train, 4, schedule, zero, each, folder, timeout=600)
+        ranks = run_distributed(train, 4, schedule, zero, each, count, folder, timeout=600)
         stored = {n: torch.empty_like(p) for n, p in plain.state_dict().items()}
         checkpoint.load(stored, checkpoint_id=folder, no_dist=True)
+    last_place = (0, 1) if schedule in ("zbv", "dualpipev") else (2, 3)
     for rank, found in enumerate(ranks):
         assert found["losses"] == pytest.approx(losses, rel=1e-10) and found["norms"] == pytest.approx(norms, rel=1e-10)
         for name, gradient in found["gradients"].items():
             assert relative_error(gradient, gradients[name]) < 1e-10, f"{name} on rank {rank}"
-        assert found["shape"] == (4, 8, 128) and (found["logits"] is None) == (rank < 2)
-    assert relative_error(torch.cat([ranks[r]["logits"] for r in (2, 3)]), logits) < 1e-7
+        assert found["shape"] == (4, 8, 128) and (found["logits"] is None) == (rank not in last_place)
+    assert relative_error(torch.cat([ranks[r]["logits"] for r in last_place]), logits) < 1e-7
     first, last = (set(ranks[r]["gradients"]) for r in (0, 2))
-    assert first & last == {"model.embed_tokens.weight"} and first | last == set(gradients)
+    # In a V, the first and the last stage are on one rank, and the two in the middle on the other.
+    shared = set() if schedule in ("zbv", "dualpipev") else {"model.embed_tokens.weight"}
+    assert first & last == shared and first | last == set(gradients)
     for name, p in plain.named_parameters():
         assert relative_error(stored[name], p) < 1e-7, name
 
@@ -341,7 +373,19 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
     ("model", "options", "sentence"),
     [
         (Masked(), {"mesh": "pp=9"}, r"(?s)9 pipeline stages of 1 blocks.*stages_per_rank: 1 to 1"),
-        (Masked(), {"mesh": "pp=3", "schedule": "1f1b"}, "1f1b fills 3 stages with as many micro-batches, and there are 2"),
+        (Masked(), {"mesh": "pp=3", "schedule": "1f1b"}, "1f1b fills 3 stages with 3 micro-batches at least, and there are 2"),
+        (Masked(), {"mesh": "pp=3", "schedule": "zero-bubble"}, "zero-bubble fills 3 stages with 3 micro-batches at least"),
+        (
+            Masked(),
+            {"mesh": "pp=2", "schedule": "zbv", "stages_per_rank": 2},
+            "(?s)zbv fills 4 stages with 3 micro-batches at least, and there are 2.*micro_batches=3 or more",
+        ),
+        (
+            Masked(),
+            {"mesh": "pp=2", "schedule": "dualpipev", "stages_per_rank": 2, "count": 3},
+            "dualpipev fills 4 stages with 4 micro-batches at least, and there are 3",
+        ),
+        (Masked(), {"mesh": "pp=2", "schedule": "zbv"}, "(?s)zbv goes down and up again.*stages_per_rank=1.*zero-bubble"),
         (Masked(), {"count": 3}, r"4 samples of a rank do not divide over micro_batches=3 \(4 = 1 \* 3 \+ 1\)"),
         (Masked(), {"count": 0}, "micro_batches=0"),
         (Masked(), {"stages_per_rank": 0}, "stages_per_rank=0 is no number of stages"),

@@ -64,7 +64,7 @@ def program_of(folded: Any) -> str:
         ("mixtral", "dp=2,tp=2|ep=4", {}),
         pytest.param("gpt_oss", "cp=2,tp=2|ep=4", {"zero": 3}, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "dp=2,tp=2|ep=2,etp=2", {"recompute": "blocks"}, marks=pytest.mark.slow),
-        pytest.param("qwen3", "pp=2,dp=2", {"micro_batches": 2, "zero": 1}, marks=pytest.mark.slow),
+        pytest.param("qwen3", "pp=2,dp=2", {"micro_batches": 2, "zero": 1, "schedule": "zero-bubble"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_program_is_what_compiling_gives(family: str, mesh: str, options: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from foldcc.runtime.pipeline import Pipelined
 from foldcc.runtime.stages import Piece, like
 from foldcc.tables import table
 
+WEIGHT = "backward, parameters"  # of a pass in two, the second
+
 __all__ = ["Pipeline", "Place", "Policies", "elements", "memory", "pipeline"]
 
 
@@ -85,7 +87,7 @@ def pipeline(executable: Pipelined) -> Pipeline:
     return Pipeline(
         tuple(_place(executable, place) for place in range(cut.places)),
         f"{cut.micro_batches} micro-batches, {cut.schedule}{each}",
-        schedule.bubble(cut.orders(backward=executable.trains)),
+        schedule.bubble(cut.orders(backward=executable.trains), cut),
     )
 
 
@@ -102,7 +104,7 @@ def memory(executable: Executable) -> Memory:
 
 def _place(executable: Pipelined, place: int) -> Place:
     cut, program = executable.pipelining, executable.program
-    stages = tuple(range(place, cut.stages, cut.places))
+    stages = cut.at(place)
     mains = [(FORWARD, executable.ahead.stages[s].graph) for s in stages]
     if executable.trains:
         mains += [(BACKWARD, pieces.stages[s].graph) for s in stages for pieces in (executable.back, executable.reduce)]
@@ -131,14 +133,19 @@ def _memory(executable: Pipelined, place: int, stages: Sequence[int], parameters
 
     for action in cut.orders(backward=executable.trains)[place]:
         of = passes[action.stage]
-        if action.kind == FORWARD:
+        if action.kind == schedule.FORWARD:
             reach(FORWARD, live + kept + sum(sums.values()) + of.forward, of.at[FORWARD])
             live, kept = live + of.outputs, kept + of.kept
             most = max(most, kept)
-        elif action.kind == BACKWARD:
+        elif action.kind in (schedule.BACKWARD, schedule.BACKWARD_INPUT):
             kept -= of.kept
             reach(BACKWARD, live - of.outputs + kept + sum(sums.values()) + of.backward, of.at[BACKWARD])
+            kept += of.waits
+            most = max(most, kept)
             sums[action.stage] = of.sums
+        elif action.kind == schedule.BACKWARD_WEIGHT:
+            kept -= of.waits
+            reach(BACKWARD, live - of.outputs + kept + sum(sums.values()) + of.weight, of.at[WEIGHT])
     reach(FORWARD, 2 * live, "")  # the outputs of all micro-batches, put together
     for of in passes.values():
         reach(BACKWARD, live + sum(sums.values()) + of.reduce, "")
@@ -165,8 +172,10 @@ class _Passes:
     """A stage's passes of one micro-batch.
 
     Attributes:
-        forward, backward, reduce: the most that lives at once in each, with what it is given, but for the sums of gradients.
+        forward, backward, weight, reduce: the most that lives at once in each, with what it is given, but for the sums of
+            gradients. Where the backward pass is in two, `backward` is of the first half, and `weight` of the second.
         outputs: what the forward pass leaves for the call; kept: and for the backward pass alone.
+        waits: what the first half of a backward pass leaves for the second, and what of `kept` that reads too.
         sums: gradients as they add up over micro-batches.
     """
 
@@ -175,11 +184,11 @@ class _Passes:
         self.walk, self.at = Walk(executable.program), dict[str, str]()
         shared = [Storage(0.0, outside=True) for _ in ahead.shared]
         given = [*(slots[k] for k in ahead.given), *shared]
-        made, self.forward = self._run(ahead, given, FORWARD)
+        made, self.forward, _ = self._run(ahead, given, FORWARD)
         saved = {k - count: x for k, x in made.items() if k >= count}
         self.outputs = self.walk.bytes([x for k, x in made.items() if k < count])
         self.kept = self.walk.live - self.outputs
-        self.backward = self.reduce = self.sums = 0.0
+        self.backward = self.weight = self.waits = self.reduce = self.sums = 0.0
         if executable.trains:
             self._back(executable, stage, saved)
         self.communication = self.walk.communication
@@ -188,21 +197,30 @@ class _Passes:
         back, reduce, names = executable.back.stages[stage], executable.reduce.stages[stage], executable.terms
         tangents = [Storage(self.walk.size(n.meta["val"])) for n in executable.program.objectives]
         self.walk.take(tangents)
-        terms, self.backward = self._run(
-            back, [saved[k] if k < executable.saves else tangents[k - executable.saves] for k in back.given], BACKWARD
-        )
+        given = [saved[k] if k < executable.saves else tangents[k - executable.saves] for k in back.given]
+        if not executable.pipelining.in_two:
+            terms, self.backward, _ = self._run(back, given, BACKWARD)
+        else:
+            first, second = executable.halves[stage]
+            terms, self.backward, left = self._run(first, given, BACKWARD)
+            self.waits = self.walk.bytes(left)
+            later, self.weight, _ = self._run(second, (), WEIGHT, left)
+            terms |= later
         results = dict(zip(back.results, back.graph.graph.output_node().args[0][0], strict=True))
         for k, x in terms.items():
             narrow = results[k].meta["val"].element_size() if executable.adds_up(k) else 4
             self.sums += self.walk.bytes([x]) * max(4, narrow) / narrow
-        _, self.reduce = self._run(reduce, [terms[len(names) + k] for k in reduce.given], "reduce")
+        _, self.reduce, _ = self._run(reduce, [terms[len(names) + k] for k in reduce.given], "reduce")
 
-    def _run(self, piece: Piece, given: Sequence[Any], direction: str) -> tuple[dict[int, Any], float]:
-        """What a piece makes, by position, and the most that lives at once; what it sends has left."""
-        received = [Storage(like(n).nbytes) for n in piece.received]
-        self.walk.take(received)
+    def _run(
+        self, piece: Piece, given: Sequence[Any], direction: str, received: Sequence[Any] | None = None
+    ) -> tuple[dict[int, Any], float, Sequence[Any]]:
+        """What a piece makes, by position, the most that lives at once, and what it leaves; what it sends has left."""
+        if received is None:
+            received = [Storage(like(n).nbytes) for n in piece.received]
+            self.walk.take(received)
         self.walk.highest = self.walk.live
-        made, sent = self.walk.run(piece.graph, [*given, *received], direction, used_up=True)
+        made, sent, left = self.walk.run(piece.graph, [*given, *received], direction, used_up=True)
         self.at[direction] = self.walk.at[0]
         self.walk.drop(sent)
-        return dict(zip(piece.results, made, strict=True)), self.walk.highest
+        return dict(zip(piece.results, made, strict=True)), self.walk.highest, left

@@ -41,9 +41,9 @@ _HEAD = re.compile(
     r"plan(?: (?P<model>[^\s=]+) ·)? (?P<mesh>\S+)(?: · zero=(?P<zero>\S+))?(?: · ahead=(?P<ahead>\d+))?"
     r"(?: · attention=(?P<attention>\S+))?(?: · order=(?P<order>zigzag|natural))?(?: · (?P<precision>compute=.+))?"
 )
-_SECTIONS = re.compile(r"parameters|stored|values|kept|together|stages|(block|unshard)\d+")
+_SECTIONS = re.compile(r"parameters|stored|values|kept|together|waits|stages|(block|unshard)\d+")
 _ABSENT = "-"
-_PARTS = ("parameters", "stored", "values", "blocks", "kept", "together", "stages")
+_PARTS = ("parameters", "stored", "values", "blocks", "kept", "together", "waits", "stages")
 _OF_PARAMETERS = ("parameters", "stored", "stages")
 
 
@@ -92,6 +92,7 @@ class Plan:
         blocks: by block and node, how an operator runs.
         kept: by block, the values that its backward pass reads of the forward pass.
         together: by block of the backward pass, the reductions that travel together.
+        waits: by block of the backward pass, what the gradients of its parameters are made of, where they are made later.
         stages: by the first name of each parameter, the pipeline stages that use it; empty where there is one stage.
     """
 
@@ -108,6 +109,7 @@ class Plan:
     blocks: Mapping[str, Mapping[str, OpLayouts]] = field(default_factory=dict)
     kept: Mapping[str, Names] = field(default_factory=dict)
     together: Mapping[str, tuple[Names, ...]] = field(default_factory=dict)
+    waits: Mapping[str, Names] = field(default_factory=dict)
     stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -120,10 +122,11 @@ class Plan:
         lines[0] += f" · {self.precision}" if self.precision else ""
         lines.append(" ".join(["factors", *(f"{f.name}={n}" for f, n in sizes.items())]))
         kept = {block: " ".join(names) or _ABSENT for block, names in self.kept.items()}
+        waits = {block: " ".join(names) or _ABSENT for block, names in self.waits.items()}
         together = {block: ", ".join(" ".join(names) for names in groups) or _ABSENT for block, groups in self.together.items()}
         held = {"parameters": self.parameters, "stored": self.stored, "values": self.values}
         stages = {name: " ".join(map(str, places)) for name, places in self.stages.items()}
-        sections = {**held, **self.blocks, "kept": kept, "together": together, "stages": stages}
+        sections = {**held, **self.blocks, "kept": kept, "together": together, "waits": waits, "stages": stages}
         for head, entries in sections.items():
             if entries:
                 width = max(map(len, entries))
@@ -173,7 +176,7 @@ class Plan:
 
     def only_parameters(self) -> Plan:
         """What is said of parameters alone, which all programs of a model share."""
-        return replace(self, values={}, blocks={}, kept={}, together={})
+        return replace(self, values={}, blocks={}, kept={}, together={}, waits={})
 
     def with_parameters(self, other: Plan, names: Collection[str] | None = None) -> Plan:
         """This plan, with what another one says of parameters, or of those of these names."""
@@ -266,8 +269,8 @@ class _Reader:
         name, _, entry = line.strip().partition(" ")
         if self.section in ("parameters", "stored", "values"):
             self._say(self.section, name, self._layout(entry))
-        elif self.section == "kept":
-            self._say("kept", name, _names(entry))
+        elif self.section in ("kept", "waits"):
+            self._say(self.section, name, _names(entry))
         elif self.section == "stages":
             self._say("stages", name, tuple(map(int, entry.split())))
         elif self.section == "together":

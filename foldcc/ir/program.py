@@ -237,6 +237,14 @@ def unshards(block: object) -> bool:
     return str(block).startswith(UNSHARD)
 
 
+INPUT, WEIGHT = "_input", "_weight"  # behind the name of a block whose backward pass is in two: `passes/weights.py`
+
+
+def gradients(returned: Any) -> Any:
+    """The gradients among what a block returns in the backward pass; one that is the first of two leaves more beside them."""
+    return returned[0] if len(returned) == 2 and isinstance(returned[0], tuple) else returned
+
+
 def told_outputs(wanted: Sequence[bool]) -> str:
     """Outputs by their positions, such as "outputs 0, 2"."""
     places = [str(i) for i, there in enumerate(wanted) if there]

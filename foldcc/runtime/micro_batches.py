@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foldcc.runtime.schedule import BACKWARD, FORWARD, FREE, RECEIVE, RECEIVES, SENDS, Action, Order, in_step
+from foldcc.runtime.schedule import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FREE,
+    RECEIVE,
+    RECEIVES,
+    SENDS,
+    Action,
+    Order,
+    in_step,
+)
+from foldcc.runtime.stages import Piece
 from foldcc.runtime.wires import Wires
 
 if TYPE_CHECKING:
@@ -39,19 +52,20 @@ class Run:
     ):
         self.executable, self.values, self.tangents = executable, [list(row) for row in values], tangents
         self.saved: Saved = dict(saved or {})
-        self.wires = Wires(executable.whole)
+        self.wires = Wires(executable.whole, executable.pipelining)
         self.outputs: list[list[Any]] = [[None] * len(executable.outputs) for _ in values]
         self.apart: list[dict[str, Any]] = [{} for _ in range(executable.pipelining.micro_batches)]
         self._shared = self._counts() if values else []
         self._entering: dict[tuple[int, int], list[Any]] = {}
         self._leaving: dict[tuple[int, int], list[Any]] = {}
+        self._waiting: dict[tuple[int, int], list[Any]] = {}  # what the second half of a backward pass is given
         self._sums: dict[int, dict[int, Any]] = defaultdict(dict)  # by stage, what its backward piece makes, by position
         self._dtypes: dict[int, torch.dtype] = {}
 
     def through(self, orders: Sequence[Order]) -> Run:
         """Does what the stages of this process have to do."""
         run = self.executable
-        actions = (a for _, a in in_step(orders)) if run.virtual else orders[run.place]
+        actions = (a for _, a in in_step(orders, run.pipelining)) if run.virtual else orders[run.place]
         for action in actions:
             self._do(action)
         self.wires.finish()
@@ -67,7 +81,13 @@ class Run:
         elif kind == FORWARD:
             self._forward(place)
         elif kind == BACKWARD:
-            self._backward(place)
+            self._back(place, self.executable.back.stages[stage])
+        elif kind == BACKWARD_INPUT:
+            self._waiting[place] = self._back(place, self.executable.halves[stage][0])
+        elif kind == BACKWARD_WEIGHT:
+            second = self.executable.halves[stage][1]
+            made, _, _ = self.executable.piece(second, self._waiting.pop(place))
+            self._add(stage, second, made)
         else:
             assert kind == FREE
             self.saved.pop(place, None)  # a backward pass frees it piece by piece
@@ -84,7 +104,7 @@ class Run:
         stage, i = place
         piece, count = self.executable.ahead.stages[stage], len(self.executable.outputs)
         given = [*(self.values[i][k] for k in piece.given), *(self._shared[k] for k in piece.shared)]
-        made, self._leaving[place] = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
+        made, self._leaving[place], _ = self.executable.piece(piece, [*given, *self._entering.pop(place, ())])
         self.saved[place] = {}
         for k, x in zip(piece.results, made, strict=True):
             if k < count:
@@ -94,14 +114,19 @@ class Run:
             else:
                 self.saved[place][k - count] = x
 
-    def _backward(self, place: tuple[int, int]) -> None:
-        stage, i = place
-        piece, saves = self.executable.back.stages[stage], self.executable.saves
+    def _back(self, place: tuple[int, int], piece: Piece) -> list[Any]:
+        """Runs a backward pass, or its first half: what that leaves."""
+        (stage, i), saves = place, self.executable.saves
         saved = self.saved.pop(place)
         given = [saved[k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
         del saved
         given += self._entering.pop(place, ())
-        made, self._leaving[place] = self.executable.piece(piece, given)
+        made, self._leaving[place], left = self.executable.piece(piece, given)
+        self._add(stage, piece, made)
+        return left
+
+    def _add(self, stage: int, piece: Piece, made: Sequence[Any]) -> None:
+        """Adds what a backward pass makes to what those of other micro-batches have made."""
         sums, run = self._sums[stage], self.executable
         for k, x in zip(piece.results, made, strict=True):
             if k in run.apart:
@@ -119,7 +144,7 @@ class Run:
             sums, piece = self._sums[stage], self.executable.reduce.stages[stage]
             names = self.executable.terms
             narrow = {k: self.executable.each(partial(Tensor.to, dtype=self._dtypes[k]), x) for k, x in sums.items()}
-            made, _ = self.executable.piece(piece, [narrow[len(names) + k] for k in piece.given])
+            made, *_ = self.executable.piece(piece, [narrow[len(names) + k] for k in piece.given])
             terms = {k: x for k, x in narrow.items() if k < len(names)} | dict(zip(piece.results, made, strict=True))
             of: dict[str, Any] = {}
             for k, x in terms.items():

@@ -4,8 +4,9 @@ A call is cut into micro-batches along its samples. Each stage runs its piece of
 of them, in the order of the schedule (`runtime/schedule.py`). What each adds to a loss is added up, and they share the sums of
 their counts; gradients add up over micro-batches and are then reduced once.
 
-With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With `1f1b` they take turns, so that the
-call runs both, for a gradient of one; gradients are linear in it, and `backward()` multiplies them by the one that it is given.
+With `gpipe` the call runs all forward passes, and `backward()` all backward passes. With other schedules they take turns, so
+that the call runs both, for a gradient of one; gradients are linear in it, and `backward()` multiplies them by the one that it
+is given.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from foldcc.runtime.micro_batches import Run
 from foldcc.runtime.observing import Observing
 from foldcc.runtime.placement import own_samples
 from foldcc.runtime.schedule import Order, Pipelining, is_late
-from foldcc.runtime.stages import Piece, Pieces, apart, cut, like
+from foldcc.runtime.stages import Piece, Pieces, apart, cut, in_two, like
 from foldcc.runtime.wires import create_wires, from_place, over_all_places, over_places
 from foldcc.samples import samples_of_output
 from foldcc.tree import Elsewhere
@@ -61,14 +62,14 @@ class Pipelined(Executable):
                 like(node)
         if self.in_turns and [n.meta["val"].dim() for n in self.program.objectives] != [0]:
             raise FoldError(
-                "Schedule 1f1b runs backward passes inside the call, from one loss, and a training step of this model "
-                f"goes back from {told_outputs(self.program.wanted or ())}.",
+                f"Schedule {self.pipelining.schedule} runs backward passes inside the call, from one loss, and a training step "
+                f"of this model goes back from {told_outputs(self.program.wanted or ())}.",
                 valid="a model that returns a loss; schedule='gpipe'",
             )
-
         if self.in_turns and any(n.meta["val"].dtype == torch.float16 for n in _computed(self.program)):
             raise FoldError(
-                "Schedule 1f1b goes back from a gradient of one, which is too small in float16, before a scaler can raise it.",
+                f"Schedule {self.pipelining.schedule} goes back from a gradient of one, which is too small in float16, before "
+                "a scaler can raise it.",
                 valid="bfloat16; schedule='gpipe'",
             )
         self.observing = Observing(self) if self.program.observed else None
@@ -84,14 +85,12 @@ class Pipelined(Executable):
     @property
     def in_turns(self) -> bool:
         """Whether backward passes run inside the call."""
-        return self.trains and self.pipelining.schedule == "1f1b"
+        return self.trains and self.pipelining.in_turns
 
     @property
-    def here(self) -> range:
+    def here(self) -> Sequence[int]:
         """The stages that this process runs."""
-        if self.virtual:
-            return range(self.pipelining.stages)
-        return range(self.place, self.pipelining.stages, self.pipelining.places)
+        return range(self.pipelining.stages) if self.virtual else self.pipelining.at(self.place)
 
     @property
     def place(self) -> int:
@@ -111,6 +110,11 @@ class Pipelined(Executable):
     def back(self) -> Pieces:
         taken = {len(self.terms) + k: stage for stage, piece in enumerate(self.reduce.stages) for k in piece.given}
         return cut(self._phases[0].first, self.pipelining.stages, backward=True, read=taken)
+
+    @cached_property
+    def halves(self) -> list[tuple[Piece, Piece]]:
+        """The backward piece of each stage in two."""
+        return [in_two(piece) for piece in self.back.stages]
 
     @cached_property
     def reduce(self) -> Pieces:
@@ -255,14 +259,13 @@ class Pipelined(Executable):
 
     # --- pieces ---
 
-    def piece(self, piece: Piece, values: list[Any]) -> tuple[list[Any], list[Any]]:
-        """What a stage makes, and what it sends."""
+    def piece(self, piece: Piece, values: list[Any]) -> Sequence[list[Any]]:
+        """What a stage makes, what it sends, and what it leaves."""
         with micro_batches(self.pipelining.micro_batches):
             result = self.run(piece.graph, values)
         if not self.virtual:
-            return list(result[0]), list(result[1])
-        made, sent = ([list(x) for x in zip(*(r[k] for r in result), strict=True)] for k in (0, 1))
-        return made, sent
+            return [list(several) for several in result]
+        return [[list(x) for x in zip(*of_ranks, strict=True)] for of_ranks in zip(*result, strict=True)]
 
     def each(self, function: Callable[..., Tensor], *values: Any) -> Any:
         """A function of tensors, on this rank or on each of the virtual ones."""
@@ -368,8 +371,8 @@ class _Steps(torch.autograd.Function):
             of_slots, of_inputs, apart = executable.gradients(run), executable.of_inputs(run), run.apart
         elif wanted != executable.program.wanted:
             raise FoldError(
-                f"Schedule 1f1b went back from {told_outputs(executable.program.wanted or ())} inside the call, and the "
-                f"backward pass is given the gradients of {told_outputs(wanted)}.",
+                f"Schedule {executable.pipelining.schedule} went back from {told_outputs(executable.program.wanted or ())} inside "
+                f"the call, and the backward pass is given the gradients of {told_outputs(wanted)}.",
                 valid="loss.backward() of the loss that the model returns; schedule='gpipe'",
             )
         else:

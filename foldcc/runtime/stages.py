@@ -8,8 +8,8 @@ The backward graph is cut alike, in the other direction: what comes back is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError
-from foldcc.ir.program import Program, Slot
+from foldcc.ir.program import WEIGHT, Program, Slot
 from foldcc.ir.walk import module_of
 
 _COUNTS = -1  # where what micro-batches share is made: before all stages, by each of those that read it
@@ -26,7 +26,7 @@ _COUNTS = -1  # where what micro-batches share is made: before all stages, by ea
 
 @dataclass(frozen=True)
 class Piece:
-    """What one stage runs of a main graph: `(given, shared, received) -> (results, sent)`.
+    """What one stage runs of a main graph: `(given, shared, received) -> (results, sent, left)`.
 
     Attributes:
         given: the placeholders of the main graph that it takes, by position.
@@ -34,6 +34,7 @@ class Piece:
         received: what it is sent.
         results: what it makes of what the main graph returns, by position.
         sent: what it sends.
+        left: what it leaves for its second half, whose `received` it is.
     """
 
     graph: fx.GraphModule
@@ -42,6 +43,7 @@ class Piece:
     received: tuple[fx.Node, ...]
     results: tuple[int, ...]
     sent: tuple[fx.Node, ...]
+    left: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Cut:
             if node in wanted and node not in new:
                 new[node] = graph.node_copy(node, new.__getitem__)
         left = [*results.values()] if stage else self.counts
-        graph.output((tuple(new[n] for n in left), tuple(new[n] for n in sent)))
+        graph.output((tuple(new[n] for n in left), tuple(new[n] for n in sent), ()))
         return Piece(_LazyGraphModule(self.main, graph), *map(tuple, (given, shared, received, results, sent)))  # type: ignore[arg-type]
 
     def _returns(self, i: int, node: fx.Node) -> int:
@@ -144,6 +146,42 @@ class _Cut:
 
 def _between(made: int | None, boundary: int, until: int) -> bool:
     return made is not None and made != _COUNTS and made <= boundary < until
+
+
+def in_two(piece: Piece) -> tuple[Piece, Piece]:
+    """A backward piece in two: all that is sent is made in the first, and gradients of parameters in the second."""
+    returned: Any = piece.graph.graph.output_node().args[0]
+    made, sent, _ = returned
+    nodes = [n for n in piece.graph.graph.nodes if n.op != "output"]
+    late: dict[fx.Node, None] = {}
+    for node in nodes:
+        if str(node.target).endswith(WEIGHT) or not late.keys().isdisjoint(node.all_input_nodes):
+            late[node] = None
+    needed = list(sent)
+    while needed:
+        node = needed.pop()
+        late.pop(node, None)
+        needed += node.all_input_nodes
+    results = dict(zip(piece.results, made, strict=True))
+    first, second = ({k: n for k, n in results.items() if (n in late) is there} for there in (False, True))
+    read = {x for n in late for x in n.all_input_nodes}
+    left = [n for n in nodes if n in read and n not in late]
+    early = _part(piece, (), [n for n in nodes if n not in late], (first.values(), sent, left))
+    then = _part(piece, left, late, (second.values(), (), ()))
+    return (
+        replace(piece, graph=early, results=tuple(first), left=tuple(left)),
+        Piece(then, given=(), shared=(), received=tuple(left), results=tuple(second), sent=()),
+    )
+
+
+def _part(piece: Piece, given: Iterable[fx.Node], nodes: Iterable[fx.Node], returned: tuple[Iterable[fx.Node], ...]) -> Any:
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in given:
+        new[node] = graph.placeholder(node.name)
+    for node in nodes:
+        new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(tuple(tuple(new[n] for n in several) for several in returned))
+    return _LazyGraphModule(piece.graph, graph)
 
 
 def like(node: fx.Node) -> torch.Tensor:

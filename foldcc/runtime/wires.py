@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,11 +17,12 @@ from foldcc.ir.walk import module_of
 from foldcc.mesh import FoldedMesh
 from foldcc.ops.groups import patience
 from foldcc.runtime.lost import Place, meeting
-from foldcc.runtime.schedule import RECEIVES, SENDS, Action, Channel, channel
+from foldcc.runtime.schedule import RECEIVES, Action, Channel, Pipelining
 from foldcc.runtime.stages import like
 
 # By the world's process group and the ranks: a group over pp for each channel that a place sends on, so that what goes one way
-# waits for nothing that comes the other way. And by the places that hold a parameter, a group over them.
+# waits for nothing that comes the other way: to the next stage or the one before, on a later place or an earlier one. And by
+# the places that hold a parameter, a group over them.
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _EVERY = (1, False)  # a channel whose group, like that of each, is of all places
 _WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage; holds it not
@@ -37,7 +38,7 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     _WHOLE.update(dict.fromkeys(mesh.stage.of_tensors.values(), replace(mesh)))
     every = tuple(range(mesh.size("pp")))
-    wires = [((step, around), every) for step in (1, -1) for around in (False, True)]
+    wires = [((step, against), every) for step in (1, -1) for against in (False, True)]
     for key, places in wires + [(places, places) for places in sorted(set(held))]:
         if (mesh.ranks, key) not in known:
             size = mesh.stage.world_size
@@ -95,31 +96,31 @@ def _group(mesh: FoldedMesh, key: Any) -> Any:
 
 
 class Wires:
-    """What is under way in one call: between processes, or between the stages that one process plays."""
+    """What is under way in one call: between processes, or between the stages that one process plays or has."""
 
-    def __init__(self, mesh: FoldedMesh):
-        self.mesh = mesh
-        self.under_way: dict[Channel, Any] = {}
+    def __init__(self, mesh: FoldedMesh, pipelining: Pipelining):
+        self.mesh, self.pipelining = mesh, pipelining
+        self.under_way: dict[Channel, deque[Any]] = defaultdict(deque)
 
     def send(self, action: Action, values: Sequence[Any]) -> None:
-        """Sends to a neighbour, when it has received what was sent before."""
-        wire = self._channel(action)
-        if self.mesh.is_virtual:
-            self.under_way.setdefault(wire, deque()).append(values)
+        """Sends to a neighbour, when it has received enough of what was sent before."""
+        wire = self.pipelining.channel(action)
+        if self._inside(wire):
+            self.under_way[wire].append(values)
             return
-        self._wait(wire)
-        peer, group = self._peer(action.stage + SENDS[action.kind]), self._group(wire)
-        self.under_way[wire] = [(dist.isend(x, peer, group), x) for x in (v.contiguous() for v in values)]
+        self._wait(wire, self.pipelining.under_way - 1)
+        peer, group = self._peer(wire[1]), self._group(wire)
+        self.under_way[wire].append([(dist.isend(x, peer, group), x) for x in (v.contiguous() for v in values)])
 
     def receive(self, action: Action, nodes: Sequence[fx.Node]) -> list[Any]:
         """What comes from a neighbour: the values of these nodes."""
-        wire = self._channel(action)
-        if self.mesh.is_virtual:
+        wire = self.pipelining.channel(action)
+        if self._inside(wire):
             found: list[Any] = self.under_way[wire].popleft()
             return found
-        sender = action.stage + RECEIVES[action.kind]
-        peer, group = self._peer(sender), self._group(wire)
+        peer, group = self._peer(wire[0]), self._group(wire)
         buffers = [torch.empty_like(like(n), device=self.mesh.device_type) for n in nodes]
+        sender = action.stage + RECEIVES[action.kind]
         with self._meeting(f"what stage {action.stage} receives from stage {sender} over pp", peer, nodes):
             for work in [dist.irecv(x, peer, group) for x in buffers]:
                 self._wait_for(work)
@@ -127,16 +128,21 @@ class Wires:
 
     def finish(self) -> None:
         """Waits until all that was sent has been received."""
-        if not self.mesh.is_virtual:
-            for wire in list(self.under_way):
-                self._wait(wire)
+        for wire in self.under_way:
+            if not self._inside(wire):
+                self._wait(wire, 0)
 
-    def _wait(self, wire: Channel) -> None:
-        place, step = wire
-        to = (place + step) % self.mesh.size("pp")
+    def _wait(self, wire: Channel, many: int) -> None:
+        """Waits until no more than so many sends are under way."""
+        place, to, _ = wire
         with self._meeting(f"what stage {place} sends to stage {to} over pp", self._peer(to)):
-            for work, _ in self.under_way.pop(wire, ()):
-                self._wait_for(work)
+            while len(self.under_way[wire]) > many:
+                for work, _ in self.under_way[wire].popleft():
+                    self._wait_for(work)
+
+    def _inside(self, wire: Channel) -> bool:
+        """Whether one process is at both ends."""
+        return self.mesh.is_virtual or wire[0] == wire[1]
 
     def _wait_for(self, work: Any) -> None:
         """Gloo takes the timeout of a group for what is sent to one rank only when it is told; NCCL would block this thread."""
@@ -146,13 +152,9 @@ class Wires:
         module = next(filter(None, map(module_of, nodes)), None)
         return meeting(lambda error: Place(what, module, tuple(sorted((peer, dist.get_rank())))))
 
-    def _channel(self, action: Action) -> Channel:
-        return channel(action, self.mesh.size("pp"))
-
     def _group(self, wire: Channel) -> Any:
-        place, step = wire
-        around = not 0 <= place + step < self.mesh.size("pp")
-        return _group(self.mesh, (step, around))
+        sender, receiver, step = wire
+        return _group(self.mesh, (step, (receiver - sender) * step < 0))
 
-    def _peer(self, stage: int) -> int:
-        return stage % self.mesh.size("pp") * self.mesh.stage.world_size + self.mesh.stage.here
+    def _peer(self, place: int) -> int:
+        return place * self.mesh.stage.world_size + self.mesh.stage.here

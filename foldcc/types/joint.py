@@ -92,8 +92,10 @@ class _Checker:
         formals = list(block.graph.find_nodes(op="placeholder"))
         given = {}
         for formal, actual in zip(formals, call.args, strict=True):
-            if actual.target is operator.getitem and actual.args[0].op == "placeholder":
-                given[formal] = values[actual]  # a saved value
+            if (actual.target is operator.getitem and actual.args[0].op == "placeholder") or "layout" not in formal.meta:
+                given[formal] = values[
+                    actual
+                ]  # a saved value, or one that the first of two backward passes leaves for the second
                 continue
             for axis, state in formal.meta["layout"].states.items():
                 if not self.typing.fits(values[actual], axis, state):

@@ -10,7 +10,7 @@ from torch import fx
 
 from foldcc.errors import FoldError
 from foldcc.ir.joint import Joint, sums
-from foldcc.ir.program import Program, Slot, unshards
+from foldcc.ir.program import Program, Slot, gradients, unshards
 from foldcc.ops import record
 from foldcc.types.text import call_text, place
 
@@ -47,7 +47,9 @@ def _gradients(program: Program) -> Iterator[tuple[str, Slot, fx.Node]]:
         leaving: dict[str, Any] = {name: Joint.of(block).gradients for name, block in program.blocks.items()}
     else:
         children: Any = program.backward.named_children() if program.backward is not None else ()
-        leaving = {name: block.graph.output_node().args[0] for name, block in children if not name.endswith("_again")}
+        leaving = {
+            name: gradients(block.graph.output_node().args[0]) for name, block in children if not name.endswith("_again")
+        }
     for name, leaves in leaving.items():
         calls = [call for call in program.calls if f"{name}_".startswith(f"{call.target}_")]
         for actual, gradient in zip(calls[0].args, leaves, strict=True) if calls and leaves else ():

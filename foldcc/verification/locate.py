@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from foldcc.ir.pipeline import Stages
-from foldcc.ir.program import Program, unshards, where
+from foldcc.ir.program import INPUT, WEIGHT, Program, gradients, unshards, where
 from foldcc.layout import Layout
 from foldcc.verification.compare import reading, wrong_rank
 from foldcc.verification.folded import Folded
@@ -93,9 +93,11 @@ def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> D
     captured = dict(zip(_of_blocks(forward, outlined), reversed(outlined.calls), strict=True))
     slots = {n.name: s for n, s in zip(program.placeholders, program.slots, strict=True)}
     for call, ahead in _matched(calls, forward):
-        results = {u.args[1]: u for u in call.users}
         block = getattr(backward, str(call.target))
         (output,) = block.graph.find_nodes(op="output")
+        made = gradients(output.args[0])
+        nested = made is not output.args[0]  # beside what the first of two passes leaves for the second
+        results = {u.args[1]: u for c in call.users for u in (c.users if nested else [c]) if not nested or c.args[1] == 0}
         actuals = [_unsharded(a) for a in ahead.args]
         names = [_name(stages, a) for a in captured[ahead].args] if ahead in captured else [a.name for a in actuals]
         wanted = reference.gradients([n for n in dict.fromkeys(names) if n is not None], program.wanted)
@@ -116,7 +118,7 @@ def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> D
                     what = f"The gradient of {slot.names[0] if slot else name}"
                     parameter = slot.names[0] if slot and slot.kind == "parameter" else difference.parameter
                     found = Difference(what=what, parameter=parameter, rank=rank, reading=told)
-                    return _at(found, program, str(call.target), "backward", output.args[0][i], layout)
+                    return _at(found, program, str(call.target), "backward", made[i], layout)
     return difference
 
 
@@ -137,8 +139,13 @@ def _unsharded(value: fx.Node) -> fx.Node:
 
 def _matched(calls: Sequence[fx.Node], forward: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """Each call of the backward pass with the call of the forward pass that it belongs to."""
-    found, left = [], list(forward)  # parameters are unsharded ahead of the blocks that they are for
+    found: list[tuple[fx.Node, fx.Node]] = []
+    left = list(forward)  # parameters are unsharded ahead of the blocks that they are for
     for call in calls:
+        half = str(call.target).removesuffix(WEIGHT)
+        if found and half != str(call.target) and str(found[-1][0].target) == half + INPUT:
+            found.append((call, found[-1][1]))
+            continue
         for ahead in left:
             if str(call.target) == str(ahead.target) or str(call.target).startswith(f"{ahead.target}_"):
                 found.append((call, ahead))

@@ -51,7 +51,7 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
     """
     made = stages[-1].program.plan  # what depends on sizes is chosen as in the actual program
     sharded: Program = stages["shard"].program
-    said = {part: getattr(made, part) for part in ("stored", "kept", "together", "stages")}
+    said = {part: getattr(made, part) for part in ("stored", "kept", "together", "waits", "stages")}
     sharded = replace(sharded, plan=replace(sharded.plan, **said))
     degrees = _degrees(sharded)
     alone = {f for f, n in sharded.sizes.items() if n == degrees.get(f, 1)}

@@ -5,11 +5,15 @@ derivative of a result by an argument is a hash as well. What the backward main 
 makes of the captured main graph: a call that is left out, a value that is passed on wrongly, and a gradient that is
 counted twice or not at all show as different numbers. Every value is one number, so depth costs next to nothing. A block that
 the captured graph does not call, such as one that unshards parameters, stands for the identity.
+
+Where backward passes are in two, that the halves make what the whole makes is seen by their operators: two graphs make the same
+where each gradient is the same expression of what they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -34,10 +38,47 @@ def wired_alike(stages: Stages, stage: str) -> bool:
         return False
     if program.backward is None:
         return True
+    whole = program
+    if "apart" in program.properties:
+        cut = next(k for k, s in enumerate(stages) if "apart" in s.program.properties)
+        whole, apart = stages[cut - 1].program, stages[cut].program
+        if _expressions(whole) != _expressions(apart) or _calls(apart) != _calls(program):
+            return False
+    assert whole.backward is not None
     tangents = [_hash("tangent", i) for i, _ in enumerate(program.objectives)]
-    found = _backward(program.backward, local, [*saved, *tangents], captured.blocks)
+    found = _backward(whole.backward, local, [*saved, *tangents], captured.blocks)
     wanted = _chain_rule(captured, local, values, tangents)
     return all((g or 0) == wanted.get(n, 0) for g, n in zip(found, captured.placeholders, strict=True))
+
+
+def _expressions(program: Program) -> Any:
+    """What a backward main graph returns, each gradient as a hash of the expression that makes it of what is given."""
+
+    def run(graph: fx.GraphModule, given: Sequence[Any]) -> Any:
+        values: Values = {}
+        entering = iter(given)
+        for node in graph.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            if node.op == "placeholder":
+                values[node] = next(entering)
+            elif node.op == "call_module":
+                values[node] = run(graph.get_submodule(str(node.target)), args)
+            elif node.target is operator.getitem and isinstance(args[0], tuple):
+                values[node] = args[0][args[1]]
+            else:
+                values[node] = f"%{_hash(str(node.target), str(args), str(kwargs))}"
+        raise AssertionError("a graph ends with its output")
+
+    assert program.backward is not None
+    return run(program.backward, [f"%{n.name}" for n in program.backward.graph.find_nodes(op="placeholder")])
+
+
+def _calls(program: Program) -> list[str]:
+    """A backward main graph, as text."""
+    assert program.backward is not None
+    return [f"{n.name} {n.target} {n.args}" for n in program.backward.graph.nodes]
 
 
 def _hash(*of: Any) -> int:

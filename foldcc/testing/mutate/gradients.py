@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from foldcc import ops
+from foldcc.ir import program as ir
 from foldcc.ir.program import Program
 from foldcc.ir.walk import BACKWARD, module_of, parts
 from foldcc.layout import INVARIANT, Layout
@@ -57,7 +58,7 @@ def gradients(program: Program) -> Iterator[Gradient]:
         block = whole(part.name)
         calls = [c for c in program.calls if c.target == block]
         (output,) = part.graph.graph.find_nodes(op="output")
-        for position, leaf in enumerate(output.args[0]):
+        for position, leaf in enumerate(ir.gradients(output.args[0])):
             actuals = [c.args[position] for c in calls]
             of_parameter = all(a in slots and slots[a].kind == "parameter" for a in actuals)
             if leaf is None or not of_parameter or (block, position) in seen:
@@ -125,24 +126,29 @@ def missing(model: FoldedModule, g: Gradient) -> Mutant:
     """A parameter that is left without a gradient."""
 
     def edit(graph: fx.Graph) -> None:
-        (output,) = graph.find_nodes(op="output")
-        leaves = list(output.args[0])
-        leaves[g.position] = None
-        output.args = (tuple(leaves),)
+        _put(graph, g.position, None)
 
     return Mutant("missing", g.site, f"{g.parameters[0]} has no gradient", model, edit)
 
 
 def _leaf(graph: fx.Graph, position: int) -> fx.Node | None:
     (output,) = graph.find_nodes(op="output")
-    found: fx.Node | None = output.args[0][position]
+    found: fx.Node | None = ir.gradients(output.args[0])[position]
     return found
 
 
 def _return(graph: fx.Graph, position: int, new: fx.Node) -> None:
     """Returns another node as a gradient, with the claims that were made about the former one."""
+    old = _leaf(graph, position)
+    assert old is not None
+    new.meta = dict(old.meta)
+    _put(graph, position, new)
+
+
+def _put(graph: fx.Graph, position: int, new: fx.Node | None) -> None:
+    """Returns something else as a gradient; what the first of two backward passes leaves for the second stays."""
     (output,) = graph.find_nodes(op="output")
-    leaves = list(output.args[0])
-    new.meta = dict(leaves[position].meta)
+    returned = output.args[0]
+    leaves = list(ir.gradients(returned))
     leaves[position] = new
-    output.args = (tuple(leaves),)
+    output.args = (tuple(leaves) if ir.gradients(returned) is returned else (tuple(leaves), returned[1]),)
