@@ -157,8 +157,14 @@ def test_summary_counts_places_and_micro_batches() -> None:
     assert (once.pipeline.waits, turns.pipeline.waits) == (pytest.approx(1 / 5), pytest.approx(1 / 9))
     assert turns.memory.kept > once.memory.kept
     plain = tiny("llama", layers=4).float()
-    zero3 = foldcc.parallelize(plain, "pp=2,dp=2", example_inputs=batch, zero=3, **cut)
-    assert folded[1].memory()[3, "none"] == zero3.summary().memory
+    halved, zero3 = (
+        foldcc.parallelize(plain, "pp=2,dp=2", example_inputs=batch, zero=zero, **{**cut, "schedule": "zero-bubble"})
+        for zero in (0, 3)
+    )
+    assert halved.memory()[3, "none"] == zero3.summary().memory
+    both = halved.summary()
+    assert both.pipeline.waits == pytest.approx(1 / 13) and both.memory.kept > once.memory.kept
+    assert [p.flops for p in both.pipeline.places] == [p.flops for p in once.pipeline.places]  # nothing is computed twice
 
 
 def test_other_shapes_evaluation_and_accumulation() -> None:
