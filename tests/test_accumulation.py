@@ -16,6 +16,7 @@ import foldcc
 from foldcc import ops
 from foldcc.runtime.accumulation import MAY_WAIT, Phases
 from foldcc.testing import run_distributed
+from foldcc.testing.equivalence import relative_error
 
 
 class Routed(nn.Module):
@@ -172,6 +173,31 @@ def test_gradients_that_wait_are_reduced_once(mesh: str, zero: int) -> None:
         assert_alike(found["in between"], accumulated(BATCHES[:2]))
         assert_alike(found["all"], accumulated(BATCHES))
         assert_alike(found["dropped"], accumulated(BATCHES[1:]))
+
+
+def waiting_in_16_bits(precision: foldcc.Precision | None, autocast: bool) -> list[dict[str, Tensor]]:
+    """Gradients of two batches, of which the first waits, or does not."""
+    mesh, found = foldcc.FoldedMesh.parse("dp=2|ep=2", "cpu"), []
+    batches = [x.float().chunk(2)[dist.get_rank()] for x in BATCHES[:2]]
+    folded = foldcc.parallelize(routed().float(), mesh, zero=3, precision=precision, verify=False)
+    for waits in (True, False):
+        folded.zero_grad()
+        for x in batches:
+            with folded.no_sync() if waits and x is batches[0] else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = folded(x)
+                loss.backward()
+        found.append(gradients(folded))
+    return found
+
+
+@pytest.mark.parametrize("precision", [foldcc.Precision(), foldcc.Precision(reduce="bfloat16"), None])
+def test_gradients_that_wait_add_up_in_the_dtype_of_their_parameters(precision: foldcc.Precision | None) -> None:
+    for waited, at_once in run_distributed(waiting_in_16_bits, 2, precision, precision is None):
+        assert waited.keys() == at_once.keys() == dict(routed().named_parameters()).keys()
+        for name, x in waited.items():
+            narrow = precision is not None and precision.reduce == torch.bfloat16  # sums over ranks are rounded
+            assert x.dtype == torch.float32 and relative_error(x, at_once[name]) < (1e-2 if narrow else 1e-6), name
 
 
 class Dense(nn.Module):

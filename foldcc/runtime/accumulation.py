@@ -3,8 +3,8 @@
     dw = unshard1(dv)          becomes          first:  dv            then:  dw = unshard1(dv + what has waited)
 
 A backward pass reduces a parameter's gradient in the transpose of the block that unshards it (`passes/store.py`). Before that
-each rank has a term of a sum, and terms add up as gradients do. Until they are reduced they are the parameter's `.grad`, a
-DTensor that says so: whoever reads it has the right value, and `zero_grad` of any optimizer drops it.
+each rank has a term of a sum, and terms add up as gradients do, in the parameter's dtype. Until they are reduced they are the
+parameter's `.grad`, a DTensor that says so: whoever reads it has the right value, and `zero_grad` of any optimizer drops it.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class Accumulation:
     def _add(self, name: str, terms: Tensor, layout: Layout) -> None:
         """Adds what this rank has of a gradient to what waits."""
         p, there = self.parameters[name], self._placements(layout)
+        terms = terms.to(p.dtype)  # where a weight is cast, its reduction is behind the cast back
         same = p.grad is not None and list(p.grad.placements) == there
         terms = p.grad.to_local() + terms if same else terms
         new: Any = DTensor.from_local(terms, p.device_mesh, there, run_check=False, shape=p.shape, stride=p.stride())
