@@ -175,11 +175,24 @@ def test_gradients_that_wait_are_reduced_once(mesh: str, zero: int) -> None:
         assert_alike(found["dropped"], accumulated(BATCHES[1:]))
 
 
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.scale = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        y = x + self.down(torch.relu(self.up(self.norm(x))))
+        return (self.norm(y) * self.scale).square().sum()
+
+
 def waiting_in_16_bits(precision: foldcc.Precision | None, autocast: bool) -> list[dict[str, Tensor]]:
     """Gradients of two batches, of which the first waits, or does not."""
-    mesh, found = foldcc.FoldedMesh.parse("dp=2|ep=2", "cpu"), []
+    mesh, found = foldcc.FoldedMesh.parse("dp=2", "cpu"), []
     batches = [x.float().chunk(2)[dist.get_rank()] for x in BATCHES[:2]]
-    folded = foldcc.parallelize(routed().float(), mesh, zero=3, precision=precision, verify=False)
+    folded = foldcc.parallelize(Dense(), mesh, zero=3, precision=precision, verify=False)
     for waits in (True, False):
         folded.zero_grad()
         for x in batches:
@@ -194,23 +207,10 @@ def waiting_in_16_bits(precision: foldcc.Precision | None, autocast: bool) -> li
 @pytest.mark.parametrize("precision", [foldcc.Precision(), foldcc.Precision(reduce="bfloat16"), None])
 def test_gradients_that_wait_add_up_in_the_dtype_of_their_parameters(precision: foldcc.Precision | None) -> None:
     for waited, at_once in run_distributed(waiting_in_16_bits, 2, precision, precision is None):
-        assert waited.keys() == at_once.keys() == dict(routed().named_parameters()).keys()
+        assert waited.keys() == at_once.keys() == dict(Dense().named_parameters()).keys()
         for name, x in waited.items():
             narrow = precision is not None and precision.reduce == torch.bfloat16  # sums over ranks are rounded
             assert x.dtype == torch.float32 and relative_error(x, at_once[name]) < (1e-2 if narrow else 1e-6), name
-
-
-class Dense(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
-        self.scale = nn.Parameter(torch.randn(16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.scale
-        y = x + self.down(torch.relu(self.up(self.norm(x))))
-        return (self.norm(y) * self.scale).square().sum()
 
 
 UNEVEN = [torch.randn(4, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 7, 6)]
