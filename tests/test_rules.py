@@ -159,6 +159,8 @@ def _table() -> Iterator[tuple[str, Callable[[Size], Call]]]:
     yield from each("any all", "dim", lambda f, n: (f, ids(2, n(), n()).bool(), axis(n, 2), n() > 3))
     yield "aten.prod", lambda n: (aten.prod.dim_int, real(n(), n()), axis(n, 2), n() > 3)
     yield from each("tril triu", "default", lambda f, n: (f, real(n(), n(), n()), n() - 3))
+    yield "aten.flip", lambda n: (aten.flip.default, real(n(), n(), n()), [axis(n, 3)])
+    yield "aten.roll", lambda n: (aten.roll.default, real(n(), n(), n()), [n()], [axis(n, 3)])
     yield from each("add sub mul div", "Tensor", lambda f, n: (f, *_broadcast(n)))
     yield "aten.floor_divide", lambda n: (aten.floor_divide.default, *_broadcast(n))
     yield from each("neg exp silu gelu sigmoid rsqrt tanh cos", "default", lambda f, n: (f, real(n(), n()).abs() + 1))

@@ -263,6 +263,15 @@ def _triangle(node: Node, inputs: list[Shape | None], outputs: list[Shape | None
     return build([letters], [letters], [source, outputs[0]], whole={letters[-1][0], letters[-2][0]}, linear=[[0]])
 
 
+def _turned(node: Node, inputs: list[Shape | None], outputs: list[Shape | None]) -> Rule:
+    """flip and roll: the dimensions that they turn must be whole, which are all where roll names none."""
+    (source,) = inputs
+    assert source is not None
+    letters = names("d", len(source))
+    dims = argument_or(node, "dims") or range(len(source))
+    return build([letters], [letters], [source, outputs[0]], whole={letters[d][0] for d in dims}, linear=[[0]])
+
+
 RULES: dict[str, Derived] = {
     "aten.reshape": _view,
     "aten.expand": _expand,
@@ -284,4 +293,5 @@ RULES: dict[str, Derived] = {
     "aten.one_hot": _one_hot,
     **dict.fromkeys(named("pad constant_pad_nd"), _pad),
     **dict.fromkeys(named("tril triu"), _triangle),
+    **dict.fromkeys(named("flip roll"), _turned),
 }
