@@ -256,15 +256,18 @@ def test_einsum_is_the_products_that_it_is_made_of() -> None:
 
 
 class Rotated(nn.Module):
-    """Queries and keys that are turned by their positions, as complex numbers."""
+    """Queries and keys that are turned by their positions, as complex numbers, of which a buffer holds some."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("table", torch.polar(torch.ones(32, 2), torch.rand(32, 2)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         angles = torch.outer(torch.arange(x.shape[1]).to(x.dtype), torch.tensor([1.0, 0.3], dtype=x.dtype))
         turned = torch.polar(torch.ones_like(angles), angles)[:, None] * 0.5
+        places = torch.arange(x.shape[1]).flip(0)[:, None].expand(-1, 2)
+        turned = turned * self.table[: x.shape[1]].view(-1, 1, 2) * self.table.gather(0, places)[:, None]
 
         def turn(y: Tensor) -> Tensor:
             return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (4, 2, 2))) * turned).flatten(-2).transpose(1, 2)

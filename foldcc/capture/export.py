@@ -110,7 +110,7 @@ def capture(
     _put_on(graph, device)
     masks.remove_marks(graph.graph, {s.name for s in slots if s.kind == "input"})
     backwards.transpose(graph.graph)
-    pairs.in_pairs(graph.graph)
+    pairs.in_pairs(graph.graph, {s.name for s in slots if s.kind in ("buffer", "constant")})
     normalize.normalize(graph)
     slots = random.with_keys(graph, slots)
     literals = _without_literals(graph)
@@ -137,7 +137,7 @@ def _constant(model: nn.Module, value: torch.Tensor, device: torch.device) -> to
             "and so has no values.",
             valid="a buffer (register_buffer), which can be given values later; or a model that is not built on meta",
         )
-    return value.to(device)
+    return (torch.view_as_real(value) if value.is_complex() else value).to(device)
 
 
 def as_exported(

@@ -80,7 +80,7 @@ class Places:
                 valid="copying into it: folded.load_state_dict, or with torch.no_grad(): parameter.copy_(value)",
             )
         if not isinstance(held, DTensor):
-            return held
+            return torch.view_as_real(held) if held.is_complex() else held
         if laid_out and held.placements != self.placements[name]:
             raise FoldError(
                 f"Parameter {name} was laid out anew, as {held.placements}.",

@@ -226,6 +226,8 @@ class Module:
 
         model, slots = self.origin.model, self.captured.slots
         held = {name: self.values[s.name] for s in slots if s.kind in ("parameter", "buffer") for name in s.names}
+        complex_ones = {n for n, x in model.named_buffers(remove_duplicate=False) if x.is_complex()}
+        held = {n: torch.view_as_complex(x) if n in complex_ones else x for n, x in held.items()}
         held = {**self._other_buffers(held), **held}
         updated = [self.captured.slot(name) for name in self.captured.updates.values()]
         kept = {s.names[0]: self.reference.inputs[s.name] for s in slots if s.kind == "buffer" and s not in updated}
@@ -344,6 +346,7 @@ class Module:
 
 def _content(x: Tensor) -> bytes:
     """A value, whatever its shape."""
+    x = torch.view_as_real(x) if x.is_complex() else x
     return x.detach().double().contiguous().numpy().tobytes()
 
 
