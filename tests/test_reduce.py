@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import foldcc
 from foldcc import ops
@@ -164,6 +164,16 @@ def test_a_layer_that_is_left_out_is_no_proof(mixtral: FoldedModule) -> None:
 
 def test_the_same_blocks_are_alike(mixtral: FoldedModule) -> None:
     assert first_unlike(mixtral.stages, reduced(mixtral.stages), "ahead") is None
+
+
+def test_an_image_of_few_pixels_does_not_become_one_pixel() -> None:
+    """The gradient of what is added to it would be summed over other dimensions than in the full program."""
+    strided = [nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for i in range(3)]
+    large = foldcc.parallelize(nn.Sequential(*strided), "dp=4", example_inputs=(torch.randn(8, 3, 32, 32),))
+    small = reduced(large.stages)
+    assert first_unlike(large.stages, small, large.stages[-1].name) is None
+    assert first_unlike(large.stages, small, "precision") is None  # before there is anything that is divided
+    assert sum(small["shard"].program.sizes.values()) < sum(large.stages["shard"].program.sizes.values())
 
 
 def test_sizes_that_cannot_be_reduced_are_an_error() -> None:

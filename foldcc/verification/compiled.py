@@ -108,9 +108,11 @@ def _smaller(stages: Stages, name: str) -> Stages | None:
             small = None
         if small is not None and first_unlike(stages, small, from_shard(stages, name)) is None:
             return small
+    needed = too_large(stages)
     try:
-        return reduce.reduced(stages)
+        small = reduce.reduced(stages)
     except FoldError:
-        if too_large(stages):
+        if needed:
             raise
         return None
+    return small if needed or first_unlike(stages, small, name) is None else None

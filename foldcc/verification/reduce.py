@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Set
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ from foldcc.ops.layout import reshard
 from foldcc.ops.operator import positional
 from foldcc.rules.kinds import shape_argument
 from foldcc.verification.fewer_ranks import on_mesh
+from foldcc.verification.same import vanishes
 
 aten = torch.ops.aten
 Sizes = dict[Symbol, int]
 CALLS = 2  # of a block that repeats: one may feed the next
+_LEAST = (2, 8, 32, 128)  # positions of a factor that are left, if fewer do not do
 _SMALL = 4  # factors up to here, and offsets such as the label's shift by one, are part of the program's structure
 _PIECES = {"aten.slice", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.cat", "aten.slice_scatter", "aten.narrow"}
 _CHOSEN = {"aten.topk", "aten.sort", "aten.argsort", "aten.one_hot", "aten.histc", "aten.scatter", "aten.gather"}
@@ -64,13 +67,28 @@ def reduced(stages: Stages, mesh: FoldedMesh | None = None) -> Stages:
 
 
 def _smallest(captured: Program, sharded: Program, alone: Set[Symbol]) -> tuple[Program, Sizes]:
-    """The captured program over the smallest sizes that its operators take, and those sizes."""
-    try:
-        sizes = smaller(sharded, alone)
-        return _resized(captured.copied(), sizes), sizes
-    except FoldError:
-        sizes = smaller(sharded, alone, pieces=False)
-        return _resized(captured, sizes), sizes
+    """The captured program over the smallest sizes that its operators take, and those sizes.
+
+    A dimension that is longer than 1 stays so, as after many convolutions of few places, if some sizes leave it so.
+    """
+    found: tuple[Program, Sizes] | None = None
+    tried: list[Sizes] = []
+    for least, pieces in product(_LEAST, (True, False)):
+        sizes = smaller(sharded, alone, pieces=pieces, least=least)
+        if sizes in tried:
+            continue
+        tried.append(sizes)
+        try:
+            made = _resized(captured.copied(), sizes), sizes
+        except FoldError as error:
+            why = error
+            continue
+        if not vanishes(captured, made[0]):
+            return made
+        found = found or made
+    if found is None:
+        raise why
+    return found
 
 
 # --- fewer calls ---
@@ -103,12 +121,13 @@ def _shortened(program: Program) -> Program:
 # --- smaller factors ---
 
 
-def smaller(program: Program, alone: Set[Symbol], *, pieces: bool = True) -> Sizes:
+def smaller(program: Program, alone: Set[Symbol], *, pieces: bool = True, least: int = _LEAST[0]) -> Sizes:
     """A small size for each factor that the main graph's placeholders have; the others follow from them.
 
     Args:
         alone: factors of which a rank has one position in the full program.
         pieces: factors that are cut into unequal pieces shrink too, all by one ratio.
+        least: of an input's factor that nothing divides, so many positions are left.
     """
     degrees = _degrees(program)
     entering = {f for n in program.placeholders for dim in n.meta["dims"] for f in dim}
@@ -130,8 +149,9 @@ def smaller(program: Program, alone: Set[Symbol], *, pieces: bool = True) -> Siz
         alike = [g for g in tokens if f in tokens and program.sizes[g] == size]
         degree = math.lcm(degree, *(degrees.get(g, 1) for g in alike))
         # A rank has one position of a factor only where it has one in the full program: PyTorch treats that case apart.
-        choices = [degree] if f in alone or size == degree else [degree * m for m in range(2, _SMALL + 2)]
-        found[f] = size if f in pinned or size <= _SMALL else min(choices, key=lambda n: (taken[n], n))
+        first = least if degree == 1 and f in tokens else _LEAST[0]
+        choices = [degree] if f in alone or size == degree else [degree * m for m in range(first, first + _SMALL)]
+        found[f] = size if f in pinned or size <= max(_SMALL, first) else min(choices, key=lambda n: (taken[n], n))
         for g in alike:
             found[f] = shared.setdefault(g, found[f])
         taken[found[f]] += 1

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.program import Program
@@ -20,7 +20,9 @@ from foldcc.layout import Layout
 
 def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
     """The first node of the full program, at a stage, that is another one in the reduced program; None if none is."""
-    for stage in ("annotate", "shard", last):
+    order = [stage.name for stage in full]
+    later = [last] if order.index(last) > order.index("shard") else []  # until then a reduced program is what was captured
+    for stage in ("annotate", "shard", *later):
         ours, theirs = full[stage].program, small[stage].program
         for main, other in zip(ours.mains, theirs.mains, strict=True):
             for name, block in main.named_children():
@@ -28,6 +30,13 @@ def first_unlike(full: Stages, small: Stages, last: str) -> str | None:
                     if not _alike(node, twin):
                         return f"{name} {stage}: {node.format_node() if node is not None else 'nothing'}"
     return None
+
+
+def vanishes(program: Program, small: Program) -> bool:
+    """Whether a dimension that is longer than 1 is so no more."""
+    values = ([n.meta.get("val") for _, n in p.nodes()] for p in (program, small))
+    sizes = ((x.shape, y.shape) for x, y in zip(*values, strict=True) if isinstance(x, Tensor))
+    return any(m == 1 != n for whole, part in sizes for n, m in zip(whole, part, strict=True))
 
 
 def first_not_captured(stages: Stages) -> str | None:
