@@ -1,9 +1,4 @@
-"""Normalizing a captured graph: what says nothing goes, and what hides a sum over tokens is written out.
-
-    loss = cross_entropy_loss(logits, target)                    # mean over valid tokens
-becomes
-    loss = sum(token_loss(logits, target)) / sum(target != ignore_index)
-"""
+"""Normalizing a captured graph: what says nothing goes, and what hides a sum over tokens is written out."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import torch
 from torch import fx
 
 from foldcc import ops
+from foldcc.capture import losses
 from foldcc.capture.convolutions import causal
 from foldcc.ir.node import argument, name_of
 from foldcc.ir.rewrite import emit, replace_node
@@ -22,7 +18,6 @@ from foldcc.ops.random import gain
 from foldcc.rules.kinds import FILLS, RESHAPES, SAME, filled_with
 
 aten = torch.ops.aten
-MEAN, SUM = 1, 2
 _DROPPED = SAME - {"aten.detach"} | {"aten.detach_"}  # what detach cuts off stays cut off; nobody reads what detach_ leaves
 
 
@@ -48,21 +43,6 @@ def normalize(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-def _cross_entropy(node: fx.Node) -> fx.Node:
-    logits, target = argument(node, "self"), argument(node, "target")
-    plain = argument(node, "weight") is None and not argument(node, "label_smoothing")
-    if not plain or logits.meta["val"].dim() != 2 or target.meta["val"].dim() != 1:
-        return node
-    ignore = argument(node, "ignore_index")
-    each = emit(node, ops.token_loss, logits, target, ignore)
-    if argument(node, "reduction") not in (MEAN, SUM):
-        return each
-    total = emit(node, aten.sum.default, each)
-    if argument(node, "reduction") == SUM:
-        return total
-    return emit(node, aten.div.Tensor, total, emit(node, aten.sum.default, emit(node, aten.ne.Scalar, target, ignore)))
 
 
 def _attention(node: fx.Node) -> fx.Node:
@@ -216,7 +196,9 @@ def _present(node: fx.Node) -> fx.Node:
 
 
 REWRITES: dict[Any, Callable[[fx.Node], fx.Node]] = {
-    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.cross_entropy_loss.default: losses.cross_entropy,
+    aten.nll_loss_nd.default: losses.nll,
+    aten.nll_loss.default: losses.nll,
     aten.scaled_dot_product_attention.default: _attention,
     aten.dropout.default: _dropout,
     aten.native_dropout.default: _dropout,
