@@ -98,6 +98,13 @@ def test_a_masked_score_weighs_nothing() -> None:
 
 LATER = torch.ones(4, 4).triu(1) > 0.5
 
+
+def triangular(x: Tensor, *, unit: bool) -> Tensor:
+    """[4, 4], zero above its diagonal, which is one or is not."""
+    a = x[:, :4] * x[:, :4] + 1
+    return a.tril(-1) + (torch.eye(4, dtype=x.dtype) if unit else a.diag().diag())
+
+
 # Two ways of computing one thing, which a program and its folded form may take.
 IDENTITIES = {
     "silu": (lambda x: F.silu(x), lambda x: x * torch.sigmoid(x)),
@@ -128,6 +135,14 @@ IDENTITIES = {
     "rsqrt": (lambda x: x.rsqrt(), lambda x: 1 / x.sqrt()),
     "maximum": (lambda x: F.relu(x), lambda x: torch.maximum(x, torch.zeros_like(x))),
     "largest": (lambda x: x.amax(-1), lambda x: x.max(-1).values),
+    "rows of a triangular system": (
+        lambda x: x,
+        lambda x: (a := triangular(x, unit=True)) @ torch.linalg.solve_triangular(a, x, upper=False, unitriangular=True),
+    ),
+    "columns of a triangular system": (
+        lambda x: x,
+        lambda x: (torch.linalg.solve_triangular(a := triangular(x, unit=False).mT, x.mT, upper=True, left=False) @ a).mT,
+    ),
     "twice": (lambda x: x + x, lambda x: 2 * x),
     "square": (lambda x: x * x, lambda x: x**2),
     "gelu": (lambda x: F.gelu(x), lambda x: x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))),

@@ -1,4 +1,4 @@
-"""Softmax, losses, norms and attention: sums and inverses of hashes, so that dividing them over ranks stays exact."""
+"""Softmax, losses, norms, attention, triangular systems: sums and inverses of hashes, so that dividing them stays exact."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from foldcc.verification.arithmetic import add, mean, mul, square, sub
 from foldcc.verification.field import Field
 from foldcc.verification.functions import rsqrt
 from foldcc.verification.meanings import MEANINGS, meaning
+
+
+@meaning("linalg_solve_triangular")
+def solve_triangular(
+    field: Field, a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Tensor:
+    """x of `a @ x = b`, or of `x @ a = b`, one row after the other: what is known of x is taken from b."""
+    if not left:
+        return solve_triangular(field, a.mT, b.mT, upper=not upper, unitriangular=unitriangular).mT
+    count = a.shape[-1]
+    rows: dict[int, Tensor] = {}
+    for i in range(count - 1, -1, -1) if upper else range(count):
+        row = b[..., i : i + 1, :].expand(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), 1, b.shape[-1])
+        if rows:
+            row = sub(field, row, field.matmul(a[..., i : i + 1, list(rows)], torch.cat([*rows.values()], -2)))
+        rows[i] = row if unitriangular else field.times(row, field.inverse(a[..., i : i + 1, i : i + 1]))
+    return torch.cat([rows[i] for i in range(count)], -2)
 
 
 @meaning("_softmax")
