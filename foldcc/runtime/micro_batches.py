@@ -87,7 +87,7 @@ class Run:
         elif kind == BACKWARD_WEIGHT:
             second = self.executable.halves[stage][1]
             made, _, _ = self.executable.piece(second, self._waiting.pop(place))
-            self._add(stage, second, made)
+            self._add(place, second, made)
         else:
             assert kind == FREE
             self.saved.pop(place, None)  # a backward pass frees it piece by piece
@@ -122,12 +122,13 @@ class Run:
         del saved
         given += self._entering.pop(place, ())
         made, self._leaving[place], left = self.executable.piece(piece, given)
-        self._add(stage, piece, made)
+        self._add(place, piece, made)
         return left
 
-    def _add(self, stage: int, piece: Piece, made: Sequence[Any]) -> None:
+    def _add(self, place: tuple[int, int], piece: Piece, made: Sequence[Any]) -> None:
         """Adds what a backward pass makes to what those of other micro-batches have made."""
-        sums, run = self._sums[stage], self.executable
+        (stage, i), run = place, self.executable
+        sums = self._sums[stage]
         for k, x in zip(piece.results, made, strict=True):
             if k in run.apart:
                 of, name = self.apart[i], run.apart[k]

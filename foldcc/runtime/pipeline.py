@@ -371,8 +371,8 @@ class _Steps(torch.autograd.Function):
             of_slots, of_inputs, apart = executable.gradients(run), executable.of_inputs(run), run.apart
         elif wanted != executable.program.wanted:
             raise FoldError(
-                f"Schedule {executable.pipelining.schedule} went back from {told_outputs(executable.program.wanted or ())} inside "
-                f"the call, and the backward pass is given the gradients of {told_outputs(wanted)}.",
+                f"Schedule {executable.pipelining.schedule} went back from {told_outputs(executable.program.wanted or ())} "
+                f"inside the call, and the backward pass is given the gradients of {told_outputs(wanted)}.",
                 valid="loss.backward() of the loss that the model returns; schedule='gpipe'",
             )
         else:
