@@ -411,6 +411,11 @@ def fold(model: nn.Module, mesh: str = "dp=1", count: int = 2, more: Batch | Non
         (Of(lambda rows, mask, _: rows.sum() / rows.new_full((1,), rows.shape[0])), {}, "(?s)does not add up.*aten.div"),
         (Of(lambda rows, mask, _: rows.mean() * torch.tensor(float(rows.shape[0]))), {}, "(?s)does not add up.*aten.mul"),
         (Of(lambda rows, mask, _: rows.sum() / torch.ones(rows.shape[0]).sum()), {}, "(?s)does not add up.*aten.div"),
+        (
+            Of(lambda rows, mask, _: F.cross_entropy(rows[:, None].expand(-1, 3), mask, label_smoothing=0.1)),
+            {},
+            "(?s)does not add up over micro-batches.*cross_entropy",
+        ),
         (Of(lambda rows, mask, _: mask.sum() / rows.mean()), {}, "(?s)does not add up over micro-batches.*aten.div"),
         (
             Of(lambda rows, mask, _: ((rows * mask).sum(), mask.sum())),
