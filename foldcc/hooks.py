@@ -82,6 +82,11 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[str, int, Any]]:
             yield held, key, hook
 
 
+def has_gradient_hook(parameter: Tensor) -> bool:
+    """Whether something is called with a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def is_the_models(hook: Any, own: set[int]) -> bool:
     """Hooks that are a part of what the model computes: methods of its modules, and what its library or foldcc registers."""
     while isinstance(hook, functools.partial):

@@ -250,7 +250,7 @@ class FoldedModule(Reports):
         In between, `.grad` is a DTensor of terms of a sum (`Partial`) in the layout in which the program uses the parameter. It
         adds up over programs of different shapes, its `full_tensor()` is the right gradient, and `zero_grad` drops it. With
         `zero=1` to `3` a rank then holds whole gradients, not its share. What needs no reduction is in `.grad` as ever. On a
-        virtual mesh, where nothing is sent, in micro-batches, and with PyTorch 2.11, each backward pass reduces them.
+        virtual mesh, in micro-batches, with hooks on gradients and with PyTorch 2.11, each backward pass reduces them.
         """
         before, self._keeps = self._keeps, True
         try:

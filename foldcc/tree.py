@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
 from foldcc.errors import FoldError, NotFolded
-from foldcc.hooks import CALLED, OPTIONS, hooks_of, is_the_models, named, refuse_unobserving
+from foldcc.hooks import CALLED, OPTIONS, has_gradient_hook, hooks_of, is_the_models, named, refuse_unobserving
 from foldcc.mesh import FoldedMesh
 
 _ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -36,7 +36,7 @@ def refuse_hooks(model: nn.Module) -> None:
         if path:
             refuse_unobserving(path, module, held, key, hook)
     for name, p in model.named_parameters():
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+        if has_gradient_hook(p):
             raise FoldError(
                 f"Parameter {name} has a gradient hook, and the folded model's parameters are others.",
                 valid=f"the hook on the folded model's own: folded.get_parameter({name!r})",

@@ -213,6 +213,32 @@ def test_gradients_that_wait_add_up_in_the_dtype_of_their_parameters(precision: 
             assert x.dtype == torch.float32 and relative_error(x, at_once[name]) < (1e-2 if narrow else 1e-6), name
 
 
+def hooked(model: nn.Module, batches: list[Tensor], wait: Any) -> list[tuple[str, Tensor]]:
+    """What hooks are given, of which one is removed before the last pass."""
+    seen: list[tuple[str, Tensor]] = []
+    model.scale.register_hook(lambda g: seen.append(("gradient", whole(g).clone())))
+    added = model.scale.register_post_accumulate_grad_hook(lambda p: seen.append(("sum", whole(p.grad).clone())))
+    for x in batches:
+        if x is batches[-1]:
+            added.remove()
+        with wait():
+            model(x).backward()
+    return seen
+
+
+def hooked_on_a_rank() -> list[tuple[str, Tensor]]:
+    model = foldcc.parallelize(Dense().double(), foldcc.FoldedMesh.parse("dp=2", "cpu"), zero=3, verify=False)
+    return hooked(model, [x.chunk(2)[dist.get_rank()] for x in BATCHES], model.no_sync)
+
+
+def test_hooks_from_before_the_first_call_are_given_what_they_are_given_in_one_process() -> None:
+    wanted = hooked(Dense().double(), BATCHES, nullcontext)
+    for seen in run_distributed(hooked_on_a_rank, 2):
+        assert [kind for kind, _ in seen] == [kind for kind, _ in wanted] and len(seen) == 5
+        for (_, x), (_, y) in zip(seen, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
 UNEVEN = [torch.randn(4, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 7, 6)]
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.torch_version import TorchVersion
 
+from foldcc.hooks import has_gradient_hook
 from foldcc.ir.program import Slot, unshards
 from foldcc.layout import PARTIAL, Layout
 from foldcc.mesh import FoldedMesh
@@ -87,12 +88,16 @@ class Accumulation:
 
     Attributes:
         parameters: DTensors by name; none on a virtual mesh, where nothing is sent and nothing waits.
-        keep: this one leaves gradients unreduced as well.
+        may_keep: this one leaves gradients unreduced as well, unless hooks are to be given them.
     """
 
     mesh: FoldedMesh
     parameters: Mapping[str, Any]
-    keep: bool
+    may_keep: bool
+
+    @property
+    def keep(self) -> bool:
+        return self.may_keep and not any(map(has_gradient_hook, self.parameters.values()))
 
     @property
     def waiting(self) -> list[str]:

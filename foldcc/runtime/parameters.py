@@ -58,12 +58,14 @@ class Places:
             tell_what_is_raised()
 
     def _distribute(self, parameter: nn.Parameter, layout: Layout, there: tuple[Placement, ...]) -> None:
-        """Leaves this rank its part of a parameter. It stays the same object, so an optimizer may hold it already."""
+        """Leaves this rank its part of a parameter. It stays the same object: optimizers hold it, and hooks are on it."""
         assert isinstance(parameter, DTensor)
         local = own_part(parameter.to_local().detach(), layout, self.mesh, self.mesh.here).clone()
         side = self.mesh.of_tensors[layout.view]
         whole = DTensor.from_local(local, side, there, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        hooks, later = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
         torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+        parameter._backward_hooks, parameter._post_accumulate_grad_hooks = hooks, later  # the handles remove from these
 
     def local(self, name: str, held: Tensor) -> Tensor:
         """What this rank holds of a parameter or buffer, filled up to what its layout says."""
