@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 RANKS = 4
-FOLDS = ("dp=4|ep=4", "dp=2,tp=2|ep=2,etp=2", "dp_replicate=2,dp=2|ep=2")
+FOLDS = ("dp=4|ep=2", "dp=2,tp=2|ep=2,etp=2", "tp=4|ep=4")
 DTYPES = ("fp32", "bf16", "narrow")
 # hidden width, width of an expert, layers
 SIZES = {"50m": (384, 832, 6), "12m": (256, 448, 4), "3m": (128, 256, 4)}
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of a sample")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--folds", nargs="+", default=list(FOLDS), help=f"meshes of {RANKS} ranks")
-    parser.add_argument("--orders", type=int, default=1, help="controls: how many other orders of samples")
+    parser.add_argument("--orders", type=int, default=2, help="controls: how many other orders of samples")
     parser.add_argument("--json", help="where to write the result")
     options = parser.parse_args()
     found: dict[str, Any] = {
