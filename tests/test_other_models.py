@@ -66,7 +66,7 @@ def sentences(samples: int = 4, source: int = 12, target: int = 8) -> dict[str, 
 
 
 @pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
-@pytest.mark.parametrize("name", _SIZES)
+@pytest.mark.parametrize("name", ["T5", pytest.param("Bart", marks=pytest.mark.slow)])
 def test_encoder_decoders_are_folded_with_padding_and_dropout(name: str) -> None:
     model, batch = translator(name), sentences()
     folded, reference = folded_alike(model, "dp=2,tp=2", batch)
