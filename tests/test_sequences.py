@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import foldcc
 from foldcc import FoldError, ops
 from foldcc.ir.program import Program
+from foldcc.ops import ring
 from foldcc.ops.operator import Operator
 from foldcc.passes import Pass
 from foldcc.testing import in_float64, run_distributed
@@ -202,6 +203,27 @@ def test_no_rank_of_a_ring_holds_more_than_the_pairs_of_a_block_or_all_keys() ->
         ("ring", "zigzag"): (64 * 64, False, 8),  # of 12, and 24, half as long
     }
     assert bytes_["ring", "zigzag"] < 1.1 * bytes_["ring", "natural"] < bytes_["gathered", "natural"]
+
+
+def test_the_scores_of_a_block_grow_with_its_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(length: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        q, k, v, values = (torch.randn(1, heads, length, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+        total, largest = (torch.rand(1, 4, length, 1, dtype=torch.float64) for _ in range(2))
+        pairs, how = (q, k, v, torch.rand(1, length) > 0.3), (torch.tensor(3), 0.3, True, 7, 20.0)
+        ahead = ops.attend_block(*pairs, values, total, largest, *how)
+        return [*ahead, *ops.attend_block_backward(values, total, *pairs, largest, *how)]
+
+    most = []
+    for length in (1024, 2048):
+        with Largest() as seen:
+            ran(length)
+        most.append(seen.pairs)
+    assert most == [ring._QUERIES * 1024, ring._QUERIES * 2048]
+    at_once = ran(13)
+    monkeypatch.setattr(ring, "_QUERIES", 5)
+    for part, whole in zip(ran(13), at_once, strict=True):
+        assert part.dtype == whole.dtype and relative_error(part, whole) < 1e-12
 
 
 def test_what_a_halo_sends_does_not_depend_on_the_length() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from foldcc.ops.groups import index, process_group, size
 from foldcc.ops.operator import Operator, operator
 
+_QUERIES = 512  # whose scores are there at a time, so that memory grows with the keys alone
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -93,8 +94,29 @@ def _weights(
 
 def _block(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, values: Tensor, total: Tensor, largest: Tensor, start: Tensor,
-    scale: float, causal: bool, window: int, softcap: float,
+    *how: Any,
 ) -> Three:  # fmt: skip
+    parts = zip(*(x.split(_QUERIES, 2) for x in (q, values, total, largest)), strict=True)
+    found = [_some(x, k, v, valid, a, b, c, start + i * _QUERIES, *how) for i, (x, a, b, c) in enumerate(parts)]
+    values, total, largest = (torch.cat(x, 2) for x in zip(*found, strict=True))
+    return values, total, largest
+
+
+def _some(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    values: Tensor,
+    total: Tensor,
+    largest: Tensor,
+    start: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Three:
+    """A part of the queries."""
     weights, _, now = _weights(q, k, valid, largest, start, scale, causal, window, softcap)
     before = (largest - now).exp()
     seen = (_by_group(weights.to(v.dtype), k) @ v).view(values.shape)
@@ -104,9 +126,25 @@ def _block(
 def _back(
     to_values: Tensor, to_total: Tensor,
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, largest: Tensor, start: Tensor,
-    scale: float, causal: bool, window: int, softcap: float,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, values and total: the largest score cancels out, so it has none."""
+    ends, of_k, of_v = [], *(torch.zeros_like(x, dtype=largest.dtype) for x in (k, v))
+    parts = zip(*(x.split(_QUERIES, 2) for x in (to_values, to_total, q, largest)), strict=True)
+    for i, (values, total, x, most) in enumerate(parts):
+        of_q, more_k, more_v, *of_state = _some_back(values, total, x, k, v, valid, most, start + i * _QUERIES, *how)
+        of_k, of_v = of_k + more_k, of_v + more_v
+        ends.append((of_q, *of_state))
+    of_q, of_values, of_total = (torch.cat(x, 2) for x in zip(*ends, strict=True))
+    return of_q, of_k.to(k.dtype), of_v.to(v.dtype), of_values, of_total
+
+
+def _some_back(
+    to_values: Tensor, to_total: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, largest: Tensor, start: Tensor,
+    scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of a part of the queries."""
     weights, scores, now = _weights(q, k, valid, largest, start, scale, causal, window, softcap)
     before = (largest - now).exp()
     rows = _by_group(to_values, k).to(v.dtype)
