@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from foldcc.ir.pipeline import Stages
+from foldcc.ir.program import Program
 from foldcc.ir.sizes import Sizes, axes_of, communicates, human
 from foldcc.ir.text import short
-from foldcc.ir.walk import module_of, parts
+from foldcc.ir.walk import Mains, module_of, parts
 from foldcc.ops import record
 from foldcc.tables import table
 
@@ -91,10 +92,18 @@ class Collectives(Sequence[Collective]):
 
 def collectives(stages: Stages) -> Collectives:
     """The collectives of the newest program, forward and backward."""
-    program = stages.lowered[-1].program
+    return Collectives(sent(stages.lowered[-1].program))
+
+
+def sent(program: Program, mains: Mains | None = None) -> list[Collective]:
+    """The collectives of a lowered program.
+
+    Args:
+        mains: of its main graphs, pieces; unless said otherwise, all of them.
+    """
     rows = []
     sizes: dict[str, Sizes] = {}
-    for part in parts(program):
+    for part in parts(program, mains):
         known = sizes.setdefault(part.block, Sizes(program.mesh))
         for node in part.graph.graph.nodes:
             known.learn(node)
@@ -105,4 +114,4 @@ def collectives(stages: Stages) -> Collectives:
                 dtype = node.all_input_nodes[0].meta["val"].dtype
                 told = (operator.name, axes_of(node), part.direction, module_of(node), part.calls, count, expected, dtype)
                 rows.append(Collective(*told))
-    return Collectives(rows)
+    return rows

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from foldcc.inspect.collectives import Collective, Collectives, sent
 from foldcc.inspect.flops import local_flops
 from foldcc.inspect.memory import MOMENTS, Memory, Policies, Storage, Walk, outside
 from foldcc.inspect.memory import memory as memory_of
@@ -35,6 +36,7 @@ class Place:
         stages: of the pipeline, that it has.
         flops, again: of one of its ranks in a call, and those of them that the backward pass computes again.
         parameters: elements on one of its ranks.
+        sent: the collectives of one of its ranks in a call, and what it sends to other places.
         memory: bytes on one of its ranks.
     """
 
@@ -42,6 +44,7 @@ class Place:
     flops: int
     again: int
     parameters: int
+    sent: Collectives
     memory: Memory
 
 
@@ -63,13 +66,14 @@ class Pipeline:
         return max(self.places, key=lambda p: p.memory.peak)
 
     def __str__(self) -> str:
-        head = ["pp", "stages", "FLOPs", "parameters", "moments", "gradients", "kept", "a step", "at its highest"]
+        head = ["pp", "stages", "FLOPs", "sent", "parameters", "moments", "gradients", "kept", "a step", "at its highest"]
         rows = []
         for number, place in enumerate(self.places):
             held = place.memory
             sizes = (held.parameters, held.moments, held.gradients, held.kept, held.step, held.peak)
             stages = " ".join(map(str, place.stages))
-            rows.append([str(number), stages, f"{place.flops / max(1, self.flops):.1%}", *map(human, sizes)])
+            share = f"{place.flops / max(1, self.flops):.1%}"
+            rows.append([str(number), stages, share, *map(human, (place.sent.bytes(), *sizes))])
         return f"{self.told}; if stages take as long, ranks wait {self.waits:.1%} of a step\n" + table(
             head, rows, right=range(2, len(head))
         )
@@ -113,7 +117,22 @@ def _place(executable: Pipelined, place: int) -> Place:
     slots = [s for s in program.slots if s.kind == "parameter" and (s.names[0] in here or not program.plan.stages)]
     layouts = program.layouts()
     count = sum(elements(layouts[s.name].shape) for s in slots)
-    return Place(stages, flops + again, again, count, _memory(executable, place, stages, {s.name for s in slots}))
+    held = _memory(executable, place, stages, {s.name for s in slots})
+    return Place(stages, flops + again, again, count, _sent(executable, stages), held)
+
+
+def _sent(executable: Pipelined, stages: Sequence[int]) -> Collectives:
+    """What one rank sends: in the passes of each micro-batch, and in the reductions that are made once."""
+    program, calls = executable.program, executable.pipelining.micro_batches
+    passes = [(FORWARD, executable.ahead.stages[s]) for s in stages]
+    passes += [(BACKWARD, executable.back.stages[s]) for s in stages] if executable.trains else []
+    if any(piece.shared for _, piece in passes):
+        passes.append((FORWARD, executable.ahead.counts))
+    rows = [replace(c, calls=c.calls * calls) for c in sent(program, [(direction, piece.graph) for direction, piece in passes])]
+    if executable.trains:
+        rows += sent(program, [(BACKWARD, executable.reduce.stages[s].graph) for s in stages])
+    across = [(direction, like(n)) for direction, piece in passes for n in piece.sent]
+    return Collectives([*rows, *(Collective("send", ("pp",), way, "", calls, x.nbytes, False, x.dtype) for way, x in across)])
 
 
 def _memory(executable: Pipelined, place: int, stages: Sequence[int], parameters: set[str]) -> Memory:
