@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, fx
 
+from foldcc.arguments import require
 from foldcc.codegen import experts, plan, router, rows, source
 from foldcc.codegen.kernels import Kernel, Kernels, counted, described, modules, moved
 from foldcc.codegen.regions import Region, chains, in_sequence, is_free, mark_inline
@@ -136,6 +138,7 @@ def load_kernels(path: Any) -> ModuleType:
     Raises:
         FoldError: the file is not there, or is no Python.
     """
+    require("path", path, (str, PathLike), "the path of a file")
     file = Path(path)
     if not file.is_file():
         raise FoldError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import gcd
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from foldcc.arguments import require
 from foldcc.call import Call
 from foldcc.capture import capture
 from foldcc.capture.capacity import limit
@@ -134,9 +135,9 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise FoldError(f"parallelize takes an nn.Module, not {type(model).__name__}.")
-    if capture not in TRACERS:
+    if not isinstance(capture, str) or capture not in TRACERS:
         raise FoldError(f"There is no tracer {capture!r}.", valid=", ".join(TRACERS))
-    if isinstance(kernels, str) and kernels not in KERNELS:
+    if kernels not in KERNELS if isinstance(kernels, str) else not isinstance(kernels, ModuleType):
         raise FoldError(f"There are no kernels {kernels!r}.", valid=f"{', '.join(KERNELS)}, or what load_kernels returns")
     for name in others:
         raise FoldError(f"parallelize takes no option {name!r}.", instead=_ELSEWHERE.get(name), valid=", ".join(_OPTIONS))
@@ -147,6 +148,9 @@ def parallelize(
         )
     refuse_wrapped(model)
     _check_parameters(model)
+    _check_kinds(mesh, example_inputs, batch_dims, attention, order, progress)
+    for name, switch in (("verify", verify), ("check_ranks", check_ranks), ("cache", cache)):
+        require(name, switch, (bool, NoneType), "True or False")
     if isinstance(mesh, str):
         mesh = FoldedMesh.parse(mesh)
     if isinstance(mesh, DeviceMesh):
@@ -202,12 +206,31 @@ def parallelize(
     inputs = example_inputs if fixed else _dummy(model, mesh, micro_batches)
     if inputs is not None:
         args, kwargs = _arguments(inputs)
-        folded._compile(Call.of(model, args, kwargs), fixed=fixed)
+        folded._compile(_call(model, args, kwargs), fixed=fixed)
     return folded
 
 
+def _check_kinds(mesh: Any, inputs: Any, batch_dims: Any, attention: Any, order: Any, progress: Any) -> None:
+    require("mesh", mesh, (FoldedMesh, DeviceMesh, str), "a FoldedMesh, a DeviceMesh, or text such as 'dp=2,tp=2|ep=4'")
+    require("example_inputs", inputs, (Mapping, tuple, list, NoneType), "a dict of arguments by name, or a tuple of them")
+    require("batch_dims", batch_dims, (Mapping, NoneType), "a dict from names of arguments to their dimension of samples")
+    for name, dim in (batch_dims or {}).items():
+        require(f"batch_dims[{name!r}]", dim, (int, NoneType), "a dimension, or None")
+    require("attention", attention, (str, NoneType), "the name of a way to divide a sequence")
+    require("order", order, (str, NoneType), "the name of an order of a sequence")
+    require("progress", progress, (Callable, NoneType), "a function that is given the name of a stage")  # type: ignore[arg-type]
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    try:
+        return Call.of(model, args, kwargs)
+    except TypeError as error:  # as Python says it of a call
+        takes = inspect.signature(model.forward)
+        raise FoldError(f"example_inputs are no arguments of the model's forward: {error}.", forward=takes) from None
+
+
 def _dynamic(asked: Collection[str]) -> tuple[str, ...]:
-    if isinstance(asked, str) or not {*asked} <= {BATCH, SEQ}:
+    if isinstance(asked, str) or not isinstance(asked, Collection) or any(x not in (BATCH, SEQ) for x in asked):
         raise FoldError(f"dynamic={asked!r} is no tuple of sizes that may vary.", valid=f"{(BATCH, SEQ)}, ({SEQ!r},), ()")
     return tuple(asked)
 
@@ -317,6 +340,8 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
     Raises:
         FoldError: a parameter is on meta, is initialised in a way that is no function of its positions, or by nothing.
     """
+    require("model", model, FoldedModule, "a folded one, from parallelize")
+    require("seed", seed, int, "a whole number")
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta:
         raise FoldError(f"{on_meta[0]} is on meta.", parameters=listed(on_meta), valid='folded.to_empty(device="cpu") before')
@@ -337,6 +362,7 @@ def set_capacity(model: nn.Module, capacity: Capacity | None) -> None:
     Raises:
         FoldError: the model has no such experts, or is folded already.
     """
+    require("model", model, nn.Module, "an nn.Module")
     if isinstance(model, FoldedModule):
         raise FoldError("The model is folded, and its programs are made.", valid="set_capacity on the model before parallelize")
     if not isinstance(capacity, Capacity | None):

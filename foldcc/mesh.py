@@ -18,6 +18,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
+from foldcc.arguments import require
 from foldcc.errors import FoldError, divisors, listed
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ class FoldedMesh:
     @classmethod
     def parse(cls, text: str, device_type: str = VIRTUAL) -> FoldedMesh:
         """Read what `str(mesh)` prints: attention's axes, then, after a `|`, the experts'."""
+        require("A mesh", text, str, f"text such as {_EXAMPLE}")
         sides = text.split("|")
         if len(sides) > 2:
             raise FoldError(f"{text!r} has {len(sides) - 1} '|', and a folded mesh has two sides.", valid=_EXAMPLE)
@@ -298,7 +300,8 @@ def init_folded_mesh(device_type: str, *, attention: Mapping[str, int], moe: Map
             of another size.
     """
     moe = {} if moe is None else moe
-    for sizes, valid in ((attention, ATTENTION), (moe, MOE)):
+    for side, sizes, valid in (("attention", attention, ATTENTION), ("moe", moe, MOE)):
+        require(side, sizes, Mapping, "a dict of axes and their sizes")
         for axis, size in sizes.items():
             _check_axis(axis, valid)
             _check_size(axis, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import foldcc
 import foldcc.ops
 from foldcc import FoldError
+from foldcc.ir.pipeline import check_contracts
 from foldcc.mesh import FoldedMesh
 from foldcc.passes.annotate import UnknownOperator
 from foldcc.testing import check_equivalence
@@ -421,3 +422,42 @@ def test_an_operator_without_a_rule_works_and_is_named() -> None:
     model = Forward(lambda model, y: torch.roll(y, 1, 0))
     with pytest.warns(UnknownOperator, match="aten.roll.default has no factor rule; its operands are replicated on dp"):
         check_equivalence(model, "dp=2,tp=2", (activations(),))
+
+
+KINDS: list[tuple[Callable[[nn.Module], object], str]] = [
+    (lambda m: foldcc.parallelize(m, None), "mesh is a FoldedMesh, a DeviceMesh, or text"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, {"dp": 2}), "not the dict {'dp': 2}"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", example_inputs=torch.zeros(4, 8)), "example_inputs is a dict"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", example_inputs={"y": torch.zeros(4, 8)}), "missing a required argument: 'input'"),
+    (lambda m: foldcc.parallelize(m, "dp=2", batch_dims="x"), "batch_dims is a dict"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", batch_dims={"x": True}), "is a dimension, or None, not the bool True"),
+    (lambda m: foldcc.parallelize(m, "cp=2", attention=["ring"]), "attention is the name"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "cp=2", order=1), "order is the name"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", capture=["export"]), "There is no tracer"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", kernels=None), "There are no kernels None"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", verify="no"), "verify is True or False, not the str 'no'"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", cache="/tmp"), "cache is True or False"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", dynamic=None), "dynamic=None is no tuple"),  # type: ignore[arg-type]
+    (lambda m: foldcc.parallelize(m, "dp=2", dynamic=[["seq"]]), "is no tuple of sizes"),  # type: ignore[list-item]
+    (lambda m: foldcc.parallelize(m, "dp=2", progress=True), "progress is a function"),  # type: ignore[arg-type]
+    (lambda m: foldcc.init_folded_mesh("virtual", attention="dp=2"), "attention is a dict"),  # type: ignore[arg-type]
+    (lambda m: FoldedMesh.parse(4), "A mesh is text"),  # type: ignore[arg-type]
+    (lambda m: foldcc.Plan.parse(None), "A plan is text"),  # type: ignore[arg-type]
+    (lambda m: foldcc.Capacity(factor=True), "factor is a number, not the bool"),
+    (lambda m: foldcc.Capacity(factor=1.0, pad="no"), "pad is True or False"),  # type: ignore[arg-type]
+    (lambda m: foldcc.set_capacity(None, None), "model is an nn.Module"),  # type: ignore[arg-type]
+    (lambda m: foldcc.verify(m), "model is a folded one"),  # type: ignore[arg-type]
+    (lambda m: foldcc.init_parameters(m, 0), "model is a folded one"),  # type: ignore[arg-type]
+    (lambda m: foldcc.clip_grad_norm_(None, 1.0), "parameters is a number of them"),  # type: ignore[arg-type]
+    (lambda m: foldcc.clip_grad_norm_([], "1"), "max_norm is a number"),  # type: ignore[arg-type]
+    (lambda m: foldcc.register_experts(nn.Linear, None), "a subclass of nn.Module and a function"),  # type: ignore[arg-type]
+    (lambda m: foldcc.load_kernels(3), "path is the path of a file"),
+    (lambda m: check_contracts([3], frozenset()), "A pass is an instance of a subclass of"),  # type: ignore[list-item]
+]
+
+
+@pytest.mark.parametrize(("call", "message"), KINDS)
+def test_an_argument_of_another_kind_is_named(call: Callable[[nn.Module], object], message: str) -> None:
+    model = nn.Linear(8, 8)
+    with refused(model, re.escape(message)):
+        call(model)

@@ -53,8 +53,8 @@ def _read(key: str, program: Program, passes: Sequence[Pass], seconds: float) ->
     except Exception as error:  # whatever comes of a file that other code wrote, it is said, and compiled
         files.damaged(key, f"{type(error).__name__}: {error}")
         return None
-    for stage in rest:
-        warn_of(stage.by, stage.program)
+    for p, stage in zip(passes, rest, strict=True):
+        warn_of(p, stage.program)
     took = f"{1000 * (time.perf_counter() - start):.0f} ms"
     told = f"read from disk in {took}, and compiled in the times above: {files.path_of(key)}"
     return Stages([Stage("capture", seconds, 0, program.node_count(), program), *rest], told)

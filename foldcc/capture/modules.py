@@ -24,8 +24,8 @@ def register_experts(cls: type[nn.Module], fn: Callable[..., Any]) -> None:
     Raises:
         FoldError: `cls` is not a module class.
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise FoldError(f"register_experts takes a subclass of nn.Module and a function, not {cls!r}.")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and callable(fn)):
+        raise FoldError(f"register_experts takes a subclass of nn.Module and a function, not {cls!r} and {fn!r}.")
     _EXPERTS[cls] = fn
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from foldcc.arguments import require
 from foldcc.errors import FoldError
 from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
@@ -139,6 +140,7 @@ class Stages(Sequence[Stage]):
 def check_contracts(passes: Sequence[Pass], properties: frozenset[str]) -> None:
     """Raises if a pass would run before what it requires is provided."""
     for p in passes:
+        require("A pass", p, Pass, "an instance of a subclass of foldcc.passes.Pass")
         missing = p.requires - properties
         if missing:
             raise FoldError(

@@ -31,6 +31,7 @@ from typing import Any
 
 import sympy
 
+from foldcc.arguments import require
 from foldcc.errors import FoldError
 from foldcc.layout import Layout, split_outside
 from foldcc.mesh import FoldedMesh
@@ -146,6 +147,7 @@ class Plan:
         Raises:
             FoldError: the text is no plan, and in which line.
         """
+        require("A plan", text, str, "text, as str(model.plan) is")
         lines = list(enumerate(text.strip().splitlines(), start=1))
         head = _HEAD.fullmatch(lines[0][1].strip()) if lines else None
         if head is None:

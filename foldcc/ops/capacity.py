@@ -15,6 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from foldcc.arguments import require
 from foldcc.errors import FoldError, divisors, listed
 from foldcc.ops.captured import Captured, registered
 from foldcc.ops.operator import operator
@@ -42,7 +43,9 @@ class Capacity:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.factor, (int, float)) and 0 < self.factor < math.inf):
+        require("factor", self.factor, (int, float), "a number")
+        require("pad", self.pad, bool, "True or False")
+        if not (0 < self.factor < math.inf):
             raise FoldError(f"factor={self.factor!r} is no capacity of experts.", valid="a number above 0, such as 1.25")
         if self.group is not None and (type(self.group) is not int or self.group < 1):
             raise FoldError(f"group={self.group!r} is no number of tokens.", valid="such as a sequence's length, or None")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from foldcc.arguments import require
 from foldcc.errors import FoldError
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.placement import whole_terms
@@ -42,8 +43,11 @@ def clip_grad_norm_(
         FoldError: `max_norm` is negative or `norm_type` is not positive; or the norm is not finite, with the first parameter
             whose gradient is not.
     """
+    require("max_norm", max_norm, (int, float, Tensor), "a number")
+    require("norm_type", norm_type, (int, float, Tensor), "a number")
     if max_norm < 0 or norm_type <= 0:
         raise FoldError(f"max_norm={max_norm} must not be negative and norm_type={norm_type} must be positive.")
+    require("parameters", parameters, (Iterable, Tensor), "a number of them, or of pairs with their names")
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     named = [x if isinstance(x, tuple) else (f"parameter {i} of those given", x) for i, x in enumerate(given)]
     graded = [(p, p.grad) for _, p in named if p.grad is not None]
