@@ -23,11 +23,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from foldcc.arguments import require
 from foldcc.codegen import experts, plan, router, rows, source
 from foldcc.codegen.kernels import Kernel, Kernels, counted, described, modules, moved
 from foldcc.codegen.regions import Region, chains, in_sequence, is_free, mark_inline
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, require
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ir.walk import BACKWARD, FORWARD

@@ -16,14 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from foldcc.arguments import require
 from foldcc.call import Call
 from foldcc.capture import capture
 from foldcc.capture.capacity import limit
 from foldcc.capture.export import TRACERS
 from foldcc.capture.transformers import example_inputs as own_example_inputs
 from foldcc.capture.transformers import initialiser
-from foldcc.errors import FoldError, divisors, listed
+from foldcc.errors import FoldError, divisors, listed, require
 from foldcc.ir.node import argument
 from foldcc.ir.plan import Plan
 from foldcc.mesh import FoldedMesh

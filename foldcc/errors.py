@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isqrt
+from typing import Any
 
 
 class FoldError(ValueError):
@@ -40,6 +41,21 @@ def _render(message: str, facts: dict[str, object]) -> str:
     width = max([7, *map(len, facts)])
     below = "\n" + " " * (width + 3)  # the further lines of a fact stand under its first
     return "\n".join([message, *(f"  {label:<{width}} {fact}".replace("\n", below) for label, fact in facts.items())])
+
+
+def require(name: str, x: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raises unless an argument is of one of these kinds; True and False are numbers only where they are named.
+
+    Args:
+        wanted: what it has to be, as in "a mesh as text".
+
+    Raises:
+        FoldError: it is something else.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(x, kinds) or (isinstance(x, bool) and bool not in kinds):
+        told = f"{type(x).__name__}" if len(repr(x)) > 40 else f"{type(x).__name__} {x!r}"
+        raise FoldError(f"{name} is {wanted}, not the {told}.")
 
 
 def divides(what: str, size: int, axis: str, n: int, **facts: object) -> int:

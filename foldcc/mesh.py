@@ -18,8 +18,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError, divisors, listed
+from foldcc.errors import FoldError, divisors, listed, require
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

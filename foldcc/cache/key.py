@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from torch._functorch import config as functorch
 from torch._subclasses import FakeTensor
 
-import foldcc
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.program import Program
 from foldcc.ops import captured_record, record
@@ -66,7 +65,7 @@ def code() -> bytes:
     for name in ("foldcc", "foldcc.passes", "foldcc.codegen"):  # in a checkout, the last two stand beside the first
         root = Path(sys.modules[name].__path__[0])
         for file in sorted(root.rglob("*.py")):
-            if file.stat().st_ctime > foldcc.IMPORTED:
+            if file.stat().st_ctime > sys.modules["foldcc"].IMPORTED:
                 raise Unkept(f"{file} is newer than this process, which runs other code")
             found.update(f"{name} {file.relative_to(root)}".encode() + file.read_bytes())
     return found.digest()

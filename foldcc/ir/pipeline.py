@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, require
 from foldcc.ir.plan import Plan
 from foldcc.ir.program import Program
 

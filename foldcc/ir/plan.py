@@ -31,8 +31,7 @@ from typing import Any
 
 import sympy
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, require
 from foldcc.layout import Layout, split_outside
 from foldcc.mesh import FoldedMesh
 from foldcc.precision import Precision

@@ -15,8 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError, divisors, listed
+from foldcc.errors import FoldError, divisors, listed, require
 from foldcc.ops.captured import Captured, registered
 from foldcc.ops.operator import operator
 

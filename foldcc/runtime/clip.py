@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, require
 from foldcc.mesh import FoldedMesh
 from foldcc.runtime.placement import whole_terms
 from foldcc.runtime.wires import is_counted_here, over_all_places, whole_mesh

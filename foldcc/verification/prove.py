@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foldcc.arguments import require
-from foldcc.errors import FoldError
+from foldcc.errors import FoldError, require
 from foldcc.ir.pipeline import Stages
 from foldcc.ir.program import Program, told_outputs
 from foldcc.layout import Shard
@@ -59,9 +58,8 @@ def verify(
         FoldError: an operator has no meaning over a field, the captured program does not run, sizes cannot be reduced, or
             there is no such stage.
     """
-    from foldcc.module import FoldedModule
-
-    require("model", model, FoldedModule, "a folded one, from parallelize")
+    if not isinstance(getattr(model, "stages", None), Stages):
+        raise FoldError(f"model is a folded one, from parallelize, not the {type(model).__name__}.")
     require("rounds", rounds, int, "a whole number")
     if rounds < 1:
         raise FoldError(f"verify with rounds={rounds} would prove nothing.", valid="1 or more")
