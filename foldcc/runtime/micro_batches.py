@@ -116,7 +116,7 @@ class Run:
 
     def _back(self, place: tuple[int, int], piece: Piece) -> list[Any]:
         """Runs a backward pass, or its first half: what that leaves."""
-        (stage, i), saves = place, self.executable.saves
+        i, saves = place[1], self.executable.saves
         saved = self.saved.pop(place)
         given = [saved[k] if k < saves else self.tangents[i][k - saves] for k in piece.given]
         del saved
