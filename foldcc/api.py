@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import gcd
+from numbers import Integral
 from types import ModuleType, NoneType
 from typing import Any
 
@@ -214,7 +215,7 @@ def _check_kinds(mesh: Any, inputs: Any, batch_dims: Any, attention: Any, order:
     require("example_inputs", inputs, (Mapping, tuple, list, NoneType), "a dict of arguments by name, or a tuple of them")
     require("batch_dims", batch_dims, (Mapping, NoneType), "a dict from names of arguments to their dimension of samples")
     for name, dim in (batch_dims or {}).items():
-        require(f"batch_dims[{name!r}]", dim, (int, NoneType), "a dimension, or None")
+        require(f"batch_dims[{name!r}]", dim, (Integral, NoneType), "a dimension, or None")
     require("attention", attention, (str, NoneType), "the name of a way to divide a sequence")
     require("order", order, (str, NoneType), "the name of an order of a sequence")
     require("progress", progress, (Callable, NoneType), "a function that is given the name of a stage")  # type: ignore[arg-type]
@@ -340,7 +341,7 @@ def init_parameters(model: FoldedModule, seed: int) -> None:
         FoldError: a parameter is on meta, is initialised in a way that is no function of its positions, or by nothing.
     """
     require("model", model, FoldedModule, "a folded one, from parallelize")
-    require("seed", seed, int, "a whole number")
+    require("seed", seed, Integral, "a whole number")
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta:
         raise FoldError(f"{on_meta[0]} is on meta.", parameters=listed(on_meta), valid='folded.to_empty(device="cpu") before')

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Capacity:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        require("factor", self.factor, (int, float), "a number")
+        require("factor", self.factor, Real, "a number")
         require("pad", self.pad, bool, "True or False")
         if not (0 < self.factor < math.inf):
             raise FoldError(f"factor={self.factor!r} is no capacity of experts.", valid="a number above 0, such as 1.25")

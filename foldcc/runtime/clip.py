@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def clip_grad_norm_(
         FoldError: `max_norm` is negative or `norm_type` is not positive; or the norm is not finite, with the first parameter
             whose gradient is not.
     """
-    require("max_norm", max_norm, (int, float, Tensor), "a number")
-    require("norm_type", norm_type, (int, float, Tensor), "a number")
+    require("max_norm", max_norm, (Real, Tensor), "a number")
+    require("norm_type", norm_type, (Real, Tensor), "a number")
     if max_norm < 0 or norm_type <= 0:
         raise FoldError(f"max_norm={max_norm} must not be negative and norm_type={norm_type} must be positive.")
     require("parameters", parameters, (Iterable, Tensor), "a number of them, or of pairs with their names")

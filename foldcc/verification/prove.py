@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ def verify(
     """
     if not isinstance(getattr(model, "stages", None), Stages):
         raise FoldError(f"model is a folded one, from parallelize, not the {type(model).__name__}.")
-    require("rounds", rounds, int, "a whole number")
+    require("rounds", rounds, Integral, "a whole number")
     if rounds < 1:
         raise FoldError(f"verify with rounds={rounds} would prove nothing.", valid="1 or more")
     stages = model.stages.lowered
