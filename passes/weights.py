@@ -24,6 +24,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from foldcc.inspect.flops import flops_of
+from foldcc.ir.node import leading_to
 from foldcc.ir.pipeline import Pass
 from foldcc.ir.plan import Names, UnfitPlan
 from foldcc.ir.program import INPUT, WEIGHT, Program, staged, unshards
@@ -94,15 +95,15 @@ def _halves(name: str, block: fx.GraphModule, on: Collection[int], sizes: Sizes,
     nodes = [n for n in block.graph.nodes if n.op == "call_function"]
     for node in nodes:
         sizes.learn(node)
-    first = _leading_to(gradients[i] for i in on if gradients[i] is not None)
-    alone = _leading_to(g for i, g in enumerate(gradients) if g is not None and i not in on) - first
+    first = leading_to(gradients[i] for i in on if gradients[i] is not None)
+    alone = leading_to(g for i, g in enumerate(gradients) if g is not None and i not in on) - first
     late: set[fx.Node] = set()
     for node in nodes:
         if node in alone and (flops_of(node, sizes) > 0 or not late.isdisjoint(node.all_input_nodes)):
             late.add(node)
     if not late:
         return None
-    first |= _leading_to(g for g in gradients if g is not None and g not in late)  # what is made at once
+    first |= leading_to(g for g in gradients if g is not None and g not in late)  # what is made at once
     read = list(dict.fromkeys(x for n in nodes if n in late for x in n.all_input_nodes if x not in late))
     if said is None:
         fewest = least(read, (), lambda n: n in alone and n not in first)
@@ -119,25 +120,13 @@ def _halves(name: str, block: fx.GraphModule, on: Collection[int], sizes: Sizes,
             valid=f"for example {' '.join(n.name for n in read)}",
         )
     passed = [n for n in kept if n.op != "placeholder"]
-    ahead = first | _leading_to(passed)
+    ahead = first | leading_to(passed)
     returned = ([None if g in late else g for g in gradients], passed)
     both = (
         _graph(block, [n for n in block.graph.nodes if n in ahead], returned),
         _graph(block, [*kept, *second], [g if g in late else None for g in gradients], kept),
     )
     return _Halves(*both, tuple(n.name for n in kept))
-
-
-def _leading_to(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Some nodes, and what they are made of."""
-    found: set[fx.Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
 
 
 def _graph(block: fx.GraphModule, nodes: Iterable[fx.Node], returned: Any, given: Collection[fx.Node] = ()) -> fx.GraphModule:

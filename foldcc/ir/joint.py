@@ -7,13 +7,13 @@ What the results need runs forward, the rest backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from foldcc.ir.node import leading_to
 from foldcc.ir.program import Program
 from foldcc.layout import Layout
 from foldcc.ops import record
@@ -49,7 +49,7 @@ class Joint:
         formals, tangents = ([n for n in placeholders if ("result" in n.meta) is there] for there in (False, True))
         output: Any = block.graph.output_node()
         results, gradients = output.args[0]
-        needed, wanted = _ancestors(results), _ancestors(gradients)
+        needed, wanted = leading_to(results), leading_to(gradients)
         operators = [n for n in block.graph.nodes if n.op not in ("placeholder", "output")]
         early = [n for n in operators if n in needed]
         late = [n for n in operators if n in wanted and n not in needed]
@@ -68,17 +68,6 @@ def _asked_of(node: fx.Node) -> list[fx.Node]:
     """What a value is made of by operators that are asked once more."""
     known = record(node.target)
     return [x for n in node.all_input_nodes for x in _asked_of(n)] if known is not None and known.again else [node]
-
-
-def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [n for n in nodes if n is not None]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def read_sizes(block: fx.GraphModule) -> None:

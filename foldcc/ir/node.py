@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,3 +46,15 @@ def argument_or(node: Node, name: str) -> Any:
         return argument(node, name)
     except KeyError:
         return None
+
+
+def leading_to(nodes: Iterable[Node | None]) -> set[Node]:
+    """Some nodes, and all that they are made of."""
+    found: set[Node] = set()
+    left = [n for n in nodes if n is not None]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
