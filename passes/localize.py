@@ -41,8 +41,9 @@ class Localize(Pass):
     provides = frozenset({"localized"})
 
     def run(self, program: Program) -> Program:
-        inserting = Inserting(program.mesh, program.placeholders[0].meta["val"].device)
         for block in program.blocks.values():
+            given = (n.meta["val"].device for n in block.graph.find_nodes(op="placeholder"))
+            inserting = Inserting(program.mesh, next(given, torch.device("cpu")))
             for node in list(block.graph.nodes):
                 if node.op == "call_function":
                     _localize(node, _emitter(inserting, node))
