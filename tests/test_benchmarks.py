@@ -23,7 +23,7 @@ SMALL = {  # as the paper's, with fewer and smaller layers on fewer ranks, none 
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen2_moe"])
 def test_the_layouts_of_the_paper_hold_keep_and_send_what_closed_forms_say(name: str) -> None:
     pytest.importorskip("transformers")
     found = PAPER["measure"](*SMALL[name], 16, 64, verify=False)

@@ -66,7 +66,8 @@ def sentences(samples: int = 4, source: int = 12, target: int = 8) -> dict[str, 
 
 
 @pytest.mark.filterwarnings("error::foldcc.passes.annotate.UnknownOperator")
-@pytest.mark.parametrize("name", ["T5", pytest.param("Bart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["T5", "Bart"])
 def test_encoder_decoders_are_folded_with_padding_and_dropout(name: str) -> None:
     model, batch = translator(name), sentences()
     folded, reference = folded_alike(model, "dp=2,tp=2", batch)
@@ -108,11 +109,11 @@ class Encoder(nn.Module):
 class ViT(nn.Module):
     """Patches, a token of the class before them, learned positions, and the class read from it and from the patches' mean."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.cls, self.positions = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(torch.randn(1, 17, width) / 4)
-        self.blocks = nn.Sequential(Encoder(width), Encoder(width))
+        self.blocks = nn.Sequential(Encoder(width))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(2 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -205,6 +206,7 @@ def trained_on_a_rank() -> dict[str, Any]:
         return found | {"in bfloat16": folded(**batch)["loss"].item()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Another program was compiled")
 def test_a_classifier_trains_on_processes_as_in_one() -> None:
     model, batch = classifier(ResNet), pictures(dtype=torch.float32)
