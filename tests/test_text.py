@@ -92,7 +92,7 @@ def run(module: foldcc.FoldedModule, program: Program) -> list[Tensor]:
     held |= {f"['{name}']": x for name, x in BATCH.items()}
     values = [held[s.names[0]].detach().requires_grad_(s.grad) for s in program.slots]
     executable = Executable(program)
-    outputs = executable(values, lambda given: (executable, Accumulation(executable.program.mesh, {}, keep=False)))
+    outputs = executable(values, lambda given: (executable, Accumulation(executable.program.mesh, {}, may_keep=False)))
     wanted = [x for x, there in zip(outputs, program.wanted or (), strict=True) if there]
     torch.autograd.backward(wanted, [torch.ones_like(x) for x in wanted])
     return [*outputs, *(v.grad for v in values if v.grad is not None)]

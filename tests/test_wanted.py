@@ -119,6 +119,16 @@ def test_sixteen_other_programs_of_a_call_are_kept() -> None:
     assert model.programs[0].count(";") == 16
 
 
+def test_another_output_of_a_program_that_was_not_compiled_is_gone_back_from() -> None:
+    plain = Returns(lambda y: (y.square(), y.sin())).double()
+    model = foldcc.parallelize(copy.deepcopy(plain), "dp=2", verify=True)
+    for batch in (2, 4, 8, 16):
+        x = torch.randn(batch, 8, dtype=torch.float64, requires_grad=True)
+        for output in (0, 1):
+            found, wanted = (torch.autograd.grad(m(x)[output].sum(), x) for m in (model, plain))
+            assert relative_error(found[0], wanted[0]) < 1e-12
+
+
 def test_threads_compile_one_after_another() -> None:
     plain = Returns(lambda y: (y.square(), y.sin())).double()
     model = foldcc.parallelize(copy.deepcopy(plain), "dp=2", verify=True)

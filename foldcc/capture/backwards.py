@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -81,11 +82,12 @@ def _applied(cls: Any, *args: Any) -> Any:
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Functions that are applied inside this context are marked with what their backward passes make."""
+    """Functions that this thread applies inside this context are marked with what their backward passes make."""
     base: Any = functions._SingleLevelFunction  # where also an `apply` that was taken before looks
+    here = get_ident()
 
     def apply(cls: Any, *args: Any) -> Any:
-        inner = cls.__module__.startswith("torch.")
+        inner = cls.__module__.startswith("torch.") or get_ident() != here
         return super(base, cls).apply(*args) if inner else _applied(cls, *args)
 
     base.apply = classmethod(apply)

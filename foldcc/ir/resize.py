@@ -178,7 +178,8 @@ class Resized(Stage):
 
     @property
     def emitted(self) -> bool:
-        return bool(vars(self)["_emitted"])
+        told = vars(self).get("_emitted")
+        return super().emitted if told is None else bool(told)  # one that `replace` made has its program
 
     @cached_property
     def program(self) -> Program:
