@@ -106,6 +106,7 @@ class Branching(nn.Module):
         return y / x.shape[1] ** 0.5 if self.how == "root" else y * x.shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "why"), [("branch", "takes seq <= 20 for granted"), ("root", "made of sizes")])
 def test_what_no_program_does_for_all_sizes_is_compiled_and_said(how: str, why: str) -> None:
     model = Branching(how)

@@ -264,6 +264,7 @@ def in_stages(folder: Path, resume: str | None) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def adapted() -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(5)

@@ -63,6 +63,7 @@ def under_way(events: list[str], name: str) -> list[int]:
     return list(accumulate(1 if e == f"{name} starts" else -1 for e in events if e.startswith(name)))
 
 
+@pytest.mark.slow
 def on_processes() -> None:
     for zero, waits in ((3, False), (1, True)):
         ahead, events = gradients_and_events(zero, 1, waits)
