@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _settle(block: fx.GraphModule) -> None:
 def _emitter(inserting: Inserting, node: fx.Node) -> Emit:
     def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
         new = inserting.before(node, target, args, layout, **kwargs)
-        new.meta["val"] = inserting.values[new]
+        new.meta["val"] = node.meta["val"] if "val" in node.meta else inserting.values[new]  # global, until blocks are settled
         return new
 
     return emit
@@ -193,7 +194,7 @@ def _mean(node: fx.Node, emit: Emit) -> None:
     layout: Layout = node.meta["layout"]
     if set(layout.axes(PARTIAL)) <= set(x.meta["layout"].axes(PARTIAL)):
         return
-    count = x.meta["val"].numel() // max(1, node.meta["val"].numel())
+    count = prod(x.meta["layout"].global_shape) // max(1, prod(layout.global_shape))
     dim, keep = argument_or(node, "dim"), argument_or(node, "keepdim") or False
 
     if dim:
