@@ -68,7 +68,7 @@ def main() -> None:
             found["runs"].append({"dtype": dtype, "run": name, "losses": losses, "alone": alone})
             if options.json:
                 with open(options.json, "w") as file:
-                    json.dump(found, file, indent=1)
+                    json.dump(found, file)
 
 
 def _apart(losses: list[float], alone: list[float]) -> str:

@@ -115,7 +115,7 @@ class FoldedMesh:
         return self if self.size("pp") == 1 else FoldedMesh(self.device_type, (1, *self.sizes[1:]))
 
     @cached_property
-    def ranks(self) -> FoldedMesh:
+    def virtual(self) -> FoldedMesh:
         """The same ranks without a device: what is remembered for it holds no process groups."""
         return self if self.is_virtual else FoldedMesh(VIRTUAL, self.sizes)
 
@@ -145,7 +145,7 @@ class FoldedMesh:
         `("dp", "tp")` and over `("tp", "dp")` differ in their order only. Groups are ordered by their lowest rank.
         Over no axes, every rank is a group.
         """
-        return _groups(self.ranks, self._one_view(axes))
+        return _groups(self.virtual, self._one_view(axes))
 
     def group_of(self, rank: int, axes: Axes) -> tuple[int, ...]:
         """The group of `groups(axes)` that a rank is in."""

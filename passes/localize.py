@@ -76,7 +76,7 @@ def _settle(block: fx.GraphModule) -> None:
 def _emitter(inserting: Inserting, node: fx.Node) -> Emit:
     def emit(target: Any, args: tuple[Any, ...], layout: Layout, **kwargs: Any) -> fx.Node:
         new = inserting.before(node, target, args, layout, **kwargs)
-        new.meta["val"] = node.meta["val"] if "val" in node.meta else inserting.values[new]  # global, until blocks are settled
+        new.meta["val"] = inserting.whole(new)
         return new
 
     return emit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import foldcc
 from foldcc import FoldError, ops
 from foldcc.ir.program import Program
+from foldcc.layout import PARTIAL
 from foldcc.ops import ring
 from foldcc.ops.operator import Operator
 from foldcc.passes import Pass
 from foldcc.testing import in_float64, run_distributed
 from foldcc.testing.equivalence import relative_error
+from foldcc.types.check import check_types
 from tests.models import FAMILIES, FusedAttention, tiny_model, token_batch
 from tests.test_context import compare, gradients
 
@@ -93,6 +96,17 @@ def test_queries_that_look_both_ways_and_more_of_them_than_heads_divide(way: str
         m(x).backward()
     for name, p in plain.named_parameters():
         assert relative_error(model.get_parameter(name).grad, p.grad) < 1e-10, name
+
+
+def test_types_are_checked_of_what_a_ring_has_in_parts() -> None:
+    program = folded("llama", "cp=2", "ring").stages["localize"].program
+    check_types(program)
+    (part, *_) = (
+        n for _, n in program.nodes() if n.target is operator.getitem and n.args[0].target is ring.attend_block.overload
+    )
+    part.meta["layout"] = part.meta["layout"].with_state("cp", PARTIAL)
+    with pytest.raises(FoldError, match="cp"):
+        check_types(program)
 
 
 def test_the_cheapest_way_of_each_layer_is_taken() -> None:

@@ -64,9 +64,9 @@ def create_groups(mesh: FoldedMesh, all_axes: list[str]) -> None:
 
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     for axes in sorted(set(all_axes)):
-        if (mesh.ranks, axes) not in known:
+        if (mesh.virtual, axes) not in known:
             groups = [[first + r for r in group] for first in firsts for group in mesh.groups(tuple(axes.split(",")))]
-            known[mesh.ranks, axes], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
+            known[mesh.virtual, axes], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
 
 
 def patience(mesh: FoldedMesh) -> timedelta:
@@ -84,4 +84,4 @@ def process_group(axes: str) -> Any:
     """The process group of this rank over `axes`; `create_groups` has made it."""
     import torch.distributed as dist
 
-    return _GROUPS[dist.group.WORLD][current().ranks, axes]
+    return _GROUPS[dist.group.WORLD][current().virtual, axes]

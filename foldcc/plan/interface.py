@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from foldcc.ir.node import name_of
 from foldcc.ir.program import Program
@@ -33,12 +33,15 @@ def find_gradients(program: Program) -> None:
             user.meta["grad"] = output.args[0][user.args[1]].meta["grad"]
 
 
-def flows(node: fx.Node, through: Collection[fx.Node]) -> bool:
-    """Whether a gradient flows back through an operator, if one flows through some of its operands."""
+def flows(node: fx.Node, through: Collection[fx.Node], value: Any = None) -> bool:
+    """Whether a gradient flows back through an operator, if one flows through some of its operands.
+
+    Args:
+        value: what it makes, where the node does not say so.
+    """
     if name_of(node.target) in _STOPS:
         return False
-    several = isinstance(node.meta.get("val"), (tuple, list))
-    return any(n in through for n in node.all_input_nodes) and (several or _differentiable(node))
+    return any(n in through for n in node.all_input_nodes) and _differentiable(node, value)
 
 
 def differentiated(program: Program) -> set[fx.Node]:
@@ -67,10 +70,12 @@ def losses(program: Program) -> tuple[bool, ...]:
     return tuple(n in found and i < len(own) and n not in outputs[:i] for i, n in enumerate(outputs))
 
 
-def _differentiable(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    dtype = value.dtype if isinstance(value, torch.Tensor) else node.meta.get("dtype")  # of what `dispatch` inserts
-    return dtype is not None and dtype.is_floating_point
+def _differentiable(node: fx.Node, value: Any = None) -> bool:
+    made, dtype = node.meta.get("val") if value is None else value, node.meta.get("dtype")
+    if made is None:  # `dispatch` inserted it, and says its dtype alone
+        return dtype is not None and dtype.is_floating_point
+    each = made if isinstance(made, (tuple, list)) else (made,)
+    return any(isinstance(x, Tensor) and x.is_floating_point() for x in each)
 
 
 def interface(program: Program) -> dict[fx.Node, fx.Node]:

@@ -50,10 +50,15 @@ class Inserting:
             held = self._of(layout, values[0]) if target in (cross_fold, reshard) else target(*values, **named)
         self.values[new] = held
         new.meta = provenance(node) | {"layout": layout, "dtype": getattr(held, "dtype", None)}
-        new.meta["grad"] = flows(new, {x for x in new.all_input_nodes if x.meta.get("grad")})
+        new.meta["grad"] = flows(new, {x for x in new.all_input_nodes if x.meta.get("grad")}, held)
         if layout is not None:
             new.meta["dims"] = layout.dims
         return new
+
+    def whole(self, node: fx.Node) -> Any:
+        """What all ranks hold together of a value that was inserted, as nodes say it until blocks are settled."""
+        held, layout = self.values[node], node.meta["layout"]
+        return self._sized(layout.global_shape, held) if isinstance(held, torch.Tensor) else held
 
     def _held(self, node: fx.Node) -> Any:
         if node not in self.values:
@@ -64,9 +69,11 @@ class Inserting:
         return self.values[node]
 
     def _of(self, layout: Layout | None, like: torch.Tensor) -> torch.Tensor:
-        shape: Sequence[Any] = like.shape if layout is None else layout.shape
-        sizes = [n if isinstance(n, int) else self._some() for n in shape]
-        return torch.empty(sizes, dtype=like.dtype, device=like.device)
+        return self._sized(like.shape if layout is None else layout.shape, like)
+
+    def _sized(self, shape: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
+        with self.mode:
+            return torch.empty([n if isinstance(n, int) else self._some() for n in shape], dtype=like.dtype, device=like.device)
 
     def _some(self) -> torch.SymInt:
         """How many rows there are where that is data."""

@@ -59,7 +59,7 @@ def agree_on_call(
     with _exchange(mesh, "the exchange that begins a call"):
         told = _told(mesh, _RAISED if error is not None else _short(call), samples, _short(own))
     if (told[:, 0] == told[0, 0]).all() and error is None:
-        if (told[:, 1] != told[list(_sharing(mesh.ranks)), 1]).any():
+        if (told[:, 1] != told[list(_sharing(mesh.virtual)), 1]).any():
             agree_on_start(mesh, inputs, {})
         return tuple(told[:, 2].tolist())
     said_by: list[Any] = [None] * mesh.world_size
@@ -162,7 +162,7 @@ def agree_on_start(mesh: FoldedMesh, inputs: Mapping[str, Tensor], held: Mapping
     rank, device = dist.get_rank(), mesh.device_type
     compared: list[tuple[str, int, int]] = []  # what, its checksum, the rank to compare with
     for name, x in inputs.items():
-        compared.append((f"other samples in {name}", _digest(x), _sharing(mesh.ranks)[rank]))
+        compared.append((f"other samples in {name}", _digest(x), _sharing(mesh.virtual)[rank]))
     for name, (x, layout) in held.items():
         alike = tuple(a for a in mesh.axes(layout.view) if a != "pp" and not isinstance(layout.states.get(a), Shard))
         compared.append((f"another {name}", _checksum(x), mesh.group_of(rank, alike)[0]))

@@ -25,7 +25,7 @@ from foldcc.runtime.stages import like
 # the places that hold a parameter, a group over them.
 _GROUPS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _EVERY = (1, False)  # a channel whose group, like that of each, is of all places
-_WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by the device mesh of a stage; holds it not
+_WHOLE: WeakKeyDictionary[Any, FoldedMesh] = WeakKeyDictionary()  # by a stage's device mesh, which no value refers to
 _COUNTED_ELSEWHERE = "_foldcc_counted_elsewhere"  # an attribute, for PyTorch swaps no parameter that has weak references
 
 
@@ -40,10 +40,10 @@ def create_wires(mesh: FoldedMesh, held: Sequence[tuple[int, ...]] = ()) -> None
     every = tuple(range(mesh.size("pp")))
     wires = [((step, against), every) for step in (1, -1) for against in (False, True)]
     for key, places in wires + [(places, places) for places in sorted(set(held))]:
-        if (mesh.ranks, key) not in known:
+        if (mesh.virtual, key) not in known:
             size = mesh.stage.world_size
             groups = [[place * size + r for place in places] for r in range(size)]
-            known[mesh.ranks, key], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
+            known[mesh.virtual, key], _ = dist.new_subgroups_by_enumeration(groups, timeout=patience(mesh))
 
 
 def from_place(x: Tensor, mesh: FoldedMesh, place: int) -> Tensor:
@@ -92,7 +92,7 @@ def over_all_places(x: Tensor, mesh: FoldedMesh, *, largest: bool) -> Tensor:
 
 
 def _group(mesh: FoldedMesh, key: Any) -> Any:
-    return _GROUPS[dist.group.WORLD][mesh.ranks, key]
+    return _GROUPS[dist.group.WORLD][mesh.virtual, key]
 
 
 class Wires:

@@ -47,7 +47,7 @@ class Typing:
 
     def __init__(self, mesh: FoldedMesh):
         self.mesh = mesh
-        self.atoms = atoms_of(mesh.ranks)
+        self.atoms = atoms_of(mesh.virtual)
         views = {mesh.view(axis): self._beside(axis) for axis in self.atoms.of}
         self._views = [views[view] for view in sorted(views)] or [[]]
 

@@ -92,10 +92,9 @@ class _Checker:
         formals = list(block.graph.find_nodes(op="placeholder"))
         given = {}
         for formal, actual in zip(formals, call.args, strict=True):
-            if (actual.target is operator.getitem and actual.args[0].op == "placeholder") or "layout" not in formal.meta:
-                given[formal] = values[
-                    actual
-                ]  # a saved value, or one that the first of two backward passes leaves for the second
+            saved = actual.target is operator.getitem and actual.args[0].op == "placeholder"
+            if saved or "layout" not in formal.meta:  # the latter is left by the first half of a backward pass
+                given[formal] = values[actual]
                 continue
             for axis, state in formal.meta["layout"].states.items():
                 if not self.typing.fits(values[actual], axis, state):

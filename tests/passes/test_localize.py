@@ -102,6 +102,11 @@ def test_without_a_gradient_nothing_is_retyped() -> None:
             "%y : f32[] P(dp) = aten.mean(%x)",
             "%sum_1 : f32[] P(dp) = aten.sum(%x)\n%y : f32[] P(dp) = aten.div(%sum_1, 16)",
         ),
+        (
+            "%z : f32[batch@dp, seq@tp] = reshard(%x)\n%y : f32[] P(dp,tp) = aten.mean(%z)",
+            "%z : f32[batch@dp, seq@tp] = shard(%x, 1, 1, tp, I)\n%sum_1 : f32[] P(dp,tp) = aten.sum(%z)\n"
+            "%y : f32[] P(dp,tp) = aten.div(%sum_1, 16)",
+        ),
     ],
 )
 def test_shapes_and_counts_are_those_of_a_rank(before: str, after: str) -> None:
