@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 class Observing:
-    """Attributes:
-    ahead, back: the events whose forward hooks, and whose backward hooks, this process calls.
+    """The hooks of one process.
+
+    Attributes:
+        ahead, back: the events whose forward hooks, and whose backward hooks, this process calls.
     """
 
     def __init__(self, executable: Pipelined):

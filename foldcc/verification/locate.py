@@ -97,7 +97,8 @@ def locate_backward(stages: Stages, folded: Folded, difference: Difference) -> D
         (output,) = block.graph.find_nodes(op="output")
         made = gradients(output.args[0])
         nested = made is not output.args[0]  # beside what the first of two passes leaves for the second
-        results = {u.args[1]: u for c in call.users for u in (c.users if nested else [c]) if not nested or c.args[1] == 0}
+        items = [u for c in call.users if c.args[1] == 0 for u in c.users] if nested else [*call.users]
+        results = {u.args[1]: u for u in items}
         actuals = [_unsharded(a) for a in ahead.args]
         names = [_name(stages, a) for a in captured[ahead].args] if ahead in captured else [a.name for a in actuals]
         wanted = reference.gradients([n for n in dict.fromkeys(names) if n is not None], program.wanted)
